@@ -1,0 +1,170 @@
+"""The command line: verbs only. Each is the Python call of the same name; torch is imported only by those that need it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import DpdistillError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console(soft_wrap=True, highlight=False)
+
+Data = Annotated[str | None, typer.Option(help="Private images: .npz, folder of class folders, IDX, Parquet, or 'digits'.")]
+Out = Annotated[str | None, typer.Option(help="The release folder to make.")]
+Epsilon = Annotated[float | None, typer.Option(help="ε asked for.")]
+Delta = Annotated[float | None, typer.Option(help="δ asked for.")]
+PerClass = Annotated[int | None, typer.Option(help="Synthetic images per class.")]
+MethodName = Annotated[str | None, typer.Option(help="joint (ours), dosser (the paper's, sound), ndpdc.")]
+Auxiliary = Annotated[str | None, typer.Option(help="Public images in any of the forms of --data, or 'none' (procedural).")]
+Classes = Annotated[int | None, typer.Option(help="Number of classes, where the files do not say.")]
+Resize = Annotated[int | None, typer.Option(help="Side length in pixels to scale images to.")]
+Budget = Annotated[float | None, typer.Option(help="ε that all runs on this data may cost together.")]
+LedgerPath = Annotated[str | None, typer.Option("--ledger", help="The data set's ledger; one per data set under ~/.dpdistill by default.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything public. Privacy noise never comes from it.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of these settings.")]
+Assignments = Annotated[list[str] | None, typer.Option("--set", help="name=value, for a setting of the method.")]
+Release = Annotated[Path, typer.Argument(help="A release folder.")]
+
+
+def _config(**flags: Any) -> Any:
+    from . import config
+
+    file, assignments = flags.pop("config"), flags.pop("assignments") or []
+    return config.read(file, flags, assignments)
+
+
+def _show_plan(plan: Any, config: Any) -> None:
+    console.print(plan.toml, markup=False)
+    table = Table("release", "times", "rows × coordinates", "sampling", "noise multiplier")
+    for planned in plan.releases:
+        q = planned.query
+        table.add_row(q.name, str(planned.count), f"{q.n_classes} × {q.dim}", f"{q.sampling_prob:g}", f"{q.noise_multiplier:.4f}")
+    console.print(table)
+    console.print(f"planned: ε = {plan.epsilon:.4f} at δ = {config.delta:g} (exchanging one record: {plan.epsilon_replace_one:.4f})")
+
+
+@app.command()
+def plan(
+    shape: Annotated[str, typer.Option(help="channels,height,width of the images.")] = "1,28,28",
+    classes: Classes = 10,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
+    per_class: PerClass = None,
+    method: MethodName = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+) -> None:
+    """Shows what a run would ask of the door and cost, without any data."""
+    from .errors import ConfigError
+    from .pipeline import make_plan
+
+    chosen = _config(data="", epsilon=epsilon, delta=delta, per_class=per_class, method=method, config=config, assignments=assignments)
+    try:
+        channels, height, width = (int(side) for side in shape.split(","))
+    except ValueError:
+        raise ConfigError(f"--shape {shape}: expected channels,height,width such as 3,32,32") from None
+    _show_plan(make_plan(chosen, (channels, height, width), tuple(str(k) for k in range(classes or 10))), chosen)
+
+
+@app.command()
+def dataset(
+    data: Data = None,
+    out: Out = None,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
+    per_class: PerClass = None,
+    method: MethodName = None,
+    auxiliary: Auxiliary = None,
+    classes: Classes = None,
+    resize: Resize = None,
+    budget: Budget = None,
+    ledger: LedgerPath = None,
+    seed: Seed = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the input, show settings and planned ε, and stop.")] = False,
+) -> None:
+    """Distils private images into a small synthetic data set that may be handed out. Stopped, the same command goes on."""
+    chosen = _config(**{name: value for name, value in locals().items() if name != "dry_run"})
+    from . import pipeline
+
+    if dry_run:
+        records = pipeline.load_private(chosen)
+        _show_plan(pipeline.make_plan(chosen, records.images.shape[1:], records.class_names), chosen)
+        return
+    folder = pipeline.distil(chosen)
+    _tell(folder)
+
+
+def _tell(folder: Path) -> None:
+    from .verify import verify
+
+    verdict = verify(folder)
+    console.print(f"[bold]{verdict.guarantee}[/bold]" if verdict.guarantee else "no guarantee")
+    console.print(f"release: {folder}   page: {folder / 'report.html'}   check: dpdistill verify {folder}", markup=False)
+
+
+@app.command()
+def verify(release: Release) -> None:
+    """Recomputes ε from the release's ledger and checks every file. Exit code 0 only if all holds."""
+    from .verify import verify as run
+
+    verdict = run(release)
+    for problem in verdict.problems:
+        console.print(f"FAIL  {problem}", markup=False)
+    if verdict.ok:
+        console.print(f"PASS  {verdict.guarantee}", markup=False)
+        for item in verdict.unchecked:
+            console.print(f"      not checkable from a release: {item}", markup=False)
+    raise typer.Exit(0 if verdict.ok else 1)
+
+
+@app.command()
+def evaluate(
+    release: Release,
+    data: Annotated[str, typer.Option(help="Labelled test images, in any of the forms of `dataset --data`.")],
+    out: Annotated[Path, typer.Option(help="JSON file for the result: it is about the test data, and not covered by the guarantee.")] = Path(
+        "evaluation.json"
+    ),
+    epochs: Annotated[int | None, typer.Option(help="Training epochs (the published protocol: 1000).")] = None,
+    seeds: Annotated[int, typer.Option(help="Networks to train, each from its own seed.")] = 1,
+) -> None:
+    """Trains fresh networks on a release and tests them on your test images. The result stays outside the release."""
+    from .evaluate import Training, evaluate_release
+
+    training = Training() if epochs is None else Training(epochs=epochs)
+    result = evaluate_release(release, data, training, seeds)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    console.print(f"accuracy {100 * result['mean']:.2f} % ± {100 * result['std']:.2f} over {seeds} networks; written to {out}", markup=False)
+
+
+@app.command()
+def report(
+    release: Release,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    evaluation: Annotated[Path | None, typer.Option(help="Result of `evaluate`, to be shown on the page.")] = None,
+) -> None:
+    """Writes the page of a release anew, with the utility you measured if you name it."""
+    from .report import write_report
+
+    write_report(release, out, json.loads(evaluation.read_text()) if evaluation else None)
+    console.print(f"page: {out}", markup=False)
+
+
+def main() -> None:
+    """Entry point: an error a person can cause is one line on stderr and exit code 2."""
+    try:
+        app()
+    except DpdistillError as error:
+        print("dpdistill: " + " ".join(str(error).split("\n")), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("dpdistill: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,166 @@
+"""What a person decides, from flags, TOML and `--set a=b`. Each default stands once, in a dataclass; an unknown key names the nearest.
+
+ε epsilon, δ delta.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One release of a data set.
+
+    Attributes:
+      data: private images: .npz, folder of class folders, IDX, Parquet, a saved Hugging Face data set, or `digits`.
+      out: the release folder to make.
+      epsilon, delta: the guarantee asked for.
+      per_class: synthetic images per class.
+      method: a name in METHODS.
+      auxiliary: public images in any of the forms of `data`, or `none` for procedural ones.
+      seed: of everything public (start images, augmentation). Privacy noise never comes from it.
+      budget: ε that all runs on this data may cost together; where not given, what the first run asked for.
+      ledger: the data set's ledger; where not given, one per data set under ~/.dpdistill (or $DPDISTILL_HOME).
+      classes: number of classes, where the files do not say (the labels that occur are private).
+      resize: side length in pixels to scale images to on reading.
+      device: cpu or cuda.
+      settings: the method's own settings, by name.
+    """
+
+    data: str
+    out: str = "out/release"
+    epsilon: float = 1.0
+    delta: float = 1e-5
+    per_class: int = 10
+    method: str = "joint"
+    auxiliary: str = "none"
+    seed: int = 0
+    budget: float | None = None
+    ledger: str | None = None
+    classes: int | None = None
+    resize: int | None = None
+    device: str = "cpu"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (0 < self.epsilon < math.inf):
+            raise ConfigError(f"Expected a finite epsilon > 0, got {self.epsilon}.")
+        if not (0 < self.delta < 1):
+            raise ConfigError(f"Expected delta in (0, 1), got {self.delta}; 1e-5 is usual.")
+        if not (1 <= self.per_class <= 1000):
+            raise ConfigError(f"Expected per_class in 1..1000, got {self.per_class}.")
+        if self.budget is not None and not (self.epsilon <= self.budget < math.inf):
+            raise ConfigError(f"Expected a budget of at least epsilon={self.epsilon}, got {self.budget}.")
+
+
+def _convert(name: str, value: Any, wanted: Any) -> Any:
+    """`value` as the annotated type: numbers and booleans may come as text."""
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    for option in options:
+        if option is type(None) and value in (None, "none", ""):
+            return None
+        if option is bool and (isinstance(value, bool) or value in ("true", "false")):
+            return value in (True, "true")
+        if option in (int, float, str) and not isinstance(value, bool):
+            try:
+                if option is int and isinstance(value, float) and value != int(value):
+                    continue
+                return option(value)
+            except (TypeError, ValueError):
+                continue
+        if typing.get_origin(option) in (tuple, typing.Literal) or option in (tuple, list):
+            allowed = typing.get_args(option)
+            if typing.get_origin(option) is typing.Literal:
+                for choice in allowed:
+                    if value == choice or str(choice) == value:
+                        return choice
+            elif isinstance(value, (list, tuple)):
+                return tuple(value)
+        if typing.get_origin(option) is not None and isinstance(value, Mapping):
+            return dict(value)
+    readable = getattr(wanted, "__name__", str(wanted))
+    raise ConfigError(f"{name} = {value!r}: expected {readable}")
+
+
+def build(kind: type[Any], values: Mapping[str, Any], where: str = "") -> Any:
+    """Returns `kind(**values)` with every value converted to its annotated type.
+
+    Raises:
+      ConfigError: an unknown key, with the nearest known one, or a value of another type.
+    """
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+            raise ConfigError(f"unknown setting {where}{key}" + (f"; did you mean {where}{near[0]}?" if near else f"; known: {', '.join(hints)}"))
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values
+    ]
+    if missing:
+        raise ConfigError(f"missing: {where}{missing[0]}")
+    return kind(**{key: _convert(where + key, value, hints[key]) for key, value in values.items()})
+
+
+def read(file: Path | None, flags: Mapping[str, Any], assignments: list[str]) -> RunConfig:
+    """Returns the configuration of a TOML file, overridden by flags (where not None) and by `name=value` assignments.
+
+    A bare name in an assignment, or one under `settings.`, is a setting of the method; `epsilon=2` and the like also work.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file}: {error}") from error
+    values.update({key: value for key, value in flags.items() if value is not None})
+    settings = dict(values.pop("settings", {}))
+    known = {f.name for f in dataclasses.fields(RunConfig)}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: expected name=value")
+        name = name.removeprefix("settings.")
+        target = values if name in known else settings
+        target[name] = text
+    return typing.cast(RunConfig, build(RunConfig, {**values, "settings": settings}))
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def public_toml(config: RunConfig, settings: Any, noise_multiplier: float) -> str:
+    """Returns the configuration as it may be released: everything that shaped the result, no path of this machine."""
+    lines = ["# The configuration of this release, as resolved. Every value is public."]
+    chosen = {name: getattr(config, name) for name in ("method", "epsilon", "delta", "per_class", "seed")}
+    chosen["auxiliary"] = Path(config.auxiliary).name
+    chosen["noise_multiplier"] = noise_multiplier
+    lines += [f"{name} = {_toml(value)}" for name, value in chosen.items()]
+    lines += ["", "[settings]"]
+    for item in dataclasses.fields(settings):
+        value = getattr(settings, item.name)
+        lines.append(f"# {item.name}: not set" if value is None else f"{item.name} = {_toml(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def config_hash(toml: str) -> str:
+    return hashlib.sha256(toml.encode()).hexdigest()

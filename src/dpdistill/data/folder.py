@@ -1,0 +1,97 @@
+"""A folder of class folders: root/cat/1.png, root/dog/2.jpg, … The class list is the sorted folder names.
+
+A class folder may be empty: the class list is public and must not change when one record is removed. Files are read in
+sorted order. Dot files and leftovers of file managers are skipped; anything else that is no image is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dpdistill.data.decode import EXTENSIONS, decode_image
+from dpdistill.data.files import list_folder, one_error_type, open_regular
+from dpdistill.data.limits import Limits
+from dpdistill.data.splits import choose_split
+from dpdistill.data.stack import stack_images
+from dpdistill.errors import InputError
+
+
+def split_folder(root: str | Path, split: str | None, limits: Limits) -> str:
+    """Returns the folder that holds the class folders: `root`, or root/train if that holds folders in turn."""
+    folders = [entry for entry in list_folder(root, limits) if entry.is_dir(follow_symlinks=False)]
+    splits = {}
+    for entry in folders:
+        if entry.name in ("train", "test", "val", "valid", "validation") or entry.name == split:
+            inside = list_folder(entry.path, limits)
+            if inside and all(child.is_dir(follow_symlinks=False) for child in inside):
+                splits[entry.name] = entry.path
+    if not splits and split is None:
+        return os.fspath(root)
+    return splits[choose_split(root, splits, split)]
+
+
+def read_folder(
+    root: str | Path,
+    *,
+    split: str | None,
+    class_names: Sequence[str] | None,
+    resize: int | None,
+    channels: int | None,
+    limits: Limits,
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Reads images, labels and class names.
+
+    Args:
+      class_names: their order, and classes without a folder; every folder must be in it. None: sorted folder names.
+
+    Returns:
+      uint8 [N, C, H, W], int64 [N], K names.
+
+    Raises:
+      InputError: the first file that cannot be used, or a layout that is not root/class/image.
+    """
+    root = split_folder(root, split, limits)
+    folders = list_folder(root, limits)
+    for entry in folders:
+        if not entry.is_dir(follow_symlinks=False):
+            raise InputError(
+                entry.path, "lies beside the class folders", "put each image in a folder named by its class"
+            )
+    names = [entry.name for entry in folders] if class_names is None else list(class_names)
+    files: list[str] = []
+    labels: list[int] = []
+    for entry in folders:
+        if entry.name not in names:
+            raise InputError(entry.path, "is a class that class_names does not list", "add it, or move the folder away")
+        found = image_files(entry.path, limits)
+        files += found
+        labels += [names.index(entry.name)] * len(found)
+    if not files:
+        raise InputError(root, "holds no images", "put PNG, JPEG, BMP or WebP files in one folder for each class")
+    decoded = ((path, read_image(path, resize, limits)) for path in files)
+    with one_error_type(root):
+        return stack_images(root, decoded, len(files), limits, channels), np.array(labels, np.int64), names
+
+
+def image_files(folder: str, limits: Limits) -> list[str]:
+    """Returns the paths of the images of one class."""
+    paths = []
+    for entry in list_folder(folder, limits):
+        if entry.is_dir(follow_symlinks=False):
+            raise InputError(entry.path, "is a folder inside a class folder", "pass split= if the classes lie deeper")
+        if os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
+            raise InputError(entry.path, "is not named .png, .jpg, .jpeg, .bmp or .webp", "move it away or convert it")
+        paths.append(entry.path)
+    return paths
+
+
+def read_image(path: str, resize: int | None, limits: Limits) -> np.ndarray:
+    """Returns the pixels [C, H, W] of one file."""
+    with open_regular(path, limits, follow=False) as (file, size):
+        if size > limits.max_image_bytes:
+            raise InputError(path, f"is larger than {limits.max_image_bytes:,} bytes", "shrink it first")
+        return decode_image(file.read(size), path, limits, resize)

@@ -1,0 +1,40 @@
+"""The errors a person can cause. Each is one line that says what was given, what was wanted, and the way out."""
+
+
+class DpdistillError(Exception):
+    """Base of every error that the command line prints as one line, with exit code 2."""
+
+
+class InputError(DpdistillError):
+    """A file or folder cannot be used as it is.
+
+    Args:
+      path: the offending file, as the user named it.
+      reason: what is wrong with it, without any value taken from a record.
+      hint: the way out.
+    """
+
+    def __init__(self, path: object, reason: str, hint: str = "") -> None:
+        self.path, self.reason, self.hint = str(path), reason, hint
+        printable = "".join(c if c.isprintable() else "?" for c in str(path))
+        super().__init__(f"{printable}: {reason}" + (f" ({hint})" if hint else ""))
+
+
+class ConfigError(DpdistillError):
+    """A setting is unknown, out of range, or does not fit another."""
+
+
+class BudgetError(DpdistillError):
+    """The ledger cannot afford a release. Nothing was read and nothing was charged."""
+
+
+class LedgerError(DpdistillError):
+    """A ledger is damaged, locked by another process, or belongs to other data."""
+
+
+class ReleaseError(DpdistillError):
+    """A release folder does not verify, or cannot be read."""
+
+
+class RecordwiseError(DpdistillError):
+    """A function handed to the door mixes records, so its sensitivity is unknown. Nothing was read."""

@@ -1,0 +1,165 @@
+"""The door. Private records live behind it; a method holds the handle and asks for `release(query, fn)`.
+
+B micro-batch, N records (never told), D coordinates, K classes. The order is the guarantee: check `fn` on made-up images → charge
+the ledger, on disk → read, clip, sum as integers → bind the sum → add noise → keep the noisy sum. Proof: docs/privacy/gaussian_sum.md.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..data.images import LabelledImages, to_unit
+from ..errors import ConfigError, LedgerError
+from ..privacy.faults import point
+from ..privacy.ledger import Ledger
+from ..privacy.queries import GaussianSum
+from .clipping import clip_to_grid
+from .noise import rounded_gaussian
+from .recordwise import RecordFunction, check_recordwise
+from .vault import Vault
+
+
+class Progress(Protocol):
+    """Told how far a pass over the records is, as a fraction: never a count, which is private."""
+
+    def __call__(self, fraction: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Releases already charged: `count` of `query`, on ledger line `line`."""
+
+    query: GaussianSum
+    count: int
+    line: int
+
+
+class PrivateData:
+    """A handle on private records: their public facts, and the one way to learn anything else about them.
+
+    Attributes:
+      image_shape: (C, H, W), public.
+      n_classes: K, public.
+      checks: for each query name the largest relative difference the record-wise check saw.
+    """
+
+    def __init__(self, records: LabelledImages, ledger: Ledger, vault: Vault, *, device: str = "cpu", micro_batch: int = 256) -> None:
+        channels, height, width = records.images.shape[1:]
+        self.image_shape: tuple[int, int, int] = (channels, height, width)
+        self.n_classes = len(records.class_names)
+        self.device, self.micro_batch = device, micro_batch
+        self.checks: dict[str, float] = {}
+        self._records, self._ledger, self._vault = records, ledger, vault
+        self._pending = [
+            (index, line)
+            for index, line in enumerate(ledger.lines)
+            if line["type"] == "intent" and line["run"] == vault.run and not line["again"]
+        ]
+
+    def check(self, query: GaussianSum, fn: RecordFunction) -> None:
+        """Raises RecordwiseError unless `fn` treats records alone. Reads no record, charges nothing."""
+        if query.n_classes not in (1, self.n_classes):
+            raise ConfigError(f"query {query.name!r} has {query.n_classes} rows for {self.n_classes} classes")
+        worst = check_recordwise(lambda x, y: fn(x.to(self.device), y.to(self.device)), self.image_shape, self.n_classes, query.dim)
+        self.checks[query.name] = max(worst, self.checks.get(query.name, 0.0))
+
+    def reserve(self, query: GaussianSum, count: int = 1) -> Reservation:
+        """Charges `count` releases of `query` at once; a resumed run finds what it charged before.
+
+        Raises:
+          BudgetError: the cap would be passed. Nothing was charged or read.
+          LedgerError: the resumed run asks for another release than it did the first time.
+        """
+        if self._pending:
+            index, line = self._pending.pop(0)
+            if line["query"] != query.describe() or line["count"] != count:
+                raise LedgerError("this run asked for other releases before it stopped; remove its state folder to begin anew")
+            return Reservation(query, count, index)
+        return Reservation(query, count, self._ledger.reserve(self._vault.run, query, count))
+
+    def release(self, query: GaussianSum, fn: RecordFunction, *, progress: Progress | None = None) -> Tensor:
+        r"""Returns a noisy sum of clipped per-record vectors, by class, and records it in the ledger.
+
+        Computes S + N(0, σ²C² I), where row k of S sums min(1, C/‖v_i‖)·v_i with v_i = fn(x_i, y_i) over the records of class k in a
+        Poisson sample of rate q (all records where q = 1).
+
+        Source: Abadi et al. (2016), Alg. 1. Proof: docs/privacy/gaussian_sum.md.
+        Guarantee: one release is `query.part()` under add-or-remove of one record, if `fn` treats rows alone.
+        Not covered: rounding inside `fn` that depends on a record's place (docs/known-limits.md#rounding).
+
+        Args:
+          query: public parameters; `clip_norm` is in units of `fn`'s output.
+          fn: maps images [B, C, H, W] (float32 in [-1, 1]) and labels [B] to vectors [B, D].
+          progress: told the fraction of the records passed.
+
+        Returns:
+          [K, D] float32, K = query.n_classes: a sum, not a mean. Divide by a public constant or by a released count.
+
+        Raises:
+          BudgetError: the ledger cannot afford this release. Nothing was read.
+          RecordwiseError: `fn` mixes records, or returns another shape. Nothing was read.
+        """
+        self.check(query, fn)
+        return self.release_reserved(self.reserve(query), 0, fn, progress=progress)
+
+    def release_reserved(self, held: Reservation, index: int, fn: RecordFunction, *, progress: Progress | None = None) -> Tensor:
+        """Release number `index` of a reservation; otherwise as `release`. Asked again, it returns the same bytes and reads nothing."""
+        if not (0 <= index < held.count):
+            raise ValueError(f"Expected {index=} below the {held.count} releases that were charged.")
+        query = held.query
+        name = f"release-{held.line}-{index}"
+        noisy = self._vault.load(name)
+        if noisy is None:
+            self.check(query, fn)
+            for attempt in self._attempts(held, index):
+                total = self._exact_sum(query, fn, attempt, progress)
+                point("door: summed")
+                # Another sum than before a crash (other data, or arithmetic that does not repeat) is another release: charged anew.
+                if self._vault.binds(attempt, total):
+                    break
+            stream = self._vault.noise_stream(attempt, json.dumps(query.describe(), sort_keys=True).encode(), total)
+            sigma = query.noise_multiplier * 2**query.grid_bits
+            noisy = total + rounded_gaussian(total.size, sigma, stream).reshape(total.shape)
+            self._vault.save(name, noisy)
+        return torch.from_numpy(noisy.astype(np.float64) * (query.clip_norm / 2**query.grid_bits)).float()
+
+    def _attempts(self, held: Reservation, index: int) -> Iterator[str]:
+        """Names of a release: the one that was charged, then one more charged line for each time the sum came out differently."""
+        again = f"{held.line}-{index}"
+        yield f"release-{again}"
+        for line_index, line in enumerate(list(self._ledger.lines)):
+            if line["type"] == "intent" and line["run"] == self._vault.run and line["again"] == again:
+                yield f"release-{line_index}-0"
+        while True:
+            yield f"release-{self._ledger.reserve(self._vault.run, held.query, again=again)}-0"
+
+    def _exact_sum(self, query: GaussianSum, fn: RecordFunction, name: str, progress: Progress | None) -> NDArray[np.int64]:
+        images, labels = self._records.images, self._records.labels  # private
+        chosen = np.arange(len(labels))
+        if query.sampling_prob < 1:
+            chosen = np.flatnonzero(self._vault.sampling_stream(name).bernoulli(len(labels), query.sampling_prob))
+        total = torch.zeros(query.n_classes, query.dim, dtype=torch.int64)
+        size = self.micro_batch
+        for start in range(0, len(chosen), size):
+            rows = chosen[start : start + size]
+            x = np.zeros((size, *self.image_shape), np.float32)  # always the same shape: a row's arithmetic must not depend on how many there are
+            x[: len(rows)] = to_unit(images[rows], self._records.value_range)
+            y = np.zeros(size, np.int64)
+            y[: len(rows)] = labels[rows]
+            valid = np.isfinite(x).all(axis=(1, 2, 3)) & (y >= 0) & (y < self.n_classes) & (np.arange(size) < len(rows))
+            x[~valid], y[~valid] = 0, 0
+            with torch.no_grad():
+                v = fn(torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device))
+            grid = clip_to_grid(v, query.clip_norm, query.grid_bits).cpu()
+            grid[~torch.from_numpy(valid)] = 0
+            row = torch.from_numpy(y) if query.n_classes > 1 else torch.zeros(size, dtype=torch.int64)
+            total.index_add_(0, row, grid)
+            if progress:
+                progress(min(1.0, (start + size) / max(1, len(chosen))))
+        return total.numpy()

@@ -1,0 +1,101 @@
+"""What a run keeps to itself until it is done: its noise key, and the noisy sums already released.
+
+A folder readable by the owner only, beside the release and never in it. It makes a resumed run give the same bytes: noise is a
+function of the key *and of the exact sum it is added to*, so the same sum gets the same noise again, and any other sum gets noise
+independent of it. `erase` destroys the key when the release is written.
+"""
+
+import hashlib
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import LedgerError
+from ..privacy.faults import point
+from ..privacy.ledger import sync_directory
+from .noise import Stream, derive
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Puts `content` at `path` wholly or not at all, also across a power cut."""
+    partial = path.with_name(path.name + ".partial")
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    point("vault: written beside, not yet renamed")
+    os.replace(partial, path)
+    sync_directory(path.parent)
+    point("vault: renamed")
+
+
+class Vault:
+    """The private state of one run, in one folder.
+
+    Attributes:
+      run: public random name of the run.
+      insecure: noise comes from a given seed, for tests; the release then says NOT PRIVATE.
+    """
+
+    def __init__(self, folder: Path, run: str, key: bytes, insecure: bool) -> None:
+        self.folder, self.run, self._key, self.insecure = folder, run, key, insecure
+
+    @classmethod
+    def open(cls, folder: Path, *, insecure_seed: int | None = None) -> "Vault":
+        """Opens the vault in `folder`, or makes it with a fresh key from the operating system."""
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if insecure_seed is not None:
+            key = derive(b"insecure", str(insecure_seed))
+            return cls(folder, "insecure-" + key.hex()[:16], key, True)
+        path = folder / "key"
+        if not path.exists():
+            write_atomically(path, secrets.token_bytes(32))
+        key = path.read_bytes()
+        if len(key) != 32:
+            raise LedgerError(f"{path}: not a key; remove the folder to begin a new run (what was charged stays charged)")
+        return cls(folder, "run-" + derive(key, "name").hex()[:16], key, False)
+
+    def sampling_stream(self, release: str) -> Stream:
+        """The stream that decides which records are in a release's Poisson sample."""
+        return Stream(derive(self._key, "sample", self.run, release))
+
+    def noise_stream(self, release: str, query: bytes, total: NDArray[np.int64]) -> Stream:
+        """The stream of a release's noise: bound to its query and to the very sum that it protects."""
+        return Stream(derive(self._key, "noise", self.run, release, query, hashlib.sha256(total.tobytes()).digest()))
+
+    def binds(self, release: str, total: NDArray[np.int64]) -> bool:
+        """Commits to the sum that a release will protect; False if another sum was committed under this name before."""
+        path = self.folder / f"{release}.commitment"
+        commitment = derive(self._key, "commit", self.run, release, hashlib.sha256(total.tobytes()).digest())
+        if path.exists():
+            return secrets.compare_digest(path.read_bytes(), commitment)
+        write_atomically(path, commitment)
+        return True
+
+    def load(self, release: str) -> NDArray[np.int64] | None:
+        """A noisy sum released before, in grid steps, or None."""
+        path = self.folder / f"{release}.npy"
+        return np.load(path, allow_pickle=False) if path.exists() else None
+
+    def save(self, release: str, noisy: NDArray[np.int64]) -> None:
+        """Keeps a noisy sum for a resumed run. It is already private: only its loss would cost anything."""
+        partial = self.folder / f"{release}.building"
+        with open(partial, "wb") as file:
+            np.save(file, noisy, allow_pickle=False)
+        content = partial.read_bytes()
+        partial.unlink()
+        write_atomically(self.folder / f"{release}.npy", content)
+
+    def erase(self) -> None:
+        """Overwrites the key and removes the folder."""
+        key = self.folder / "key"
+        if key.exists():
+            with open(key, "r+b") as file:
+                file.write(bytes(32))
+                file.flush()
+                os.fsync(file.fileno())
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,90 @@
+"""What every method takes and gives. A method is one module with `Config`, `plan` and `run`; METHODS lists them.
+
+B images, C channels, H, W size, K classes, M synthetic images.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..mechanisms import PrivateData
+from ..privacy import Planned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Public:
+    """Everything a method may know without asking the door.
+
+    Attributes:
+      image_shape: (C, H, W).
+      class_names: K names.
+      auxiliary: float32 [A, C, H, W] in [-1, 1], public images; procedural ones where the person has none.
+      auxiliary_labels: int64 [A] or None: labels of the auxiliary set, of its own classes.
+    """
+
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    auxiliary: Tensor
+    auxiliary_labels: Tensor | None = None
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.class_names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic:
+    """A distilled data set.
+
+    Attributes:
+      images: float32 [M, C, H, W] in [-1, 1]: what is stored and shown.
+      labels: int64 [M].
+      soft_labels: float32 [M·parts², K], or None: a probability vector for every training image.
+      parts: each stored image holds parts × parts training images (multi-formation; 1 = the image itself). `models.augment.expand`
+        turns stored images into training images.
+    """
+
+    images: Tensor
+    labels: Tensor
+    soft_labels: Tensor | None = None
+    parts: int = 1
+
+
+class Workspace(Protocol):
+    """Where a method keeps checkpoints and says how far it is. Everything in it derives from released values and public data."""
+
+    seed: int
+    device: str
+
+    def generator(self, *labels: object) -> torch.Generator:
+        """A fresh public generator for one purpose: the same labels and run seed give the same numbers, also after a resume."""
+
+    def track(self, steps: Sequence[int], description: str) -> Iterator[int]:
+        """Yields the steps, showing progress and time left."""
+
+    def passing(self, description: str) -> AbstractContextManager[Callable[[float], None]]:
+        """Shows a pass over the records; yields a callable to be told the fraction done (`release(..., progress=it)`)."""
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors saved last under `name`, or None."""
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Saves tensors atomically, so that a stopped run goes on from here."""
+
+
+class Method(Protocol):
+    """The face of a method module. `Config` is a frozen keyword-only dataclass of public settings with all the defaults."""
+
+    Config: ClassVar[type]
+
+    @staticmethod
+    def plan(config: Any, public: Public, noise_multiplier: float) -> list[Planned]:
+        """The releases that `run` will ask for: from public facts only, cheaper in ε as `noise_multiplier` grows."""
+
+    @staticmethod
+    def run(config: Any, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Synthetic:
+        """Asks the door for exactly the releases of the calibrated `plan`, and turns the answers into a data set."""

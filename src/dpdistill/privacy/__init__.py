@@ -1,0 +1,8 @@
+"""What is promised: queries, accounting, the ledger, the guarantee. No torch, so that a third party can verify a release without it."""
+
+from .accounting import epsilon, gaussian_multiplier
+from .guarantee import Guarantee
+from .ledger import Ledger
+from .queries import GaussianSum, Planned, calibrate
+
+__all__ = ["Guarantee", "GaussianSum", "Ledger", "Planned", "calibrate", "epsilon", "gaussian_multiplier"]

@@ -1,0 +1,64 @@
+"""Checkpoints, seeds and progress of one run, in one folder: nothing in it is private."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .privacy.faults import point
+
+
+class FolderWorkspace:
+    """A `methods.base.Workspace` on disk. A stopped run finds its checkpoints in the same folder.
+
+    Args:
+      folder: for checkpoints; made if missing.
+      seed: the run's public seed (privacy noise never comes from it).
+      device: "cpu" or "cuda".
+      quiet: shows no progress.
+    """
+
+    def __init__(self, folder: Path, *, seed: int = 0, device: str = "cpu", quiet: bool = False) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.seed, self.device = folder, seed, device
+        self._console = Console(stderr=True, quiet=quiet)
+
+    def generator(self, *labels: object) -> torch.Generator:
+        digest = hashlib.sha256(repr((self.seed, *labels)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def _bar(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"))
+        return Progress(*columns, TimeRemainingColumn(), console=self._console, transient=False)
+
+    def track(self, steps: Sequence[int], description: str) -> Iterator[int]:
+        with self._bar() as bar:
+            yield from bar.track(steps, description=description)
+
+    @contextmanager
+    def passing(self, description: str) -> Iterator[Callable[[float], None]]:
+        with self._bar() as bar:
+            task = bar.add_task(description, total=1.0)
+            yield lambda fraction: bar.update(task, completed=fraction)
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        path = self.folder / f"{name}.safetensors"
+        return load_file(path) if path.exists() else None
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        path = self.folder / f"{name}.safetensors"
+        partial = path.with_name(path.name + ".partial")
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial)
+        descriptor = os.open(partial, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        point("workspace: checkpoint written, not yet renamed")
+        os.replace(partial, path)
+        point("workspace: checkpoint in place")
