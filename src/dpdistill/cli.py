@@ -104,7 +104,7 @@ def dataset(
 
 
 def _tell(folder: Path) -> None:
-    from .verify import verify
+    from .verification import verify
 
     verdict = verify(folder)
     console.print(f"[bold]{verdict.guarantee}[/bold]" if verdict.guarantee else "no guarantee")
@@ -114,7 +114,7 @@ def _tell(folder: Path) -> None:
 @app.command()
 def verify(release: Release) -> None:
     """Recomputes ε from the release's ledger and checks every file. Exit code 0 only if all holds."""
-    from .verify import verify as run
+    from .verification import verify as run
 
     verdict = run(release)
     for problem in verdict.problems:
@@ -135,14 +135,23 @@ def evaluate(
     ),
     epochs: Annotated[int | None, typer.Option(help="Training epochs (the published protocol: 1000).")] = None,
     seeds: Annotated[int, typer.Option(help="Networks to train, each from its own seed.")] = 1,
+    classes: Classes = None,
+    resize: Resize = None,
 ) -> None:
     """Trains fresh networks on a release and tests them on your test images. The result stays outside the release."""
-    from .evaluate import Training, evaluate_release
+    from .data import load_images
+    from .evaluation import Training, evaluate
+    from .release import read_bundle
+    from .workspace import passing
 
+    synthetic = read_bundle(release)
+    test = load_images(data, n_classes=classes, resize=resize)
     training = Training() if epochs is None else Training(epochs=epochs)
-    result = evaluate_release(release, data, training, seeds)
+    with passing("training on the release") as progress:
+        result = evaluate(synthetic, test, training, seeds=range(seeds), progress=progress)
     out.write_text(json.dumps(result, indent=2) + "\n")
-    console.print(f"accuracy {100 * result['mean']:.2f} % ± {100 * result['std']:.2f} over {seeds} networks; written to {out}", markup=False)
+    accuracy = f"accuracy {100 * result['mean']:.2f} % ± {100 * result['std']:.2f} over {seeds} networks"
+    console.print(f"{accuracy}; about the test data, so not covered by the guarantee; written to {out}", markup=False)
 
 
 @app.command()
@@ -154,8 +163,18 @@ def report(
     """Writes the page of a release anew, with the utility you measured if you name it."""
     from .report import write_report
 
-    write_report(release, out, json.loads(evaluation.read_text()) if evaluation else None)
+
+    write_report(release, out, _read_evaluation(evaluation) if evaluation else None)
     console.print(f"page: {out}", markup=False)
+
+
+def _read_evaluation(path: Path) -> Any:
+    from .errors import InputError
+
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(path, "not a readable JSON file", "give the file that `dpdistill evaluate` wrote") from error
 
 
 def main() -> None:

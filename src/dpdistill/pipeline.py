@@ -53,21 +53,24 @@ class Plan:
 def public_facts(config: RunConfig, image_shape: tuple[int, int, int], class_names: tuple[str, ...]) -> Public:
     """Loads or makes the auxiliary set, fitted to the private images' public shape."""
     channels, height, width = image_shape
-    labels = None
+    made_up = torch.from_numpy(to_unit(procedural_images(N_PROCEDURAL, channels, height, width, config.seed)))
     if config.auxiliary == "none":
-        pixels = procedural_images(N_PROCEDURAL, channels, height, width, config.seed)
-        value_range = (0.0, 1.0)
-    else:
-        resize = height if height == width else None
-        auxiliary = load_images(config.auxiliary, resize=resize)
-        if auxiliary.images.shape[1:] != image_shape:
-            raise ConfigError(
-                f"the auxiliary images are {auxiliary.images.shape[1:]} and the private ones {image_shape} (channels, height, width)"
-            )
-        pixels, value_range, labels = auxiliary.images, auxiliary.value_range, torch.from_numpy(auxiliary.labels)
-    unit = to_unit(pixels, value_range)
+        return Public(image_shape=image_shape, class_names=class_names, auxiliary=made_up)
+    resize = height if height == width else None
+    auxiliary = load_images(config.auxiliary, resize=resize)
+    if auxiliary.images.shape[1:] != image_shape:
+        raise ConfigError(
+            f"the auxiliary images are {auxiliary.images.shape[1:]} and the private ones {image_shape} (channels, height, width)"
+        )
+    unit = auxiliary.to_unit()
     unit = np.where(np.isfinite(unit), unit, 0).astype(np.float32)
-    return Public(image_shape=image_shape, class_names=class_names, auxiliary=torch.from_numpy(unit), auxiliary_labels=labels)
+    return Public(
+        image_shape=image_shape,
+        class_names=class_names,
+        auxiliary=torch.from_numpy(unit),
+        auxiliary_labels=torch.from_numpy(auxiliary.labels),
+        procedural=made_up,
+    )
 
 
 def make_plan(config: RunConfig, image_shape: tuple[int, int, int], class_names: tuple[str, ...]) -> Plan:

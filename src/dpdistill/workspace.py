@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .privacy.faults import point
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"))
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+@contextmanager
+def passing(description: str, console: Console | None = None) -> Iterator[Callable[[float], None]]:
+    """Shows a bar with time left; yields a callable to be told the fraction done."""
+    with _bar(console or Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=1.0)
+        yield lambda fraction: bar.update(task, completed=fraction)
 
 
 class FolderWorkspace:
@@ -34,19 +47,12 @@ class FolderWorkspace:
         digest = hashlib.sha256(repr((self.seed, *labels)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
-    def _bar(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"))
-        return Progress(*columns, TimeRemainingColumn(), console=self._console, transient=False)
-
     def track(self, steps: Sequence[int], description: str) -> Iterator[int]:
-        with self._bar() as bar:
+        with _bar(self._console) as bar:
             yield from bar.track(steps, description=description)
 
-    @contextmanager
-    def passing(self, description: str) -> Iterator[Callable[[float], None]]:
-        with self._bar() as bar:
-            task = bar.add_task(description, total=1.0)
-            yield lambda fraction: bar.update(task, completed=fraction)
+    def passing(self, description: str) -> AbstractContextManager[Callable[[float], None]]:
+        return passing(description, self._console)
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         path = self.folder / f"{name}.safetensors"

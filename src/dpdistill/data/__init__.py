@@ -120,6 +120,8 @@ def kind_of(spec: str | Path, limits: Limits) -> str:
             return "tables"
         if any(IMAGES_NAME.fullmatch(entry.name) for entry in entries):
             return "idx"
+        if any(entry.name.endswith(".npz") for entry in entries):
+            raise InputError(path, "holds npz files", "name one of them, for example train.npz")
         return "tables" if holds_tables(path, limits) else "folder"
     for suffix, kind in ((".npz", "npz"), (".parquet", "tables"), (".arrow", "tables")):
         if name.endswith(suffix):

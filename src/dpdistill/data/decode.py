@@ -50,6 +50,8 @@ def decode_image(data: bytes, path: object, limits: Limits, resize: int | None =
         raise InputError(path, f"is named {extension} but holds {found}", "rename or convert it")
     if found == "PNG" and data[24:25] == b"\x10":  # Pillow would silently drop the low bytes of 16-bit colour
         raise InputError(path, "has 16 bits per channel", "convert it to 8 bits")
+    if found == "PNG" and b"IEND\xaeB`\x82" not in data:  # Pillow stops at the last pixel and would not miss it
+        raise InputError(path, "is cut short", "copy or download it again")
     with Image.open(io.BytesIO(data), formats=[found]) as image:
         w, h = image.size
         if max(w, h) > limits.max_side or w * h > limits.max_pixels:
@@ -74,6 +76,8 @@ def flatten(image: Image.Image, path: object) -> Image.Image:
     """Returns an upright image of mode L or RGB."""
     if image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA"):
         raise InputError(path, f"has pixels of the kind {image.mode}", "convert it to 8-bit grey or RGB")
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise InputError(path, "has palette pixels but no palette", "save it again as RGB")
     grey = image.mode in ("1", "L", "LA")
     image = ImageOps.exif_transpose(image)
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from dpdistill.data.limits import Limits
 from dpdistill.errors import InputError
@@ -58,7 +58,7 @@ def check_name(path: str | Path) -> str:
 
 
 @contextmanager
-def open_regular(path: str | Path, limits: Limits, *, follow: bool = True) -> Iterator[tuple[BinaryIO, int]]:
+def open_regular(path: str | Path, limits: Limits, *, follow: bool = True) -> Iterator[tuple[IO[bytes], int]]:
     """Opens a regular file for reading and yields it with its size in bytes.
 
     Args:
@@ -109,7 +109,7 @@ def list_folder(path: str | Path, limits: Limits) -> list[os.DirEntry[str]]:
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def read_exactly(file: BinaryIO, n_bytes: int, path: object) -> bytes:
+def read_exactly(file: IO[bytes], n_bytes: int, path: object) -> bytes:
     """Returns the next bytes of a header. A file that ends before is refused."""
     data = file.read(n_bytes)
     if len(data) != n_bytes:
@@ -117,7 +117,7 @@ def read_exactly(file: BinaryIO, n_bytes: int, path: object) -> bytes:
     return data
 
 
-def read_into(file: BinaryIO, view: memoryview, path: object) -> None:
+def read_into(file: IO[bytes], view: memoryview, path: object) -> None:
     """Fills a writable byte view from a stream in chunks of 1 MiB, and checks that the stream then ends."""
     done = 0
     while done < len(view):

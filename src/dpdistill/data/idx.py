@@ -10,7 +10,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import IO, cast
 
 import numpy as np
 
@@ -85,7 +85,7 @@ def read_bytes(path: str, n_dims: int, limits: Limits) -> np.ndarray:
     with open_regular(path, limits) as (file, size), one_error_type(path):
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if packed else file
+        stream = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if packed else file
         header = read_exactly(stream, 4 + 4 * n_dims, path)
         if header[:4] != bytes((0, 0, 8, n_dims)):
             raise InputError(path, f"is not an IDX file of bytes with {n_dims} dimensions", "download it again")
@@ -95,5 +95,5 @@ def read_bytes(path: str, n_dims: int, limits: Limits) -> np.ndarray:
             raise InputError(path, "has a header that does not fit its size", "copy or download it again")
         check_unpacked(path, n_bytes, size, limits)
         array = np.empty(n_bytes, np.uint8)
-        read_into(stream, memoryview(array), path)
+        read_into(stream, array.data, path)
         return array.reshape(shape)

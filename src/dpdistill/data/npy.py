@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class NpyHeader:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(file: BinaryIO, path: object) -> NpyHeader:
+def read_header(file: IO[bytes], path: object) -> NpyHeader:
     """Reads the header of an npy stream.
 
     Raises:
@@ -72,7 +72,7 @@ def read_header(file: BinaryIO, path: object) -> NpyHeader:
     return NpyHeader(dtype=np.dtype(descr), shape=shape, fortran_order=fortran == "True", n_header_bytes=header_bytes)
 
 
-def read_array(file: BinaryIO, path: object, *, stored_bytes: int, packed_bytes: int, limits: Limits) -> np.ndarray:
+def read_array(file: IO[bytes], path: object, *, stored_bytes: int, packed_bytes: int, limits: Limits) -> np.ndarray:
     """Reads one npy stream to its end.
 
     Args:
@@ -90,7 +90,7 @@ def read_array(file: BinaryIO, path: object, *, stored_bytes: int, packed_bytes:
     if header.n_bytes + header.n_header_bytes != stored_bytes:
         raise InputError(path, "has a header that does not fit its size", "write it with numpy.savez")
     flat = np.empty(header.n_bytes, np.uint8)
-    read_into(file, memoryview(flat), path)
+    read_into(file, flat.data, path)
     if header.dtype.itemsize == 0:
         return np.zeros(header.shape, header.dtype)
     array = flat.view(header.dtype).reshape(header.shape, order="F" if header.fortran_order else "C")

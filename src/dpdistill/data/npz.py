@@ -10,7 +10,7 @@ import re
 import struct
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -25,7 +25,7 @@ MAX_DIRECTORY_BYTES = 2**16
 END_RECORD = struct.Struct("<4s4H2LH")  # the zip format's "end of central directory"
 
 
-def check_archive(file: BinaryIO, size: int, path: object) -> None:
+def check_archive(file: IO[bytes], size: int, path: object) -> None:
     """Refuses a zip whose directory is large, or that has anything before, after or between archive and directory."""
     tail_start = max(0, size - END_RECORD.size - 2**16)
     file.seek(0)

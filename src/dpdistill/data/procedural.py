@@ -99,7 +99,7 @@ def strokes(n: int, canvas: Canvas) -> np.ndarray:
         here = np.flatnonzero(n_used_N > s)
         points = basis_P4 @ control[here, s]
         terms = np.concatenate([-2 * points, (points**2).sum(-1, keepdims=True)], axis=-1)
-        to_points = (terms.reshape(-1, 3) @ pixels_3D).reshape(len(here), n_points, -1)
+        to_points = (terms.reshape(-1, 3) @ pixels_3D).reshape(len(here), n_points, canvas.x_HW.size)
         nearest_ND[here] = np.minimum(nearest_ND[here], to_points.min(axis=1))
     distance = np.sqrt(np.maximum(nearest_ND + (pixels_3D[:2] ** 2).sum(axis=0), 0)).reshape(n, *canvas.x_HW.shape)
     return canvas.fill(distance - canvas.uniform(0.07, 0.18, n, 1, 1))

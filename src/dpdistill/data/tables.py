@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dpdistill.data.arrow_stream import ArrowStream
 from dpdistill.data.decode import decode_image
-from dpdistill.data.files import list_folder, no_warnings, one_error_type
+from dpdistill.data.files import list_folder, no_warnings, one_error_type, open_regular
 from dpdistill.data.huggingface import class_names_of
 from dpdistill.data.limits import Limits
 from dpdistill.data.splits import choose_split, group_shards
 from dpdistill.data.stack import stack_images
 from dpdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from dpdistill.data.parquet import ParquetTable
 
 SUFFIXES = (".parquet", ".arrow")
 
@@ -58,6 +64,22 @@ def holds_tables(path: str | Path, limits: Limits, depth: int = 1) -> bool:
     return depth > 0 and len(folders) <= 100 and any(holds_tables(entry.path, limits, depth - 1) for entry in folders)
 
 
+@contextmanager
+def open_table(path: str, columns: tuple[str, str], limits: Limits) -> Iterator[ArrowStream | ParquetTable]:
+    """Opens a file by its extension and checks that it has an image column and a label column.
+
+    Raises:
+      InputError: not such a table. Also for anything that a reader raises while the file is open.
+    """
+    with open_regular(path, limits) as (file, size), one_error_type(path):
+        if path.endswith(".arrow"):
+            yield ArrowStream(file, size, path, columns, limits)
+        else:
+            with no_warnings():
+                from dpdistill.data.parquet import ParquetTable  # here: importing pyarrow takes a quarter of a second
+            yield ParquetTable(file, size, path, columns, limits)
+
+
 def read_tables(
     paths: Sequence[str],
     *,
@@ -80,14 +102,12 @@ def read_tables(
     Raises:
       InputError: a column is missing or of another type, a value is null, an image cannot be decoded, or shards differ.
     """
-    with no_warnings():
-        from dpdistill.data.arrow import TableFile  # here: importing pyarrow takes a quarter of a second
 
     columns = (image_column, label_column)
     declared: list[list[str] | None] = []
     n_rows = 0
     for path in paths:
-        with TableFile.open(path, columns, limits) as table:
+        with open_table(path, columns, limits) as table:
             declared.append(class_names_of(path, table.metadata, label_column))
             n_rows += table.n_rows
             if declared[-1] != declared[0]:
@@ -99,7 +119,7 @@ def read_tables(
     def rows() -> Iterator[tuple[object, np.ndarray]]:
         """Yields decoded images, and collects labels on the way."""
         for path in paths:
-            with TableFile.open(path, columns, limits) as table:
+            with open_table(path, columns, limits) as table:
                 for images, labels_B in table.batches():
                     labels.append(
                         labels_B if isinstance(labels_B, np.ndarray) else positions(path, labels_B, class_names)

@@ -24,7 +24,11 @@ _CHUNK = 2**20
 
 def derive(key: bytes, *labels: str | bytes) -> bytes:
     """Returns a 32-byte key for one purpose: HMAC-SHA256 of the labels, each with its length so that none runs into the next."""
-    message = b"".join(len(raw).to_bytes(8, "big") + raw for raw in (x.encode() if isinstance(x, str) else x for x in labels))
+    if not key:
+        raise ValueError("Expected a key; this one was erased.")
+    message = b"".join(
+        len(raw).to_bytes(8, "big") + raw for raw in (x.encode() if isinstance(x, str) else x for x in labels)
+    )
     return hmac.new(key, message, hashlib.sha256).digest()
 
 
@@ -81,8 +85,10 @@ def _half_normal(p: "mpmath.mpf") -> "mpmath.mpf":
         step = (mpmath.erfc(z / mpmath.sqrt(2)) / 2 - p) / mpmath.npdf(z)
         z += step
         if abs(step) < mpmath.mpf(2) ** -(mpmath.mp.prec - 40):
-            break
-    return z
+            return z
+    raise RuntimeError(
+        "The normal quantile did not converge; no noise can be drawn."
+    )  # only below 2⁻¹⁰⁷⁴, which no stream reaches
 
 
 def rounded_gaussian(n: int, sigma: float, stream: Stream) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.images import LabelledImages, to_unit
-from ..errors import ConfigError, LedgerError
+from ..errors import ConfigError, LedgerError, RecordwiseError
 from ..privacy.faults import point
 from ..privacy.ledger import Ledger
 from ..privacy.queries import GaussianSum
@@ -28,7 +28,7 @@ from .vault import Vault
 class Progress(Protocol):
     """Told how far a pass over the records is, as a fraction: never a count, which is private."""
 
-    def __call__(self, fraction: float) -> None: ...
+    def __call__(self, fraction: float, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,11 @@ class PrivateData:
       checks: for each query name the largest relative difference the record-wise check saw.
     """
 
-    def __init__(self, records: LabelledImages, ledger: Ledger, vault: Vault, *, device: str = "cpu", micro_batch: int = 256) -> None:
+    def __init__(
+        self, records: LabelledImages, ledger: Ledger, vault: Vault, *, device: str = "cpu", micro_batch: int = 256
+    ) -> None:
+        if micro_batch < 1:
+            raise ValueError(f"Expected {micro_batch=} of at least 1.")
         channels, height, width = records.images.shape[1:]
         self.image_shape: tuple[int, int, int] = (channels, height, width)
         self.n_classes = len(records.class_names)
@@ -66,7 +70,9 @@ class PrivateData:
         """Raises RecordwiseError unless `fn` treats records alone. Reads no record, charges nothing."""
         if query.n_classes not in (1, self.n_classes):
             raise ConfigError(f"query {query.name!r} has {query.n_classes} rows for {self.n_classes} classes")
-        worst = check_recordwise(lambda x, y: fn(x.to(self.device), y.to(self.device)), self.image_shape, self.n_classes, query.dim)
+        worst = check_recordwise(
+            lambda x, y: fn(x.to(self.device), y.to(self.device)), self.image_shape, self.n_classes, query.dim
+        )
         self.checks[query.name] = max(worst, self.checks.get(query.name, 0.0))
 
     def reserve(self, query: GaussianSum, count: int = 1) -> Reservation:
@@ -79,7 +85,9 @@ class PrivateData:
         if self._pending:
             index, line = self._pending.pop(0)
             if line["query"] != query.describe() or line["count"] != count:
-                raise LedgerError("this run asked for other releases before it stopped; remove its state folder to begin anew")
+                raise LedgerError(
+                    "this run asked for other releases before it stopped; remove its state folder to begin anew"
+                )
             return Reservation(query, count, index)
         return Reservation(query, count, self._ledger.reserve(self._vault.run, query, count))
 
@@ -108,15 +116,18 @@ class PrivateData:
         self.check(query, fn)
         return self.release_reserved(self.reserve(query), 0, fn, progress=progress)
 
-    def release_reserved(self, held: Reservation, index: int, fn: RecordFunction, *, progress: Progress | None = None) -> Tensor:
+    def release_reserved(
+        self, held: Reservation, index: int, fn: RecordFunction, *, progress: Progress | None = None
+    ) -> Tensor:
         """Release number `index` of a reservation; otherwise as `release`. Asked again, it returns the same bytes and reads nothing."""
         if not (0 <= index < held.count):
             raise ValueError(f"Expected {index=} below the {held.count} releases that were charged.")
         query = held.query
-        name = f"release-{held.line}-{index}"
+        self._check_charged(held)
+        name = self._name(held.line, index)
+        self.check(query, fn)  # also where the answer is known: a resumed run must report the same checks
         noisy = self._vault.load(name)
         if noisy is None:
-            self.check(query, fn)
             for attempt in self._attempts(held, index):
                 total = self._exact_sum(query, fn, attempt, progress)
                 point("door: summed")
@@ -129,17 +140,36 @@ class PrivateData:
             self._vault.save(name, noisy)
         return torch.from_numpy(noisy.astype(np.float64) * (query.clip_norm / 2**query.grid_bits)).float()
 
+    def _check_charged(self, held: Reservation) -> None:
+        """Raises LedgerError unless the reservation is on the ledger, word for word: a made-up one buys nothing."""
+        line = self._ledger.lines[held.line] if 0 <= held.line < len(self._ledger.lines) else {"type": "none"}
+        facts = {
+            "type": "intent",
+            "run": self._vault.run,
+            "query": held.query.describe(),
+            "count": held.count,
+            "again": "",
+        }
+        if {key: line.get(key) for key in facts} != facts:
+            raise LedgerError("this reservation is not on the ledger; ask reserve() for one; nothing was read")
+
+    def _name(self, line: int, index: int) -> str:
+        """A release's name in the vault. The line's hash covers all lines before it: nothing is mistaken for another ledger's."""
+        return f"release-{self._ledger.lines[line]['hash'][:32]}-{index}"
+
     def _attempts(self, held: Reservation, index: int) -> Iterator[str]:
         """Names of a release: the one that was charged, then one more charged line for each time the sum came out differently."""
         again = f"{held.line}-{index}"
-        yield f"release-{again}"
+        yield self._name(held.line, index)
         for line_index, line in enumerate(list(self._ledger.lines)):
             if line["type"] == "intent" and line["run"] == self._vault.run and line["again"] == again:
-                yield f"release-{line_index}-0"
+                yield self._name(line_index, 0)
         while True:
-            yield f"release-{self._ledger.reserve(self._vault.run, held.query, again=again)}-0"
+            yield self._name(self._ledger.reserve(self._vault.run, held.query, again=again), 0)
 
-    def _exact_sum(self, query: GaussianSum, fn: RecordFunction, name: str, progress: Progress | None) -> NDArray[np.int64]:
+    def _exact_sum(
+        self, query: GaussianSum, fn: RecordFunction, name: str, progress: Progress | None
+    ) -> NDArray[np.int64]:
         images, labels = self._records.images, self._records.labels  # private
         chosen = np.arange(len(labels))
         if query.sampling_prob < 1:
@@ -148,14 +178,20 @@ class PrivateData:
         size = self.micro_batch
         for start in range(0, len(chosen), size):
             rows = chosen[start : start + size]
-            x = np.zeros((size, *self.image_shape), np.float32)  # always the same shape: a row's arithmetic must not depend on how many there are
+            x = np.zeros(
+                (size, *self.image_shape), np.float32
+            )  # always the same shape: a row's arithmetic must not depend on how many there are
             x[: len(rows)] = to_unit(images[rows], self._records.value_range)
             y = np.zeros(size, np.int64)
             y[: len(rows)] = labels[rows]
             valid = np.isfinite(x).all(axis=(1, 2, 3)) & (y >= 0) & (y < self.n_classes) & (np.arange(size) < len(rows))
             x[~valid], y[~valid] = 0, 0
             with torch.no_grad():
-                v = fn(torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device))
+                v = fn(
+                    torch.from_numpy(x).to(self.device), torch.tensor(y, device=self.device)
+                )  # a copy of y: fn may write into it
+            if v.shape != (size, query.dim):
+                raise RecordwiseError(f"a record function returned shape {tuple(v.shape)}, wanted {(size, query.dim)}")
             grid = clip_to_grid(v, query.clip_norm, query.grid_bits).cpu()
             grid[~torch.from_numpy(valid)] = 0
             row = torch.from_numpy(y) if query.n_classes > 1 else torch.zeros(size, dtype=torch.int64)

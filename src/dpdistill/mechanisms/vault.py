@@ -6,6 +6,7 @@ independent of it. `erase` destroys the key when the release is written.
 """
 
 import hashlib
+import io
 import os
 import secrets
 import shutil
@@ -33,6 +34,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     point("vault: renamed")
 
 
+def _overwrite(path: Path) -> None:
+    """Puts zeros over a file's content, where there is one."""
+    if path.exists():
+        with open(path, "r+b") as file:
+            file.write(bytes(32))
+            file.flush()
+            os.fsync(file.fileno())
+
+
 class Vault:
     """The private state of one run, in one folder.
 
@@ -52,11 +62,14 @@ class Vault:
             key = derive(b"insecure", str(insecure_seed))
             return cls(folder, "insecure-" + key.hex()[:16], key, True)
         path = folder / "key"
+        _overwrite(folder / "key.erased")  # a crash may have stopped `erase`
         if not path.exists():
             write_atomically(path, secrets.token_bytes(32))
         key = path.read_bytes()
-        if len(key) != 32:
-            raise LedgerError(f"{path}: not a key; remove the folder to begin a new run (what was charged stays charged)")
+        if len(key) != 32 or key == bytes(32):  # all zero: overwritten, so known to everyone
+            raise LedgerError(
+                f"{path}: not a key; remove the folder to begin a new run (what was charged stays charged)"
+            )
         return cls(folder, "run-" + derive(key, "name").hex()[:16], key, False)
 
     def sampling_stream(self, release: str) -> Stream:
@@ -83,19 +96,18 @@ class Vault:
 
     def save(self, release: str, noisy: NDArray[np.int64]) -> None:
         """Keeps a noisy sum for a resumed run. It is already private: only its loss would cost anything."""
-        partial = self.folder / f"{release}.building"
-        with open(partial, "wb") as file:
-            np.save(file, noisy, allow_pickle=False)
-        content = partial.read_bytes()
-        partial.unlink()
-        write_atomically(self.folder / f"{release}.npy", content)
+        content = io.BytesIO()
+        np.save(content, noisy, allow_pickle=False)
+        write_atomically(self.folder / f"{release}.npy", content.getvalue())
 
     def erase(self) -> None:
         """Overwrites the key and removes the folder."""
-        key = self.folder / "key"
+        key, erased = self.folder / "key", self.folder / "key.erased"
         if key.exists():
-            with open(key, "r+b") as file:
-                file.write(bytes(32))
-                file.flush()
-                os.fsync(file.fileno())
+            os.replace(key, erased)  # first the name: a crash must never leave an overwritten, known key to be used
+            sync_directory(self.folder)
+            point("vault: key set aside")
+        _overwrite(erased)
+        point("vault: key overwritten")
+        self._key = b""  # and this handle can draw no more noise: `Stream` and `derive` want a key
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -19,6 +19,12 @@ Relation = Literal["add_or_remove_one", "replace_one"]
 Part = tuple[float, float, int]
 
 DISCRETISATION = 1e-4  # trust: 1e-3 agreement with the exact value needs 1e-4 or finer
+COARSE_DISCRETISATION, COARSE_EPSILON = (
+    1e-3,
+    20.0,
+)  # above this ε the coarse step will do: pessimistic too, and affordable
+CLOSED_SIGMA = 0.09  # below: no PLD (it needs minutes and gigabytes), but the closed-form bound without sampling
+Q_MIN, SIGMA_MIN, SIGMA_MAX = 1e-9, 1e-6, 1e9  # q: far above the 2⁻⁵³ to which a sampling coin is exact
 ACCOUNTANT = "dp-accounting PLD"
 _RELATIONS = {
     "add_or_remove_one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
@@ -28,12 +34,14 @@ _RELATIONS = {
 
 def check_part(q: float, sigma: float, count: int) -> None:
     """Raises ConfigError unless the part is a mechanism this file can account for (NaN never passes)."""
-    if not (0 < q <= 1):
-        raise ConfigError(f"Expected sampling_prob in (0, 1], got {q}.")
-    if not (sigma > 0 and math.isfinite(sigma)):
-        raise ConfigError(f"Expected a finite noise_multiplier > 0, got {sigma}.")
-    if not (isinstance(count, int) and count >= 1):
-        raise ConfigError(f"Expected a whole count >= 1, got {count}.")
+    if not (Q_MIN <= q <= 1):
+        raise ConfigError(f"Expected sampling_prob in (0, 1], and at least {Q_MIN:g}, got {q}.")
+    if not (SIGMA_MIN <= sigma <= SIGMA_MAX):
+        raise ConfigError(
+            f"Expected a finite noise_multiplier > 0, between {SIGMA_MIN:g} and {SIGMA_MAX:g}, got {sigma}."
+        )
+    if not (type(count) is int and 1 <= count <= 10**12):
+        raise ConfigError(f"Expected a whole count >= 1, got {count!r}.")
 
 
 def group(parts: Iterable[Part]) -> tuple[Part, ...]:
@@ -64,9 +72,14 @@ def event(parts: Iterable[Part]) -> dp_accounting.DpEvent:
 
 
 @lru_cache(maxsize=256)
-def _pld_epsilon(parts: tuple[Part, ...], delta: float, relation: Relation, interval: float) -> float:
-    accountant = pld.PLDAccountant(_RELATIONS[relation], value_discretization_interval=interval)
-    return float(accountant.compose(event(parts)).get_epsilon(delta))
+def _pld_epsilon(parts: tuple[Part, ...], delta: float, relation: Relation) -> float:
+    value = math.nan
+    for interval in (COARSE_DISCRETISATION, DISCRETISATION):
+        accountant = pld.PLDAccountant(_RELATIONS[relation], value_discretization_interval=interval)
+        value = float(accountant.compose(event(parts)).get_epsilon(delta))
+        if not (value <= COARSE_EPSILON):
+            break
+    return value
 
 
 def rdp_epsilon(parts: Iterable[Part], delta: float) -> float:
@@ -95,18 +108,25 @@ def epsilon(parts: Iterable[Part], delta: float, relation: Relation = "add_or_re
       relation: what neighbours differ in.
 
     Raises:
-      ConfigError: a part or `delta` is out of range, or the accountants contradict each other.
+      ConfigError: a part, `delta` or `relation` is out of range, or the accountant's answer is no number.
     """
     if not (0 < delta < 1):
         raise ConfigError(f"Expected delta in (0, 1), got {delta}.")
+    if relation not in _RELATIONS:
+        raise ConfigError(f"Expected relation to be one of {sorted(_RELATIONS)}, got {relation!r}.")
     grouped = group(parts)
     if not grouped:
         return 0.0
-    if relation == "replace_one" and all(q == 1 for q, _, _ in grouped):
-        # dp-accounting doubles the distance itself; for a Gaussian that is exactly half the noise multiplier.
-        grouped = tuple((q, sigma / 2, count) for q, sigma, count in grouped)
-        relation = "add_or_remove_one"
-    value = _pld_epsilon(grouped, delta, relation, DISCRETISATION)
+    smallest = min(sigma for _, sigma, _ in grouped)
+    if smallest < CLOSED_SIGMA or all(q == 1 for q, _, _ in grouped):
+        # Sampling only helps, so all parts unsampled bound ε from above: one Gaussian, in closed form, exact at q = 1.
+        half = 2.0 if relation == "replace_one" else 1.0
+        whole = sum(count / (sigma / half) ** 2 for _, sigma, count in grouped) ** -0.5
+        value = gaussian_epsilon(whole, delta)
+        if whole >= CLOSED_SIGMA:  # PLD may lie below the exact value by its own rounding, never the other way about
+            value = max(value, _pld_epsilon(((1.0, whole, 1),), delta, "add_or_remove_one"))
+    else:
+        value = _pld_epsilon(grouped, delta, relation)
     if not (value >= 0):  # NaN or negative: refuse rather than compare as "below the cap"
         raise ConfigError(f"The accountant returned {value} for {grouped} at delta={delta}.")
     return value

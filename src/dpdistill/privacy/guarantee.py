@@ -5,7 +5,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from decimal import ROUND_CEILING, Decimal
+from typing import Literal, get_args
 
 Basis = Literal["proved", "attested", "paper-nominal", "none"]
 
@@ -14,8 +15,13 @@ def round_up(value: float, digits: int = 3) -> float:
     """Returns `value` rounded up (an ε that is printed must never be smaller than the one that was proved)."""
     if not math.isfinite(value):
         return value
-    scale = 10**digits
-    return math.ceil(value * scale - 1e-9) / scale
+    exact = Decimal(repr(float(value)))  # the shortest decimal that reads back as `value`: 0.3 stays 0.3
+    return float(exact.quantize(Decimal(1).scaleb(-digits), rounding=ROUND_CEILING))
+
+
+def shown(value: float) -> str:
+    """Writes an ε, rounded up to three decimals, in full: `:g` would round 12345.641 down."""
+    return f"{round_up(value):.3f}".rstrip("0").rstrip(".")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +46,20 @@ class Guarantee:
     def __post_init__(self) -> None:
         if not (0 < self.delta < 1):
             raise ValueError(f"Expected {self.delta=} in (0, 1).")
-        if not (self.epsilon >= 0):  # also refuses NaN
-            raise ValueError(f"Expected {self.epsilon=} to be at least 0.")
+        for value in (self.epsilon, self.epsilon_replace_one, self.epsilon_all_runs):
+            if not (value >= 0):  # also refuses NaN
+                raise ValueError(
+                    f"Expected every epsilon to be at least 0, got {self.epsilon=}, replace_one, all_runs with {value}."
+                )
+        if self.basis not in get_args(Basis):
+            raise ValueError(f"Expected {self.basis=} to be one of {get_args(Basis)}.")
 
     def __str__(self) -> str:
         if self.basis == "none":
             return "NOT PRIVATE: this release carries no privacy guarantee for any record."
+        claim = "" if self.basis == "proved" else f"Not proved here ({self.basis}): "
         return (
-            f"Adding or removing one {self.unit} changes the probability of any outcome of this release by a factor of at most "
-            f"e^{round_up(self.epsilon):g}, plus {self.delta:g} (ε = {round_up(self.epsilon):g}, δ = {self.delta:g}; exchanging one "
-            f"{self.unit}: ε = {round_up(self.epsilon_replace_one):g}; all runs on this data: ε = {round_up(self.epsilon_all_runs):g})."
+            f"{claim}Adding or removing one {self.unit} changes the probability of any outcome of this release by a factor of at most "
+            f"e^{shown(self.epsilon)}, plus {self.delta!r} (ε = {shown(self.epsilon)}, δ = {self.delta!r}; exchanging one "
+            f"{self.unit}: ε = {shown(self.epsilon_replace_one)}; all runs on this data: ε = {shown(self.epsilon_all_runs)})."
         )

@@ -9,18 +9,21 @@ Format: docs/ledger.md.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import BudgetError, LedgerError
+from ..errors import BudgetError, ConfigError, LedgerError
 from . import accounting
 from .accounting import Part, Relation
 from .faults import point
-from .guarantee import round_up
+from .guarantee import round_up, shown
 from .queries import GaussianSum
 
 FORMAT = "dpdistill-ledger-1"
@@ -34,7 +37,6 @@ _KEYS = {
     "intent": {"run", "count", "query", "again"},
     "final": {"run"},
 }
-_QUERY_KEYS = set(GaussianSum(name="", dim=1, noise_multiplier=1.0).describe())
 
 Line = dict[str, Any]
 
@@ -57,7 +59,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> Line:
 def parse_line(raw: bytes, previous: str, number: int) -> Line:
     """Returns one checked line. Raises LedgerError with its number unless every byte is as it was written."""
     try:
-        line = json.loads(raw, object_pairs_hook=_no_repeats)
+        line: Line = json.loads(raw, object_pairs_hook=_no_repeats)
         body = {key: value for key, value in line.items() if key != "hash"}
         genuine = line["hash"] == line_hash(previous, body) and canonical(line) == raw
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
@@ -71,16 +73,39 @@ def parse_line(raw: bytes, previous: str, number: int) -> Line:
         raise LedgerError(f"the ledger's format is {line['format']!r}, wanted {FORMAT!r}")
     if kind == "intent":
         line_part(line)
+    if kind in ("open", "cap"):
+        _line_cap(line)
+    if not all(isinstance(line[name], str) for name in wanted - {"count", "query"}):
+        raise LedgerError(f"line {number} of the ledger holds a field of another kind")
     return line
+
+
+def check_cap(cap: tuple[float, float]) -> tuple[float, float]:
+    """Returns the cap as two floats. Raises ConfigError unless it is a finite ε > 0 and a δ in (0, 1)."""
+    epsilon, delta = float(cap[0]), float(cap[1])
+    if not (0 < epsilon < math.inf):
+        raise ConfigError(f"Expected a budget epsilon that is finite and > 0, got {epsilon}.")
+    accounting.epsilon([], delta)
+    return epsilon, delta
+
+
+def _line_cap(line: Line) -> tuple[float, float]:
+    """The cap on an open or cap line. Raises LedgerError unless it is one, written in the one way."""
+    try:
+        cap = check_cap((line["cap_epsilon"], line["cap_delta"]))
+        if (repr(cap[0]), repr(cap[1])) != (line["cap_epsilon"], line["cap_delta"]):
+            raise ValueError(line)
+    except Exception as error:
+        raise LedgerError("the ledger holds a cap that is none") from error
+    return cap
 
 
 def line_part(line: Line) -> Part:
     """What the accountant needs of an intent line. Raises LedgerError unless it is a mechanism that it knows."""
-    query = line["query"]
     try:
-        if set(query) != _QUERY_KEYS or query["mechanism"] != "gaussian_sum":
-            raise ValueError(query)
-        part = (float(query["sampling_prob"]), float(query["noise_multiplier"]), int(line["count"]))
+        part = GaussianSum.parse(line["query"]).part(
+            line["count"]
+        )  # refuses every other mechanism, field or way to write a number
         accounting.check_part(*part)
     except Exception as error:  # whatever is wrong, an unaccountable line must stop everything
         raise LedgerError("the ledger holds a mechanism that this version cannot account for") from error
@@ -95,6 +120,22 @@ def parse(raw: bytes) -> list[Line]:
     for number, text in enumerate(raw[:-1].split(b"\n"), start=1):
         lines.append(parse_line(text, lines[-1]["hash"] if lines else _START, number))
     return lines
+
+
+def split_tail(raw: bytes) -> tuple[bytes, bytes]:
+    """Splits a ledger's bytes into whole lines and a torn last one, which a crash during a write may leave.
+
+    Raises:
+      LedgerError: what follows the last newline holds a whole object: its newline was lost after it was on disk, so its release may have
+        happened, and cutting it would forget a charge.
+    """
+    end = raw.rfind(b"\n") + 1
+    whole, torn = raw[:end], raw[end:]
+    try:
+        json.JSONDecoder().raw_decode(torn.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return whole, torn
+    raise LedgerError("the last line of the ledger is damaged; restore the file, never edit it")
 
 
 def sync_directory(path: Path) -> None:
@@ -115,6 +156,8 @@ class Ledger:
 
     def __init__(self, path: Path, descriptor: int, lines: list[Line]) -> None:
         self.path, self._descriptor, self.lines = path, descriptor, lines
+        self._pid, self._end = os.getpid(), sum(len(canonical(line)) + 1 for line in lines)
+        self._unsure = False  # whether a write stopped half-way, so that the file may hold what `lines` does not
 
     @classmethod
     def open(cls, path: Path, *, cap: tuple[float, float], data: str | None = None, unit: str = "record") -> "Ledger":
@@ -123,38 +166,48 @@ class Ledger:
         Args:
           path: its file; the folder is made, readable by the owner only.
           cap: (ε, δ) that all runs together may cost, used when the ledger begins; see `raise_cap`.
-          data: public name of the data set; a random one where not given.
+          data: public name of the data set; a random one where not given. A ledger that bears another name is refused.
 
         Raises:
           LedgerError: damaged, or another process holds it. A torn last line (a crash while writing) is cut off: its
             release had not happened.
         """
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        cap = check_cap(cap)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        except OSError as error:
+            raise LedgerError(f"{path}: the ledger could not be opened ({error.strerror}); nothing was read") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(descriptor)
             raise LedgerError(f"{path}: another run is using this data set's ledger; wait for it to end") from error
         try:
-            if os.fstat(descriptor).st_size > MAX_BYTES:
-                raise LedgerError(f"{path}: a ledger over {MAX_BYTES} bytes is not one of ours")
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode) or os.fstat(descriptor).st_size > MAX_BYTES:
+                raise LedgerError(f"{path}: no regular file of at most {MAX_BYTES} bytes, so not one of our ledgers")
             with os.fdopen(os.dup(descriptor), "rb") as file:
                 raw = file.read()
-            whole = raw[: raw.rfind(b"\n") + 1]
+            whole, torn = split_tail(raw)
             lines = parse(whole) if whole else []
-            if len(whole) < len(raw):
+            if torn:
                 os.ftruncate(descriptor, len(whole))
                 os.fsync(descriptor)
             ledger = cls(path, descriptor, lines)
+            if lines and ((data or lines[0]["data"]), unit) != (lines[0]["data"], lines[0]["unit"]):
+                raise LedgerError(
+                    f"{path}: this ledger belongs to other data, {lines[0]['data']!r} by {lines[0]['unit']!r}"
+                )
             if not lines:
                 name = data or "data-" + secrets.token_hex(8)
                 if not _ID.fullmatch(name):
-                    raise LedgerError(f"a data set's name is letters, digits, '.', '_' and '-', at most 64; got {name!r}")
-                accounting.epsilon([], cap[1])  # refuses a delta out of range
+                    raise LedgerError(
+                        f"a data set's name is letters, digits, '.', '_' and '-', at most 64; got {name!r}"
+                    )
                 opening = {"format": FORMAT, "data": name, "unit": unit, "relation": "add_or_remove_one"}
-                ledger._append({"type": "open", **opening, "cap_epsilon": repr(float(cap[0])), "cap_delta": repr(float(cap[1]))})
-                sync_directory(path.parent)
+                ledger._append({"type": "open", **opening, "cap_epsilon": repr(cap[0]), "cap_delta": repr(cap[1])})
+            sync_directory(path.parent)  # each time: a crash may have come between the first line and this
+            sync_directory(path.parent.parent)
             return ledger
         except BaseException:
             os.close(descriptor)
@@ -175,8 +228,17 @@ class Ledger:
     def _append(self, body: Line) -> Line:
         line = {**body, "hash": line_hash(self.lines[-1]["hash"] if self.lines else _START, body)}
         raw = canonical(line) + b"\n"
+        if self._descriptor < 0 or self._pid != os.getpid():
+            raise LedgerError(
+                f"{self.path}: the ledger is closed, or was opened by the process this one was forked from; nothing was read"
+            )
         end = os.lseek(self._descriptor, 0, os.SEEK_END)
+        if self._unsure or end != self._end:
+            raise LedgerError(
+                f"{self.path}: a write failed or another hand wrote into the ledger; open it again; nothing was read"
+            )
         point("ledger: before the line")
+        self._unsure = True  # until the line is on disk and in `lines`, whatever interrupts
         try:
             written = 0
             while written < len(raw):
@@ -184,23 +246,28 @@ class Ledger:
                 point("ledger: line written, not yet on disk")
             os.fsync(self._descriptor)
         except OSError as error:  # disk full, I/O error: leave no half line behind a later good one
-            os.ftruncate(self._descriptor, end)
-            raise LedgerError(f"{self.path}: the ledger could not be written ({error.strerror}); nothing was read") from error
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, end)
+                os.fsync(self._descriptor)
+            raise LedgerError(
+                f"{self.path}: the ledger could not be written ({error.strerror}); nothing was read"
+            ) from error
         point("ledger: line on disk")
         self.lines.append(line)
+        self._end, self._unsure = end + len(raw), False
         return line
 
     @property
     def cap(self) -> tuple[float, float]:
         """(ε, δ) that all runs together may cost."""
         last = next(line for line in reversed(self.lines) if line["type"] in ("open", "cap"))
-        return float(last["cap_epsilon"]), float(last["cap_delta"])
+        return _line_cap(last)
 
     def raise_cap(self, cap: tuple[float, float]) -> None:
         """Records a new cap: a person's decision, and visible in every later certificate."""
-        accounting.epsilon([], cap[1])
+        cap = check_cap(cap)
         if cap != self.cap:
-            self._append({"type": "cap", "cap_epsilon": repr(float(cap[0])), "cap_delta": repr(float(cap[1]))})
+            self._append({"type": "cap", "cap_epsilon": repr(cap[0]), "cap_delta": repr(cap[1])})
 
     def start(self, run: str, method: str, config: str) -> None:
         """Announces a run, once. `config` is the hash of its public configuration."""
@@ -223,8 +290,8 @@ class Ledger:
         if not (total <= cap_epsilon):
             spent = accounting.epsilon(parts(self.lines), cap_delta)
             raise BudgetError(
-                f"the ledger of this data has spent ε = {round_up(spent):g} of its cap {cap_epsilon:g} (δ = {cap_delta:g}), and this "
-                f"would make it {round_up(total):g}; nothing was read (--budget {round_up(total, 2):g} raises the cap, on the record)"
+                f"the ledger of this data has spent ε = {shown(spent)} of its cap {cap_epsilon:g} (δ = {cap_delta:g}), and this "
+                f"would make it {shown(total)}; nothing was read (--budget {shown(round_up(total, 2))} raises the cap, on the record)"
             )
 
     def reserve(self, run: str, query: GaussianSum, count: int = 1, again: str = "") -> int:
@@ -246,6 +313,8 @@ def parts(lines: Iterable[Line], run: str | None = None) -> list[Part]:
     return [line_part(line) for line in lines if line["type"] == "intent" and run in (None, line["run"])]
 
 
-def spent(lines: Iterable[Line], delta: float, run: str | None = None, relation: Relation = "add_or_remove_one") -> float:
+def spent(
+    lines: Iterable[Line], delta: float, run: str | None = None, relation: Relation = "add_or_remove_one"
+) -> float:
     """ε of everything in a ledger's lines, or of one run: from the lines alone."""
     return accounting.epsilon(parts(lines, run), delta, relation)

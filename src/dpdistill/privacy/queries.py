@@ -11,6 +11,8 @@ from ..errors import ConfigError
 from .accounting import Part, check_part, epsilon, gaussian_multiplier
 
 GRID_BITS = (8, 24)
+WASTE = 1e-3  # of the asked ε, at most, lest the search for σ take longer than the run
+SIGMA_GRID = (1e-3, 2.0**45)  # standard deviations that `mechanisms.noise` can draw, in grid steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +41,38 @@ class GaussianSum:
         check_part(self.sampling_prob, self.noise_multiplier, 1)
         if not (self.clip_norm > 0 and math.isfinite(self.clip_norm)):
             raise ConfigError(f"Expected a finite clip_norm > 0, got {self.clip_norm}.")
+        if not all(type(value) is int for value in (self.dim, self.n_classes, self.grid_bits)):
+            raise ConfigError(f"Expected whole numbers, got {self.dim=}, {self.n_classes=}, {self.grid_bits=}.")
+        if not isinstance(self.name, str):
+            raise ConfigError(f"Expected a text as name, got {self.name!r}.")
         if self.dim < 1 or self.n_classes < 1:
             raise ConfigError(f"Expected dim and n_classes of at least 1, got {self.dim} and {self.n_classes}.")
         if not (GRID_BITS[0] <= self.grid_bits <= GRID_BITS[1]):
             raise ConfigError(f"Expected grid_bits in {GRID_BITS}, got {self.grid_bits}.")
+        if not (
+            SIGMA_GRID[0] <= self.noise_multiplier * 2**self.grid_bits <= SIGMA_GRID[1]
+        ):  # before anything is charged
+            raise ConfigError(
+                f"Expected noise of {SIGMA_GRID[0]:g} to {SIGMA_GRID[1]:g} grid steps from {self.noise_multiplier=}."
+            )
         if self.dim > 4 ** (self.grid_bits - 4):  # rounding to the grid costs sqrt(D)/2 steps: keep it under 1/32 of C
             raise ConfigError(f"{self.dim} coordinates are too many for grid_bits={self.grid_bits}; raise grid_bits.")
+
+    @classmethod
+    def parse(cls, description: dict[str, str]) -> "GaussianSum":
+        """Reads what `describe` wrote. Raises ValueError, KeyError or ConfigError unless it is exactly that."""
+        query = cls(
+            name=description["name"],
+            dim=int(description["dim"]),
+            n_classes=int(description["classes"]),
+            sampling_prob=float(description["sampling_prob"]),
+            noise_multiplier=float(description["noise_multiplier"]),
+            clip_norm=float(description["clip_norm"]),
+            grid_bits=int(description["grid_bits"]),
+        )
+        if query.describe() != description:
+            raise ValueError("not a description in its one canonical form")
+        return query
 
     def part(self, count: int = 1) -> Part:
         """What the accountant needs of `count` such releases."""
@@ -80,11 +108,11 @@ def calibrate(plan: Callable[[float], Sequence[Planned]], target_epsilon: float,
     """Returns a noise multiplier σ for which `plan(σ)` costs at most `target_epsilon` at `delta` (add-or-remove, PLD).
 
     Args:
-      plan: public function from σ to the planned releases, less private as σ falls.
+      plan: public function from σ to the planned releases, of which none becomes less noisy as σ grows.
       target_epsilon: > 0.
 
     Returns:
-      σ, at most 0.1 % above the smallest that fits.
+      σ whose cost is within 0.1 % of the target, where one is.
 
     Raises:
       ConfigError: the target cannot be reached with σ below 1e6.
@@ -97,19 +125,38 @@ def calibrate(plan: Callable[[float], Sequence[Planned]], target_epsilon: float,
     def cost(sigma: float) -> float:
         return epsilon([planned.part for planned in plan(sigma)], delta)
 
-    unsampled = all(planned.query.sampling_prob == 1 for planned in plan(1.0))
-    low = high = gaussian_multiplier(target_epsilon, delta)
-    if unsampled:  # Σ count/σ² scales as 1/σ²: solve in closed form, then let PLD have the last word
-        low = high = high * sum(p.count / p.query.noise_multiplier**2 for p in plan(1.0)) ** 0.5
-        low *= 0.9999
-    while cost(high) > target_epsilon:
-        low, high = high, high * (1.0005 if unsampled else 2)
+    first, mu = plan(1.0), 1 / gaussian_multiplier(target_epsilon, delta)
+    weight = sum(
+        planned.count * (planned.query.sampling_prob / planned.query.noise_multiplier) ** 2 for planned in first
+    )
+    if all(planned.query.sampling_prob == 1 for planned in first):
+        high, step = math.sqrt(weight) / mu, 1.0004  # exact where all is in proportion to σ: Σ count/σ² = μ²
+    else:
+        high, step = (
+            math.log1p(mu**2 / weight) ** -0.5,
+            1.1,
+        )  # near: the central limit of Poisson sampling (Bu et al. 2020)
+    spent = cost(high)
+    low, over = high, spent
+    while spent > target_epsilon:  # too little noise
+        low, over = high, spent
+        high, step = high * step, min(step**2, 2.0)
         if high > 1e6:
             raise ConfigError(f"No noise makes this plan cost epsilon={target_epsilon}; take fewer steps.")
-    if not unsampled:
-        while low > 1e-3 and cost(low) <= target_epsilon:
-            low, high = low / 2, low
-    while high / low > 1.001:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if cost(middle) <= target_epsilon else (middle, high)
+        spent = cost(high)
+    enough = (1 - WASTE) * target_epsilon
+    while over < enough and low > 1e-3:  # too much
+        high, spent = low, over
+        low, step = low / step, min(step**2, 2.0)
+        over = cost(low)
+    if over <= target_epsilon:
+        return low
+    rounds = 0
+    while spent < enough and high / low > 1 + 1e-6:  # between: log ε is nearly linear in log σ
+        share = 0.5
+        if rounds % 3 < 2 and 0 < spent < over < math.inf:
+            share = min(max(math.log(2 * over / (enough + target_epsilon)) / math.log(over / spent), 0.02), 0.98)
+        middle = low * (high / low) ** share
+        value, rounds = cost(middle), rounds + 1
+        low, over, high, spent = (low, over, middle, value) if value <= target_epsilon else (middle, value, high, spent)
     return high

@@ -1,0 +1,202 @@
+"""Arrow IPC streams, as `datasets.save_to_disk` writes them: only the two columns needed, in pure Python.
+
+Not through pyarrow: its C++ reader crashed the process on mutated streams (tests/data/test_fuzz.py). What `datasets`
+never writes is refused: compressed bodies, dictionaries, other byte orders.
+
+Format: https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format, Schema.fbs and Message.fbs; the numbers
+below are slots and enums from there.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+
+from dpdistill.data.columns import Batch, check_column_names, check_nulls, no_images, no_labels
+from dpdistill.data.files import read_exactly
+from dpdistill.data.flatbuffer import Table
+from dpdistill.data.limits import Limits
+from dpdistill.errors import InputError
+
+MAX_METADATA_BYTES = 2**22
+MAX_FIELDS = 1000
+BATCH_ROWS = 256
+SCHEMA, RECORD_BATCH = 1, 3
+INT, BINARY, UTF8, STRUCT, LARGE_BINARY, LARGE_UTF8 = 2, 4, 5, 13, 19, 20
+# Number of buffers of its own that each type stores: to step over columns that are not needed.
+N_BUFFERS = dict.fromkeys((2, 3, 6, 7, 8, 9, 10, 11, 12, 15, 17, 18, 21), 2) | {1: 0, 13: 1, 16: 1}
+N_BUFFERS |= dict.fromkeys((BINARY, UTF8, LARGE_BINARY, LARGE_UTF8), 3)
+HINT = "save it with datasets, or as Parquet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """A column or a part of one. `node` and `buffer` are where its description starts in a record batch."""
+
+    name: str
+    kind: int
+    dtype: str
+    children: tuple[Field, ...]
+    node: int
+    buffer: int
+
+
+class ArrowStream:
+    """An open stream. `n_rows` and `metadata` come from a first pass over the message headers."""
+
+    def __init__(self, file: IO[bytes], size: int, path: str, columns: tuple[str, str], limits: Limits) -> None:
+        self.file, self.size, self.path = file, size, path
+        header, _, _ = self.message(0, SCHEMA)
+        self.fields = self.read_fields(header)
+        self.image, self.encoded, self.label = self.choose(columns)
+        self.metadata = {pair.text(0): pair.text(1) for pair in header.tables(2)}
+        self.n_rows = 0
+        for batch, _, _ in self.messages():
+            self.n_rows += natural(batch.number(0, "<q"))
+            if self.n_rows > limits.max_images:
+                raise InputError(path, f"holds more than {limits.max_images:,} images", "use a part of it")
+
+    def message(self, at: int, *kinds: int) -> tuple[Table, int, int]:
+        """Returns the header of the message at a position, and the start and size of its body.
+
+        Raises:
+          EOFError: the stream ends here.
+          InputError: damaged, or a message of another kind.
+        """
+        self.file.seek(at)
+        head = self.file.read(8)
+        if head in (b"", b"\xff\xff\xff\xff\0\0\0\0"):
+            raise EOFError
+        marker, n_bytes = struct.unpack("<Ii", head) if len(head) == 8 else (0, 0)
+        if marker != 2**32 - 1 or not 0 < n_bytes <= min(MAX_METADATA_BYTES, self.size):
+            raise InputError(self.path, "is not an Arrow stream, or is damaged", HINT)
+        message = Table.root(read_exactly(self.file, n_bytes, self.path))
+        header, body_bytes = message.table(2), message.number(3, "<q")
+        if message.number(1, "<B") not in kinds or header is None:
+            raise InputError(self.path, "holds dictionaries, or messages of an unknown kind", HINT)
+        start = at + 8 + n_bytes
+        if not 0 <= body_bytes <= self.size - start:
+            raise InputError(self.path, "is cut short", "copy or download it again")
+        return header, start, body_bytes
+
+    def messages(self) -> Iterator[tuple[Table, int, int]]:
+        """Yields the record batches: header, start and size of the body."""
+        _, start, n_bytes = self.message(0, SCHEMA)
+        while True:
+            try:
+                header, start, n_bytes = self.message(start + n_bytes, RECORD_BATCH)
+            except EOFError:
+                return
+            if header.place(3):
+                raise InputError(self.path, "is compressed", HINT)
+            yield header, start, n_bytes
+
+    def read_fields(self, schema: Table) -> list[Field]:
+        """Returns the columns, each with its place among the nodes and buffers of a record batch."""
+        node = buffer = 0
+
+        def read(table: Table, depth: int) -> Field:
+            """Returns one field; nodes and buffers are numbered depth first."""
+            nonlocal node, buffer
+            here = (node, buffer)
+            kind = table.number(2, "<B")
+            if kind not in N_BUFFERS or table.place(4) or depth > 8 or node > MAX_FIELDS:
+                raise InputError(self.path, "has a dictionary-coded column, or one of a rare type", HINT)
+            node, buffer = node + 1, buffer + N_BUFFERS[kind]
+            children = tuple(read(child, depth + 1) for child in table.tables(5))
+            name = table.text(0).decode()
+            return Field(name=name, kind=kind, dtype=int_dtype(table), children=children, node=here[0], buffer=here[1])
+
+        if schema.number(0, "<h"):
+            raise InputError(self.path, "is big-endian", HINT)
+        return [read(table, 0) for table in schema.tables(1)]
+
+    def choose(self, columns: tuple[str, str]) -> tuple[Field, Field, Field]:
+        """Returns the image field, its part that holds the encoded bytes (or itself), and the label field."""
+        names = [field.name for field in self.fields]
+        check_column_names(self.path, names, columns)
+        image, label = (self.fields[names.index(name)] for name in columns)
+        within = [child for child in image.children if child.name == "bytes"] if image.kind == STRUCT else [image]
+        if len(within) != 1 or within[0].kind not in (BINARY, LARGE_BINARY):
+            raise no_images(self.path, names, columns[0])
+        if label.kind not in (INT, UTF8, LARGE_UTF8):
+            raise no_labels(self.path, names, columns[1])
+        return image, within[0], label
+
+    def batches(self) -> Iterator[Batch]:
+        """Yields some rows at a time: images as bytes, labels as an array of integers or a list of text."""
+        for header, start, n_bytes in self.messages():
+            n_rows = natural(header.number(0, "<q"))
+            self.file.seek(start)
+            body = read_exactly(self.file, n_bytes, self.path)
+            nodes, buffers = header.longs(1, 2), header.longs(2, 2)
+            fields = (self.image, self.encoded, self.label)
+            check_nulls(self.path, any(nodes[field.node] != (n_rows, 0) for field in fields))
+            values = Body(body, buffers)
+            labels: np.ndarray | list[bytes]
+            if self.label.kind == INT:
+                labels = values.numbers(self.label.buffer + 1, self.label.dtype, n_rows)
+            else:
+                labels = list(values.chunks(self.label, n_rows))
+            chunks = values.chunks(self.encoded, n_rows)
+            for at in range(0, n_rows, BATCH_ROWS):
+                rows = min(BATCH_ROWS, n_rows - at)
+                part = labels[at : at + rows]
+                yield [next(chunks) for _ in range(rows)], part if isinstance(part, np.ndarray) else decoded(part)
+
+
+class Body:
+    """The buffers of one record batch."""
+
+    def __init__(self, data: bytes, buffers: list[tuple[int, ...]]) -> None:
+        self.data, self.buffers = data, buffers
+
+    def raw(self, index: int) -> memoryview:
+        """Returns one buffer."""
+        offset, length = self.buffers[index]
+        if not 0 <= offset <= offset + length <= len(self.data):
+            raise ValueError("a buffer lies outside the body")
+        return memoryview(self.data)[offset : offset + length]
+
+    def numbers(self, index: int, dtype: str, n_rows: int) -> np.ndarray:
+        """Returns the first values of a buffer."""
+        return np.frombuffer(self.raw(index), dtype, n_rows)
+
+    def chunks(self, field: Field, n_rows: int) -> Iterator[bytes]:
+        """Yields the values of a column of bytes or text; their offsets must rise and stay within the buffer."""
+        if n_rows == 0:
+            return
+        wide = field.kind in (LARGE_BINARY, LARGE_UTF8)
+        offsets = self.numbers(field.buffer + 1, "<i8" if wide else "<i4", n_rows + 1).astype(np.int64)
+        data = self.raw(field.buffer + 2)
+        if offsets[0] < 0 or offsets[-1] > len(data) or (offsets[1:] < offsets[:-1]).any():
+            raise ValueError("offsets do not rise")
+        for i in range(n_rows):
+            yield bytes(data[offsets[i] : offsets[i + 1]])
+
+
+def int_dtype(table: Table) -> str:
+    """Returns the numpy dtype of an integer field, or '' for other types."""
+    kind = table.table(3)
+    if table.number(2, "<B") != INT or kind is None:
+        return ""
+    bits = kind.number(0, "<i")
+    if bits not in (8, 16, 32, 64):
+        raise ValueError("unknown integer width")
+    return f"<{'i' if kind.number(1, '<B') else 'u'}{bits // 8}"
+
+
+def natural(value: int) -> int:
+    """Returns a number of rows, which must not be negative."""
+    if value < 0:
+        raise ValueError("a size is negative")
+    return value
+
+
+def decoded(texts: list[bytes]) -> list[str]:
+    """Returns text labels as str."""
+    return [text.decode() for text in texts]

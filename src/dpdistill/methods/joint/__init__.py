@@ -1,0 +1,176 @@
+"""`joint`, ours: the whole budget on four full-batch Gaussian releases, then images fitted to them for free.
+
+1. Mixture (private, three releases): for each class the mean, covariance and local means of its images in public pixel coordinates.
+2. Pool (free): images drawn without limit from the mixture, and public ones.
+3. Means (private, one release): class means of the joint features of a few random networks.
+4. Measure (free): signed weights over the pool that reproduce those means: targets for any network under any augmentation.
+5. Images (free): a few images fitted to the targets under fresh random networks.
+
+Every release is a `GaussianSum` of rate 1, so the budget adds up exactly: Σ 1/σ². Proof: docs/privacy/joint.md.
+σ noise_multiplier, K classes, d pixel dims, D feature dims, J components, M images per class, P pool images.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...mechanisms import PrivateData
+from ...models import ConvNet, Dsa
+from ...privacy import GaussianSum, Planned
+from ..base import Public, Synthetic, Workspace
+from . import measure
+from . import mixture as mix
+from .matching import match_pool, packed
+
+N_PUBLIC = 6000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings, all public; chosen on public proxies (docs/decisions/joint.md).
+
+    Attributes:
+      per_class: M.
+      parts: each stored image holds parts² training images; 0 is 2 from 16 pixels a side on, below that 1.
+      pixel_dims: d; at most the number of pixels.
+      components: J.
+      feature_dims: D.
+      networks, feature_width: random ConvNets behind the feature means.
+      share_moments, share_local, share_means: of Σ 1/σ²: step 1's moments, each of its two rounds of local means, step 3.
+      pool_mixture: pool images drawn for each class.
+      pool_public: public pool images, in all.
+      procedural: share of made-up images among the public ones.
+      prior: mass that a class's weights give its own mixture images before they are fitted; the rest is on the public ones.
+      steps, lr, width: of the fit, and of the fresh networks in it.
+      flip: mirror images are of the same class (not so for digits and letters).
+    """
+
+    per_class: int = 10
+    parts: int = 0
+    pixel_dims: int = 64
+    components: int = 20
+    feature_dims: int = 300
+    networks: int = 2
+    feature_width: int = 64
+    share_moments: float = 0.2
+    share_local: float = 0.2
+    share_means: float = 0.4
+    pool_mixture: int = 100
+    pool_public: int = 1000
+    procedural: float = 0.5
+    prior: float = 1.0
+    steps: int = 300
+    lr: float = 0.02
+    width: int = 32
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        shares = (self.share_moments, self.share_local, self.share_means)
+        if min(shares) <= 0 or abs(self.share_moments + 2 * self.share_local + self.share_means - 1) > 1e-6:
+            raise ConfigError(f"Expected positive shares with moments + 2·local + means = 1, got {shares}.")
+        if self.parts not in (0, 1, 2):
+            raise ConfigError(f"Expected parts of 0 (automatic), 1 or 2, got {self.parts}.")
+        if not (0 <= self.prior <= 1 and 0 <= self.procedural <= 1):
+            raise ConfigError(f"Expected prior and procedural in [0, 1], got {self.prior} and {self.procedural}.")
+        if self.pool_mixture * 4 < self.per_class:
+            raise ConfigError(f"Expected pool_mixture of at least a quarter of per_class, got {self.pool_mixture}.")
+
+
+def _dims(config: Config, public: Public) -> int:
+    return min(config.pixel_dims, math.prod(public.image_shape))
+
+
+def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
+    """Four full-batch sums. Shares divide Σ 1/σ² (GDP), so all together cost what one sum with `noise_multiplier` would."""
+    d, rows = _dims(config, public), public.n_classes
+
+    def ask(name: str, dim: int, share: float) -> Planned:
+        return Planned(GaussianSum(name=name, dim=dim, n_classes=rows, noise_multiplier=noise_multiplier / math.sqrt(share)))
+
+    local = config.components * (d + 1)
+    return [
+        ask("joint-moments", mix.n_moments(d), config.share_moments),
+        ask("joint-local-1", local, config.share_local),
+        ask("joint-local-2", local, config.share_local),
+        ask("joint-means", config.feature_dims + 1, config.share_means),
+    ]
+
+
+def run(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Synthetic:
+    """Returns M images per class."""
+    queries = [planned.query for planned in plan]
+    open_images = _public_images(config, public, workspace)
+    space = mix.pixel_space(open_images, _dims(config, public))
+    fitted = _fit_mixture(config, space, private, queries[:3], workspace)
+
+    def draw(per_class: int, purpose: str) -> Tensor:
+        z = fitted.sample(per_class, workspace.generator("mixture", purpose))
+        return space.images(z.flatten(0, 1), public.image_shape)
+
+    k, m = public.n_classes, config.per_class
+    parts = config.parts or (2 if min(public.image_shape[1:]) >= 16 else 1)
+    # 2. The pool, and what each class's weights are before anything is known of its features.
+    seen = open_images[: config.pool_public]
+    pool = torch.cat([draw(config.pool_mixture, "pool"), seen])
+    own = torch.eye(k).repeat_interleave(config.pool_mixture, dim=0) / config.pool_mixture
+    prior = torch.cat([config.prior * own, torch.full((len(seen), k), (1 - config.prior) / max(1, len(seen)))])
+    # 3. Class means of joint random features.
+    shape = public.image_shape
+    nets = [
+        ConvNet(shape, 1, width=config.feature_width, generator=workspace.generator("network", i)).requires_grad_(False)
+        for i in range(config.networks)
+    ]
+    z = measure.coordinates(nets, pool, config.feature_dims)
+    with workspace.passing("private pass 4 of 4: feature means") as progress:
+        sums = private.release(queries[3], lambda x, y: z(x), progress=progress)  # private
+    # 4. The measure.
+    noise = queries[3].noise_multiplier
+    means, counts = measure.class_means(sums, noise)
+    with torch.no_grad():
+        features = torch.cat([z(x) for x in pool.split(250)])
+    weights = measure.signed_weights(features, prior, means, counts, noise)
+    # 5. The images.
+    start = packed(draw(m * parts**2, "start"), parts)
+    start = torch.nn.functional.interpolate(start, size=shape[1:]).view(k, m, *shape)
+    dsa = Dsa(strategy="color_crop_cutout_scale_rotate" + ("_flip" if config.flip else ""), fill=float(pool.amin()))
+    images = match_pool(
+        pool, weights, start, parts=parts, steps=config.steps, lr=config.lr, width=config.width, dsa=dsa, workspace=workspace
+    )
+    return Synthetic(images=images.flatten(0, 1), labels=torch.arange(k).repeat_interleave(m), parts=parts)
+
+
+def _public_images(config: Config, public: Public, workspace: Workspace) -> Tensor:
+    """Up to 6,000 public images, shuffled: the person's own and, where there are any beside them, a share of made-up ones."""
+    sources, wanted = [public.auxiliary], [N_PUBLIC]
+    if public.procedural is not None:
+        sources, made_up = [public.auxiliary, public.procedural], round(N_PUBLIC * config.procedural)
+        wanted = [N_PUBLIC - made_up, made_up]
+    taken = []
+    for i, (source, n) in enumerate(zip(sources, wanted, strict=True)):
+        taken.append(source[torch.randperm(len(source), generator=workspace.generator("public", i))[:n]])
+    mixed = torch.cat(taken)
+    return mixed[torch.randperm(len(mixed), generator=workspace.generator("public"))]
+
+
+def _fit_mixture(
+    config: Config, space: mix.PixelSpace, private: PrivateData, queries: list[GaussianSum], workspace: Workspace
+) -> mix.Mixture:
+    d = space.basis.shape[1]
+    with workspace.passing("private pass 1 of 4: moments") as progress:
+        total = private.release(queries[0], lambda x, y: mix.moments(space, x), progress=progress)  # private
+    count, mean, covariance = mix.read_moments(total, d, queries[0].noise_multiplier)
+    centres = mix.first_centres(mean, covariance, config.components, workspace.generator("centres"))
+    weights = torch.ones(centres.shape[:2])
+    for number, query in enumerate(queries[1:], start=2):
+        with workspace.passing(f"private pass {number} of 4: local means") as progress:
+            fixed = centres  # the record function must not change under the loop
+
+            def nearest(x: Tensor, y: Tensor, fixed: Tensor = fixed) -> Tensor:
+                return mix.local_means(space, fixed, x, y)
+
+            total = private.release(query, nearest, progress=progress)  # private
+        centres, weights = mix.refine_centres(total, centres, mean, query.noise_multiplier)
+    return mix.mixture(count, mean, covariance, centres, weights)

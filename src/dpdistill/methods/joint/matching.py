@@ -1,0 +1,83 @@
+"""Fit a few images to a weighted pool: class means of their features agree under fresh random networks. All post-processing.
+
+Source: distribution matching (Zhao & Bilen 2023), with expected instead of sampled private targets: the pool holds only released
+and public images, so every network and every augmentation is free.
+K classes, M images per class, P pool images.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...models import ConvNet, Dsa, expand
+from ..base import Workspace
+
+
+def match_pool(
+    pool_PCHW: Tensor,
+    weights_PK: Tensor,
+    start_KMCHW: Tensor,
+    *,
+    parts: int,
+    steps: int,
+    lr: float,
+    width: int,
+    dsa: Dsa,
+    workspace: Workspace,
+    save_every: int = 50,
+) -> Tensor:
+    """Returns images [K, M, C, H, W] whose class means of features agree with the weighted pool's.
+
+    Args:
+      weights_PK: signed weight of each pool image in each class.
+      start_KMCHW: where the images begin.
+    """
+    device = workspace.device
+    pool, weights = pool_PCHW.to(device), weights_PK.to(device)
+    k, m = start_KMCHW.shape[:2]
+    images = start_KMCHW.clone().to(device).requires_grad_()
+    optimizer = torch.optim.Adam([images], lr=lr, betas=(0.9, 0.99))
+    saved, first = workspace.load("matching"), 0
+    if saved is not None:
+        first = int(saved["step"])
+        with torch.no_grad():
+            images.copy_(saved["images"])
+        moments = {name: saved[name].to(device) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[images] = {"step": saved["adam_step"], **moments}
+    shape = (int(pool.shape[1]), int(pool.shape[2]), int(pool.shape[3]))
+    net = ConvNet(shape, 1, width=width).requires_grad_(False).to(device)
+    for step in workspace.track(range(first, steps), "fitting images"):
+        g = workspace.generator("matching", step)
+        net.init_(g)
+        optimizer.param_groups[0]["lr"] = lr * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+        draws = dsa.draw(g)  # one augmentation for both sides
+        with torch.autocast(device, torch.bfloat16):
+            with torch.no_grad():
+                seen = torch.cat([net.embed(dsa.apply(x, draws)).float() for x in pool.split(500)])
+            mine = net.embed(dsa.apply(expand(images.flatten(0, 1), parts), draws)).float()
+        centre = seen.mean(dim=0)  # weights sum to 1 for each class: centring changes nothing but the rounding
+        target = weights.T @ (seen - centre)
+        loss = (target - (mine - centre).view(k, m * parts**2, -1).mean(dim=1)).square().sum() / target.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            images.clamp_(-1, 1)
+        if (step + 1) % save_every == 0 and step + 1 < steps:
+            adam = optimizer.state[images]
+            kept = {"exp_avg": adam["exp_avg"], "exp_avg_sq": adam["exp_avg_sq"]}
+            counters = {"step": torch.tensor(step + 1), "adam_step": torch.as_tensor(adam["step"])}
+            workspace.save("matching", {"images": images.detach(), **counters, **kept})
+    return images.detach().cpu()
+
+
+def packed(tiles_BCHW: Tensor, parts: int) -> Tensor:
+    """Shrinks images and packs parts² of each run of them into one stored image: the inverse of `expand`."""
+    if parts == 1:
+        return tiles_BCHW
+    b, c, h, w = tiles_BCHW.shape
+    size = (h // parts, w // parts)
+    small = torch.nn.functional.interpolate(tiles_BCHW, size=size, mode="bilinear", antialias=True, align_corners=False)
+    grid = small.view(b // parts**2, parts, parts, c, *size).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(b // parts**2, c, size[0] * parts, size[1] * parts)

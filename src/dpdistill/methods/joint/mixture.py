@@ -1,0 +1,149 @@
+"""A class-conditional mixture of Gaussians in public pixel coordinates, fitted to noisy moments and noisy local means.
+
+d dims, J components per class, K classes, n records of a class (known only through a noisy count), P pixels.
+The record functions here are what the door sees; everything that takes a released sum is post-processing.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FIRST, COUNT = 0.5, 0.2  # shares of a record's unit vector that its coordinates and the constant coordinate take
+_SECOND = math.sqrt(1 - FIRST**2 - COUNT**2)
+_LOCAL_COUNT = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSpace:
+    """Principal coordinates of public images, in units of `radius`: centre [P], basis [P, d]."""
+
+    centre: Tensor
+    basis: Tensor
+    radius: Tensor
+
+    def coordinates(self, x_BCHW: Tensor) -> Tensor:
+        """Returns [B, d] of norm at most 1: each image by itself."""
+        z = (x_BCHW.flatten(1) - self.centre) @ self.basis / self.radius
+        return z / z.norm(dim=1, keepdim=True).clamp_min(1.0)
+
+    def images(self, z_BD: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+        return (z_BD * self.radius @ self.basis.T + self.centre).clamp(-1, 1).view(-1, *image_shape)
+
+
+def pixel_space(auxiliary_ACHW: Tensor, dims: int) -> PixelSpace:
+    """Learns the coordinates from public images; a fifth of them is longer than the radius."""
+    flat = auxiliary_ACHW.flatten(1)
+    centre = flat.mean(dim=0)
+    _, vectors = torch.linalg.eigh((flat - centre).T @ (flat - centre))
+    basis = vectors.flip(1)[:, :dims].contiguous()
+    radius = ((flat - centre) @ basis).norm(dim=1).quantile(0.8)
+    return PixelSpace(centre=centre, basis=basis, radius=radius.clamp_min(1e-6))
+
+
+def n_moments(dims: int) -> int:
+    return dims + dims * (dims + 1) // 2 + 1
+
+
+def moments(space: PixelSpace, x_BCHW: Tensor) -> Tensor:
+    """Record function: coordinates, their products, and a constant, of norm at most 1: [B, n_moments(d)]."""
+    z = space.coordinates(x_BCHW)
+    i, j = torch.triu_indices(z.shape[1], z.shape[1])
+    # off the diagonal by sqrt 2, so that the norm is ‖zzᵀ‖ = ‖z‖² <= 1
+    products = z[:, i] * z[:, j] * torch.where(i == j, 1.0, math.sqrt(2))
+    return torch.cat([FIRST * z, _SECOND * products, torch.full((len(z), 1), COUNT)], dim=1)
+
+
+def local_means(space: PixelSpace, centres_KJD: Tensor, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
+    """Record function: coordinates and a constant in the block of the nearest centre of the record's class: [B, J·(d+1)]."""
+    z = space.coordinates(x_BCHW)
+    k, j, d = centres_KJD.shape
+    nearest = (z[:, None] - centres_KJD[y_B]).square().sum(dim=2).argmin(dim=1)
+    unit = torch.cat([math.sqrt(1 - _LOCAL_COUNT**2) * z, torch.full((len(z), 1), _LOCAL_COUNT)], dim=1)
+    return (torch.nn.functional.one_hot(nearest, j).to(unit)[:, :, None] * unit[:, None]).flatten(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Per class: count [K], mean [K, d], covariance [K, d, d], centres [K, J, d], their counts [K, J] and covariance within [K, d, d]."""
+
+    count: Tensor
+    mean: Tensor
+    covariance: Tensor
+    centres: Tensor
+    weights: Tensor
+    within: Tensor
+
+    def sample(self, per_class: int, generator: torch.Generator) -> Tensor:
+        """Returns coordinates [K, per_class, d]."""
+        k, _, d = self.centres.shape
+        which = torch.multinomial(self.weights, per_class, replacement=True, generator=generator)
+        noise = torch.randn(k, per_class, d, generator=generator) @ _root(self.within).transpose(1, 2)
+        return self.centres.gather(1, which[:, :, None].expand(-1, -1, d)) + noise
+
+
+def _root(m: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(m)
+    return vectors * values.clamp_min(0).sqrt()[..., None, :]
+
+
+def _positive(m: Tensor, floor: Tensor) -> Tensor:
+    """Removes what lies below the noise level from the spectrum of symmetric matrices."""
+    values, vectors = torch.linalg.eigh((m + m.transpose(-1, -2)) / 2)
+    return (vectors * (values - floor[..., None]).clamp_min(0)[..., None, :]) @ vectors.transpose(-1, -2)
+
+
+def read_moments(total_KD: Tensor, dims: int, noise: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns counts [K], means [K, d] and covariances [K, d, d] from noisy sums of `moments`.
+
+    Args:
+      noise: standard deviation of each coordinate of the sum (public).
+    """
+    count = (total_KD[:, -1] / COUNT).clamp_min(4 * noise + 1)  # a class may be empty; the noise alone must not look like one
+    mean = total_KD[:, :dims] / FIRST / count[:, None]
+    i, j = torch.triu_indices(dims, dims)
+    second = torch.zeros(len(total_KD), dims, dims)
+    second[:, i, j] = total_KD[:, dims:-1] / _SECOND / count[:, None] / torch.where(i == j, 1.0, math.sqrt(2))
+    second = second + second.triu(1).transpose(1, 2)
+    # A symmetric noise matrix with entries of std s has norm about s·sqrt(2d) (semicircle, off-diagonal s/sqrt 2: s·sqrt(2d)/...).
+    floor = noise / _SECOND / count * math.sqrt(dims)
+    return count, mean, _positive(second - mean[:, :, None] * mean[:, None], floor)
+
+
+def first_centres(mean: Tensor, covariance: Tensor, components: int, generator: torch.Generator) -> Tensor:
+    """k-means centres of samples from one Gaussian per class: [K, J, d]."""
+    k, d = mean.shape
+    samples = mean[:, None] + torch.randn(k, 1500, d, generator=generator) @ _root(covariance).transpose(1, 2)
+    centres = samples[:, :components].clone()
+    for _ in range(8):
+        nearest = torch.cdist(samples, centres).argmin(dim=2)
+        member = torch.nn.functional.one_hot(nearest, components).to(samples)
+        size = member.sum(dim=1)
+        moved = member.transpose(1, 2) @ samples / size.clamp_min(1)[:, :, None]
+        centres = torch.where((size > 0)[:, :, None], moved, centres)
+    return centres
+
+
+def refine_centres(total_KD: Tensor, centres_KJD: Tensor, mean_KD: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """Returns new centres and their counts [K, J] from noisy sums of `local_means`, each shrunk towards where it was.
+
+    The shrinkage is Wiener's: prior variance a quarter of the centre's squared distance from the class mean, noise variance known.
+    """
+    k, j, d = centres_KJD.shape
+    blocks = total_KD.view(k, j, d + 1)
+    count = (blocks[:, :, -1] / _LOCAL_COUNT).clamp_min(1.0)
+    unit = math.sqrt(1 - _LOCAL_COUNT**2)
+    found = blocks[:, :, :d] / unit / count[:, :, None]
+    prior = 0.25 * (centres_KJD - mean_KD[:, None]).square().sum(dim=2)
+    trust = prior / (prior + d * (noise / unit / count).square())
+    kept = torch.where(count > 5, trust, torch.zeros_like(trust))[:, :, None]
+    return kept * found + (1 - kept) * centres_KJD, count
+
+
+def mixture(count: Tensor, mean: Tensor, covariance: Tensor, centres: Tensor, weights: Tensor) -> Mixture:
+    """Puts the pieces together: the covariance within components is what the centres do not explain."""
+    share = weights / weights.sum(dim=1, keepdim=True)
+    between = (centres * share[:, :, None]).transpose(1, 2) @ centres - mean[:, :, None] * mean[:, None]
+    within = _positive(covariance - between, torch.zeros(len(mean)))
+    return Mixture(count=count, mean=mean, covariance=covariance, centres=centres, weights=share, within=within)

@@ -1,0 +1,140 @@
+"""Writes and reads a release folder. What it must hold to be believed is in `verify`; the format in docs/bundle.md.
+
+A release is written beside its place, checked as a stranger would, and renamed: there is never half of one. Its bytes
+are a function of the arguments and the installed software (no clock, no name of this machine), so a resumed run writes
+the same.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import certificate as certificates
+from . import contents, png, report, table, verification
+from .certificate import BundleFacts
+from .contents import Contents, one_line, printable_names
+from .errors import ReleaseError
+from .privacy.faults import point
+from .privacy.ledger import sync_directory
+
+if TYPE_CHECKING:
+    from .methods.base import Synthetic
+
+__all__ = ["BundleFacts", "read_bundle", "write_bundle"]
+
+
+def write_bundle(out: Path, synthetic: "Synthetic", facts: BundleFacts) -> Path:
+    """Writes the release of a distilled data set, wholly or not at all.
+
+    Args:
+      out: the folder to make. A `<out>.partial` beside it, left by a crash, is replaced.
+      synthetic: the images; class names are made printable.
+      facts: the rest. The ledger must hold the run's `final` line, and its `run` line the SHA-256 of `config_toml`.
+
+    Returns:
+      `out`.
+
+    Raises:
+      ReleaseError: `out` exists, the images are not what a release holds, or the result would not verify. Nothing is
+        left at `out`.
+    """
+    if os.path.lexists(out):
+        raise ReleaseError(f"{out} exists; choose another --out or remove it")
+    point("release: before the folder")
+    files = bundle_files(synthetic, facts)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        _fresh(partial)
+        for name, raw in files.items():
+            _write(partial / name, raw)
+        for folder in (partial / "dataset", partial):
+            sync_directory(folder)
+        point("release: written beside, not yet checked")
+        verification.inspect(partial)
+        point("release: checked, not yet renamed")
+        os.rename(partial, out)
+        point("release: renamed")
+        sync_directory(out.absolute().parent)
+    except OSError as error:
+        raise ReleaseError(
+            f"{out}: the release could not be written ({error.strerror}); the run's state is kept, try again"
+        ) from error
+    point("release: in place")
+    return out
+
+
+def bundle_files(synthetic: "Synthetic", facts: BundleFacts) -> dict[str, bytes]:
+    """Returns every file of a release by its path, SHA256SUMS last."""
+    if facts.class_names != printable_names(facts.class_names) or facts.auxiliary != one_line(facts.auxiliary):
+        names = printable_names(facts.class_names)
+        facts = BundleFacts(**{**vars(facts), "class_names": names, "auxiliary": one_line(facts.auxiliary)})
+    held = from_torch(synthetic, facts.class_names)
+    found = certificates.figures(facts)
+    pages = report.fingerprint()
+    certificate = certificates.build(facts, found, held, certificates.software(), pages)
+    pixels = held.pixels
+    files = {
+        "ledger.jsonl": facts.ledger_raw,
+        "config.toml": facts.config_toml.encode(),
+        "dataset/synthetic.safetensors": held.pack(),
+        "dataset/train.parquet": table.write(pixels, held.labels, held.soft_labels, held.class_names),
+        "samples.png": png.encode(png.sheet(pixels, held.labels, len(held.class_names)), small=True),
+        "README.md": report.render_card(certificate).encode(),
+        "report.html": report.render_report(certificate, held).encode(),
+        "certificate.json": certificates.write(certificate),
+    }
+    files["SHA256SUMS"] = verification.checksums(files)
+    return files
+
+
+def _fresh(folder: Path) -> None:
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+    (folder / "dataset").mkdir(parents=True)
+    point("release: folder made")
+
+
+def _write(path: Path, raw: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+    point(f"release: {path.name} written")
+
+
+def from_torch(synthetic: "Synthetic", class_names: tuple[str, ...]) -> Contents:
+    """Returns a method's tensors as checked arrays. Raises ReleaseError on what no release may hold."""
+    soft = synthetic.soft_labels
+    return Contents(
+        images=synthetic.images.detach().cpu().contiguous().numpy(),
+        labels=synthetic.labels.detach().cpu().contiguous().numpy(),
+        soft_labels=None if soft is None else soft.detach().cpu().contiguous().numpy(),
+        parts=synthetic.parts,
+        class_names=class_names,
+    )
+
+
+def read_bundle(path: str | os.PathLike[str]) -> "Synthetic":
+    """Returns the distilled data set of a release, private or not. Reads the tensors only; `verify` checks the promise.
+
+    Raises:
+      ReleaseError: there is no such file, it is too large, or it does not hold finite images in [-1, 1] with labels.
+    """
+    import torch
+
+    from .methods.base import Synthetic
+
+    held = contents.unpack(verification.read_file(Path(path), "dataset/synthetic.safetensors"))
+
+    def tensor(array: object) -> torch.Tensor:
+        return torch.tensor(array)  # a copy: the array is a read-only view of the file's bytes
+
+    return Synthetic(
+        images=tensor(held.images),
+        labels=tensor(held.labels),
+        soft_labels=None if held.soft_labels is None else tensor(held.soft_labels),
+        parts=held.parts,
+    )

@@ -1,0 +1,173 @@
+"""The page a person reads and the card a hub shows: pure functions of a certificate and the images.
+
+No script, no outside request. `verify` writes both again and compares, so they can say nothing that the certificate
+does not. Everything is escaped: class names come from file names.
+"""
+
+import base64
+import functools
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from . import png
+from .contents import Contents, one_line
+from .errors import ReleaseError
+from .privacy.guarantee import shown
+
+_TEMPLATES = Path(__file__).parent / "templates"
+ACROSS = 10  # images shown per class
+MOST_SHOWN = 1000  # images on a page
+_MAX_ROWS = 60
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Names the code and templates that write the pages: those of another fingerprint cannot be compared."""
+    digest = hashlib.sha256()
+    for path in [*sorted(_TEMPLATES.iterdir()), Path(__file__), Path(png.__file__)]:
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _short(text: str) -> str:
+    """A decimal string with four significant digits."""
+    return f"{float(text):.4g}"
+
+
+def _strips(held: Contents) -> list[dict[str, Any]]:
+    """For each class its name and its first images as data URIs."""
+    across = max(1, min(ACROSS, MOST_SHOWN // len(held.class_names)))
+    pixels, strips = held.pixels, []
+    for k, name in enumerate(held.class_names[:MOST_SHOWN]):
+        chosen = np.flatnonzero(held.labels == k)[:across]
+        sources = ["data:image/png;base64," + base64.b64encode(png.encode(pixels[index])).decode() for index in chosen]
+        strips.append({"name": name, "sources": sources, "images": int((held.labels == k).sum())})
+    return strips
+
+
+def _bars(certificate: dict[str, Any]) -> list[dict[str, Any]]:
+    """This run, all runs and the cap, on one scale. All runs are at the cap's own δ if that differs."""
+    book, promise = certificate["ledger"], certificate["guarantee"]
+    cap = float(book["cap_epsilon"])
+    rows = [
+        ("This run", promise["epsilon"], promise["delta"], "run"),
+        ("All runs", book["spent_epsilon"], book["cap_delta"], "all"),
+    ]
+    if np.isfinite(cap):
+        rows.append(("Cap", book["cap_epsilon"], book["cap_delta"], "cap"))
+    top = max([float(epsilon) for _, epsilon, _, _ in rows] + [1e-9])
+    return [
+        {
+            "name": name,
+            "epsilon": shown(float(epsilon)),
+            "delta": delta,
+            "kind": kind,
+            "percent": f"{100 * float(epsilon) / top:.1f}",
+        }
+        for name, epsilon, delta, kind in rows
+    ]
+
+
+def _figures(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+    """The single values of an evaluation, in its order, as text; lists of numbers on one line."""
+    rows: list[tuple[str, str]] = []
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                add(f"{name} {key}".strip(), inner)
+        elif isinstance(value, list):
+            add(name, ", ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in value[:20]))
+        else:
+            rows.append(
+                (
+                    one_line(name.replace("_", " "), 80),
+                    one_line(f"{value:.4g}" if isinstance(value, float) else str(value)),
+                )
+            )
+
+    add("", evaluation)
+    return rows[:_MAX_ROWS]
+
+
+def _accuracy(evaluation: dict[str, Any]) -> str:
+    """ "76.1 % ± 0.4" of an evaluation's `mean` and `std`, or nothing where it has none."""
+    mean, std = evaluation.get("mean"), evaluation.get("std")
+    if not (isinstance(mean, int | float) and 0 <= mean <= 1):
+        return ""
+    return f"{100 * mean:.1f} %" + (f" ± {100 * std:.1f}" if isinstance(std, int | float) and std > 0 else "")
+
+
+def render_report(certificate: dict[str, Any], held: Contents, evaluation: dict[str, Any] | None = None) -> str:
+    """Returns the page as HTML text.
+
+    Args:
+      certificate: from `certificate.build`.
+      held: the images.
+      evaluation: utility figures to show beside the guarantee, not covered by it; of any keys.
+    """
+    proved = certificate["guarantee"]["basis"] == "proved"
+    return _environment().get_template("report.html").render(
+        c=certificate,
+        proved=proved,
+        strips=_strips(held),
+        bars=_bars(certificate) if proved else [],
+        short=_short,
+        evaluation=_figures(evaluation) if evaluation else [],
+        accuracy=_accuracy(evaluation) if evaluation else "",
+    )  # fmt: skip
+
+
+def render_card(certificate: dict[str, Any]) -> str:
+    """Returns README.md: a Hugging Face data set card."""
+    release = certificate["release"]
+    _, height, width = release["image_shape"]
+    parts, images = release["parts"], release["images"]
+    sizes = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"))
+    return _environment().get_template("card.md").render(
+        c=certificate,
+        proved=certificate["guarantee"]["basis"] == "proved",
+        size=next((name for top, name in sizes if images < top), "100K<n<1M"),
+        simple_tiles=parts == 2 or (height % parts == 0 and width % parts == 0),
+    )  # fmt: skip
+
+
+def write_report(bundle: Path, out: Path, evaluation: dict[str, Any] | None = None) -> None:
+    """Writes the page of a release anew, outside it, with the utility figures in `evaluation` if there are any.
+
+    Raises:
+      ReleaseError: the release does not verify (one that is NOT PRIVATE is shown, with its banner), or `out` lies in
+        it or cannot be written.
+    """
+    from .verification import inspect  # verify renders pages too
+
+    if evaluation is not None and not isinstance(evaluation, dict):
+        raise ReleaseError("the evaluation is not an object of names and values; give the file that `evaluate` wrote")
+    if out.resolve().is_relative_to(bundle.resolve()):
+        raise ReleaseError(f"{out} lies in the release, which must not change; choose a place outside {bundle}")
+    checked = inspect(bundle)
+    text = render_report(checked.certificate, checked.contents, evaluation)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, out)
+    except OSError as error:
+        raise ReleaseError(f"{out}: cannot be written ({error.strerror})") from None

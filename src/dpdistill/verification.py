@@ -1,0 +1,347 @@
+"""Checks a release folder as a stranger would: no private data, no key, no torch, and no trust in whoever made it.
+
+Files → hashes → ledger → ε → certificate, rebuilt and compared → tensors, table, pictures and pages. Each file is read
+once, so what was hashed is what is checked. A hash that does not hold ends the check: what is behind it is not parsed.
+"""
+
+import hashlib
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import certificate as certificates
+from . import contents, png, report, table
+from .certificate import BundleFacts, Figures, decimal
+from .contents import Contents, one_line
+from .errors import DpdistillError, ReleaseError
+from .ledger_check import check_ledger
+from .privacy import Guarantee
+from .privacy import ledger as ledgers
+from .privacy.guarantee import shown
+from .tensors import parse_json
+
+SIZES = {  # the only files of a release, and the most bytes each may have
+    "SHA256SUMS": 2**16,
+    "certificate.json": 2**22,
+    "config.toml": 2**20,
+    "ledger.jsonl": ledgers.MAX_BYTES,
+    "README.md": 2**22,
+    "report.html": 2**27,
+    "samples.png": 2**27,
+    "dataset/synthetic.safetensors": 2**30,
+    "dataset/train.parquet": 2**30,
+}
+UNCHECKED = (
+    "that the code was run as stated, on data of which each person is in one record",
+    "that the noise key was secret and was erased",
+    "that the ledger is complete: that no release was made from this data outside it, and none was deleted",
+    "who made this release: hashes show that files belong together, not whose they are",
+)
+_OTHER_PAGES = "what README.md and report.html say: another version of dpdistill wrote them; trust certificate.json"
+_CHECK_LIMIT = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What checking a release found.
+
+    Attributes:
+      ok: everything that can be checked holds.
+      problems: one line each; empty if and only if `ok`.
+      guarantee: the recomputed promise; None unless `ok`.
+      unchecked: what nobody can check from a release. A ledger shows consistency, not that its writer was honest.
+    """
+
+    ok: bool
+    problems: tuple[str, ...]
+    guarantee: Guarantee | None
+    unchecked: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A release that is what it says, whether or not it is private."""
+
+    certificate: dict[str, Any]
+    contents: Contents
+    guarantee: Guarantee
+    unchecked: tuple[str, ...]
+
+
+def verify(path: str | os.PathLike[str]) -> Verdict:
+    """Recomputes ε from a release's ledger and checks every file. Raises nothing: what is wrong is in the verdict."""
+    problems: list[str] = []
+    checked = None
+    try:
+        checked = inspect(Path(path))
+        if checked.guarantee.basis == "none":
+            problems.append("NOT PRIVATE: the noise came from a given seed, so this release carries no guarantee")
+    except DpdistillError as error:
+        problems += str(error).split("\n")
+    except Exception as error:  # a hostile folder must not get past as a crash
+        problems.append(f"the release cannot be checked ({type(error).__name__})")
+    ok = checked is not None and not problems
+    return Verdict(
+        ok=ok,
+        problems=tuple(one_line(problem) for problem in problems),
+        guarantee=checked.guarantee if checked and ok else None,
+        unchecked=checked.unchecked if checked else UNCHECKED,
+    )
+
+
+def inspect(root: Path) -> Checked:
+    """Returns a release if it is what it says. Raises ReleaseError (a problem per line) or LedgerError if not."""
+    files = read_files(root)
+    _check_hashes(files)
+    certificate = _read_certificate(files["certificate.json"])
+    facts, claimed = _claims(certificate, files)
+    lines = ledgers.parse(facts.ledger_raw)
+    problems = check_ledger(lines, facts)
+    _raise(problems)
+    problems += _compare_figures(claimed, lines, facts)
+    problems += _check_config(files["config.toml"])
+    held = contents.unpack(files["dataset/synthetic.safetensors"])
+    rebuilt = certificates.build(facts, claimed, held, certificate["software"], certificate["pages"])
+    problems += [f"certificate.json: {where}" for where in differences(certificate, rebuilt)]
+    problems += _check_contents(held, facts, lines)
+    _raise(problems)
+    problems += _check_pictures(files, held)
+    unchecked: tuple[str, ...] = UNCHECKED
+    if certificate["pages"] == report.fingerprint():
+        pages = {"README.md": report.render_card(certificate), "report.html": report.render_report(certificate, held)}
+        problems += [
+            f"{name}: not the page of this certificate" for name, text in pages.items() if files[name] != text.encode()
+        ]
+    else:
+        unchecked = (*UNCHECKED, _OTHER_PAGES)
+    _raise(problems)
+    promise = certificates.guarantee(facts, claimed, lines[0]["unit"])
+    return Checked(certificate=certificate, contents=held, guarantee=promise, unchecked=unchecked)
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ReleaseError("\n".join(one_line(problem) for problem in problems[:20]))
+
+
+def read_files(root: Path) -> dict[str, bytes]:
+    """Returns every file of a release. Raises ReleaseError on one too many, too few or too large, a link, a device."""
+    found: set[str] = set()
+    problems: list[str] = []
+    try:
+        for folder, prefix in ((root, ""), (root / "dataset", "dataset/")):
+            if prefix and folder.is_symlink():
+                break
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name == "dataset" and not prefix and entry.is_dir(follow_symlinks=False):
+                        continue
+                    found.add(prefix + entry.name)
+                    if len(found) > 100:
+                        raise ReleaseError(f"{root} holds over 100 files; a release has {len(SIZES)}")
+    except OSError as error:
+        raise ReleaseError(f"{root}: not a release folder ({error.strerror})") from None
+    problems += [f"{name}: not a file of a release" for name in sorted(found - set(SIZES))]
+    problems += [f"{name}: missing" for name in sorted(set(SIZES) - found)]
+    _raise(problems)
+    return {name: read_file(root, name) for name in SIZES}
+
+
+def read_file(root: Path, name: str) -> bytes:
+    """Returns one file of a release. Raises ReleaseError on a link, a device, or more bytes than it may have."""
+    limit = SIZES[name]
+    try:
+        # No link is followed, and a pipe does not block.
+        with open(os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ReleaseError(f"{name}: not a plain file")
+            if status.st_size > limit:  # before reading: a sparse file is as large as it likes
+                raise ReleaseError(f"{name}: larger than {limit} bytes")
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise ReleaseError(f"{name}: not a readable plain file ({error.strerror})") from None
+    if len(raw) > limit:
+        raise ReleaseError(f"{name}: larger than {limit} bytes")
+    return raw
+
+
+def checksums(files: dict[str, bytes]) -> bytes:
+    """The one way to write SHA256SUMS: every other file, in order, as `sha256sum -c` reads it."""
+    hashes = {name: hashlib.sha256(raw).hexdigest() for name, raw in files.items() if name != "SHA256SUMS"}
+    return "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode()
+
+
+def _check_hashes(files: dict[str, bytes]) -> None:
+    wanted, found = checksums(files).splitlines(), files["SHA256SUMS"].splitlines()
+    if checksums(files) != files["SHA256SUMS"]:
+        changed = [line.split(b"  ")[1].decode() for line in wanted if line not in found]
+        _raise(
+            [f"{name}: its hash is not the one in SHA256SUMS" for name in changed]
+            or ["SHA256SUMS: lines that are not ours"]
+        )
+
+
+def _read_certificate(raw: bytes) -> dict[str, Any]:
+    try:
+        certificate = parse_json(raw)
+        if not isinstance(certificate, dict) or certificate.get("format") != certificates.FORMAT:
+            raise ReleaseError(f"certificate.json: not of format {certificates.FORMAT}")
+        if certificates.write(certificate) != raw:
+            raise ReleaseError("certificate.json: not in its canonical form")
+    except (ValueError, RecursionError) as error:
+        raise ReleaseError(f"certificate.json: not readable ({error})") from None
+    return certificate
+
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _expect(value: Any, kind: type, what: str, ok: bool = True) -> Any:
+    """`value` if it is of the very type (True is no int) and `ok`."""
+    if type(value) is not kind or not ok:
+        raise ReleaseError(f"certificate.json: {what} is not what it has to be")
+    return value
+
+
+def _number(text: Any, what: str, write: Callable[[float], str] = decimal) -> float:
+    """A number written as `write` writes it, finite and not negative."""
+    value = float(_expect(text, str, what)) if re.fullmatch(r"[0-9.e+-]{1,30}", str(text)) else -1.0
+    if not (0 <= value < float("inf")) or write(value) != text:
+        raise ReleaseError(f"certificate.json: {what} is not a number of ours")
+    return value
+
+
+def _claims(certificate: dict[str, Any], files: dict[str, bytes]) -> tuple[BundleFacts, Figures]:
+    """What the certificate claims and nobody can derive: the rest is built anew from it."""
+    try:
+        release, promise, book = certificate["release"], certificate["guarantee"], certificate["ledger"]
+        names = tuple(
+            _expect(name, str, "a class name") for name in _expect(release["class_names"], list, "class_names")
+        )
+        shape = tuple(
+            _expect(side, int, "image_shape") for side in _expect(release["image_shape"], list, "image_shape")
+        )
+        insecure = {"proved": False, "none": True}[promise["basis"]]
+        checks = {
+            name: _number(text, "a check") for name, text in _expect(certificate["checks"], dict, "checks").items()
+        }
+        for name, text in _expect(certificate["software"], dict, "software").items():
+            _expect(text, str, "a version", re.fullmatch(r"[\w.+!-]{1,60}", str(text)) is not None and len(name) < 60)
+        _expect(
+            certificate["pages"], str, "pages", re.fullmatch(r"[0-9a-f]{16}", str(certificate["pages"])) is not None
+        )
+        if set(certificate["software"]) != set(certificates.software()):
+            raise ReleaseError("certificate.json: software lists other packages")
+        auxiliary = _expect(certificate["auxiliary"], str, "auxiliary")
+        facts = BundleFacts(
+            method=_expect(release["method"], str, "method", _ID.fullmatch(str(release["method"])) is not None),
+            run=_expect(release["run"], str, "run", _ID.fullmatch(str(release["run"])) is not None),
+            delta=1e-5 if insecure else _number(promise["delta"], "delta"),
+            class_names=names,
+            image_shape=shape,  # compared with the tensors below
+            per_class=_expect(release["per_class"], int, "per_class"),
+            config_toml=files["config.toml"].decode("utf-8"),
+            ledger_raw=files["ledger.jsonl"],
+            checks=checks,
+            auxiliary=_expect(auxiliary, str, "auxiliary", one_line(auxiliary) == auxiliary),
+            insecure=insecure,
+            seed=_expect(release["seed"], int, "seed"),
+        )
+        if insecure:
+            return facts, certificates.NO_FIGURES
+        claimed = {name: promise[name] for name in ("epsilon", "epsilon_replace_one", "epsilon_all_runs")}
+        claimed |= {"spent": book["spent_epsilon"], "rdp": certificate["accountant"]["rdp_epsilon"]}
+        for name, text in claimed.items():
+            _number(text, name, shown)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReleaseError(
+            f"certificate.json: a field is missing or of another kind ({type(error).__name__})"
+        ) from None
+    if not (0 < facts.delta < 1):
+        raise ReleaseError("certificate.json: delta is not in (0, 1)")
+    return facts, Figures(**claimed)
+
+
+def _compare_figures(claimed: Figures, lines: list[ledgers.Line], facts: BundleFacts) -> list[str]:
+    """A claimed ε may not be below the recomputed one (beyond the last bits), nor idly above it."""
+    if facts.insecure:
+        return []
+    problems = []
+    for name, value in certificates.epsilons(lines, facts.run, facts.delta).items():
+        claim = float(getattr(claimed, name))
+        if not (value * (1 - 1e-6) - 1e-9 <= claim <= value * 1.001 + 0.002):
+            problems.append(f"certificate.json: {name} is {claim:g}, the ledger gives {shown(value)}")
+    return problems
+
+
+def _check_config(raw: bytes) -> list[str]:
+    try:
+        tomllib.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return ["config.toml: not readable"]
+    return []
+
+
+def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
+    """Where two JSON values differ, as dotted paths; types count, so True is not 1."""
+    if type(found) is not type(wanted):
+        return [f"{where} is not what the ledger and the files give"]
+    if isinstance(found, dict):
+        paths = [(key, f"{where}.{key}".lstrip(".")) for key in sorted(set(found) | set(wanted))]
+        lost = [
+            f"{path} is {'missing' if key in wanted else 'unknown'}"
+            for key, path in paths
+            if (key in found) != (key in wanted)
+        ]
+        return lost + [
+            d
+            for key, path in paths
+            if key in found and key in wanted
+            for d in differences(found[key], wanted[key], path)
+        ]
+    if isinstance(found, list) and len(found) == len(wanted):
+        return [
+            d
+            for index, pair in enumerate(zip(found, wanted, strict=True))
+            for d in differences(*pair, f"{where}[{index}]")
+        ]
+    return [] if found == wanted else [f"{where} is not what the ledger and the files give"]
+
+
+def _check_contents(held: Contents, facts: BundleFacts, lines: list[ledgers.Line]) -> list[str]:
+    problems = []
+    if held.images.shape[1:] != facts.image_shape:
+        problems.append("dataset/synthetic.safetensors: images of another shape than the certificate's")
+    if held.class_names != facts.class_names:
+        problems.append("dataset/synthetic.safetensors: other class names than the certificate's")
+    elif (np.bincount(held.labels, minlength=len(facts.class_names)) != facts.per_class).any():
+        problems.append(f"dataset/synthetic.safetensors: not {facts.per_class} images of every class")
+    asked = {line["query"]["name"] for line in lines if line["type"] == "intent" and line["run"] == facts.run}
+    problems += [
+        f"certificate.json: no record-wise check of query {name!r}" for name in sorted(asked - set(facts.checks))
+    ]
+    problems += [
+        f"certificate.json: the record-wise check of {name!r} failed"
+        for name, x in facts.checks.items()
+        if x > _CHECK_LIMIT
+    ]
+    return problems
+
+
+def _check_pictures(files: dict[str, bytes], held: Contents) -> list[str]:
+    problems = []
+    if not png.same(files["samples.png"], png.sheet(held.pixels, held.labels, len(held.class_names))):
+        problems.append("samples.png: not the images of the tensors")
+    try:
+        table.check(files["dataset/train.parquet"], held.pixels, held.labels, held.soft_labels, held.class_names)
+    except ReleaseError as error:
+        problems.append(f"dataset/train.parquet: {error}")
+    return problems

@@ -1,0 +1,111 @@
+"""npz round trips in every layout, byte order and compression."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dpdistill.data import LabelledImages, load_images, write_npz
+from dpdistill.errors import InputError
+
+QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@QUICK
+@given(
+    st.integers(1, 5),
+    st.sampled_from([1, 3]),
+    st.integers(8, 20),
+    st.integers(8, 20),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_write_then_load_is_equal(tmp_path, n, c, h, w, floats, seed):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (n, c, h, w)).astype(np.float32 if floats else np.uint8)
+    data = LabelledImages(
+        images=images, labels=rng.integers(0, 2, n), class_names=("ä b", "c"), value_range=(0, 255), source="x"
+    )
+    write_npz(tmp_path / "x.npz", data)
+    back = load_images(tmp_path / "x.npz", value_range=(0, 255))
+    np.testing.assert_array_equal(back.images, images)
+    np.testing.assert_array_equal(back.labels, data.labels)
+    assert back.images.dtype == images.dtype
+    assert back.class_names == ("ä b", "c")
+    assert back.value_range == (0, 255)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("layout", ["NHW", "NHWC1", "NCHW1", "NHWC3", "NCHW3", "fortran"])
+def test_layouts(tmp_path, write, save, layout):
+    images, labels = write.toy(channels=3 if "3" in layout else 1, h=8, w=10)
+    stored = images
+    if layout == "NHW":
+        stored = images[:, 0]
+    elif "NHWC" in layout:
+        stored = images.transpose(0, 2, 3, 1)
+    elif layout == "fortran":
+        stored = np.asfortranarray(images)
+    save(tmp_path / "x.npz", images=stored, labels=labels, classes=np.array(write.names))
+    np.testing.assert_array_equal(load_images(tmp_path / "x.npz").images, images)
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f4", ">f8"])
+def test_floats_become_native_float32(tmp_path, write, dtype):
+    images = np.linspace(0, 1, 6 * 64).reshape(6, 8, 8).astype(dtype)
+    data = load_images(write.npz(tmp_path / "x.npz", images=images))
+    assert data.images.dtype == np.dtype(np.float32)
+    assert data.images.dtype.isnative
+    np.testing.assert_array_equal(data.images[:, 0], images.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<i2", ">i4", "<u8", "<f4"])
+def test_whole_labels_of_any_dtype_load(tmp_path, write, dtype):
+    data = load_images(write.npz(tmp_path / "x.npz", labels=np.array([0, 1, 2, 0, 1, 2], dtype)))
+    assert data.labels.dtype == np.int64
+    assert data.labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_bad_values_load_because_refusing_them_would_tell(tmp_path, write):
+    images = np.zeros((6, 8, 8))
+    images[0, 0, 0], images[1, 0, 0], images[2, 0, 0] = np.nan, np.inf, 1e300
+    unit = load_images(write.npz(tmp_path / "x.npz", images=images)).to_unit()
+    assert np.isnan(unit[:3]).all()
+    assert np.isfinite(unit[3:]).all()
+
+
+def test_class_list_can_be_declared(tmp_path, write):
+    path = write.npz(tmp_path / "x.npz", classes=None)
+    assert load_images(path, n_classes=3).class_names == ("0", "1", "2")
+    assert load_images(path, class_names=["a", "b", "c", "d"]).class_names == ("a", "b", "c", "d")
+    with pytest.raises(InputError, match="set of labels present is private"):
+        load_images(path)
+    with pytest.raises(InputError, match="outside the class list"):
+        load_images(path, n_classes=2)
+
+
+def test_declarations_must_not_contradict_the_file(tmp_path, write):
+    path = write.npz(tmp_path / "x.npz")
+    assert load_images(path, class_names=write.names, n_classes=3).n_classes == 3
+    with pytest.raises(InputError, match="other classes"):
+        load_images(path, class_names=["dog", "cat", "eel"])
+    with pytest.raises(InputError, match="n_classes"):
+        load_images(path, n_classes=4)
+
+
+def test_other_members_stay_unread(tmp_path, write):
+    path = write.npz(tmp_path / "x.npz", groups=np.array([object()] * 6))
+    assert load_images(path).n_classes == 3
+
+
+def test_a_link_that_the_user_names_is_followed(tmp_path, write):
+    (tmp_path / "link.npz").symlink_to(write.npz(tmp_path / "x.npz"))
+    assert load_images(tmp_path / "link.npz").n_classes == 3
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_resize_of_arrays(tmp_path, write, dtype):
+    images = np.full((6, 96, 80, 3), 200, dtype)
+    data = load_images(write.npz(tmp_path / "x.npz", images=images), resize=32)
+    assert data.images.shape == (6, 3, 32, 32)
+    np.testing.assert_allclose(data.images, 200, rtol=1e-5)

@@ -1,0 +1,533 @@
+"""The door, played twice: on neighbouring data with everything else frozen, what comes out may differ by C and no more.
+
+Noise is off where a sum is compared (`silent`), and sums are then exact integers: C = 1, 2¹² steps, float32 holds them all.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dpdistill.data.images import LabelledImages
+from dpdistill.errors import BudgetError, ConfigError, LedgerError, RecordwiseError
+from dpdistill.mechanisms import PrivateData, per_record_gradient, private
+from dpdistill.mechanisms.private import Reservation
+from dpdistill.privacy import GaussianSum, Planned, accounting
+from dpdistill.privacy import ledger as ledgers
+
+K, D, GRID = 3, 16, 12
+C = 2**GRID  # in grid steps
+Door = Callable[..., PrivateData]
+Records = Callable[..., LabelledImages]
+
+
+def query(**change: Any) -> GaussianSum:
+    return GaussianSum(**{"name": "sum", "dim": D, "n_classes": K, "noise_multiplier": 50.0, "grid_bits": GRID} | change)
+
+
+def pixels(x: Tensor, y: Tensor) -> Tensor:
+    return x.flatten(1)
+
+
+def steps(released: Tensor) -> np.ndarray:
+    """A silent release in grid steps, exactly."""
+    scaled = released.double().numpy() * C
+    assert (scaled == np.rint(scaled)).all()
+    return scaled.astype(np.int64)
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private, "rounded_gaussian", lambda n, sigma, stream: np.zeros(n, np.int64))
+
+
+def with_record(records: LabelledImages, image: np.ndarray, label: int) -> LabelledImages:
+    """The same data with one record more. Labels out of range get in as they would after loading: by an array changed in place."""
+    labels = np.append(records.labels, 0)
+    images = np.concatenate([records.images, image[None].astype(records.images.dtype)])
+    more = LabelledImages(images=images, labels=labels, class_names=records.class_names, source="toy")
+    more.labels[-1] = label
+    return more
+
+
+RNG = np.random.default_rng(3)
+NEIGHBOURS = {
+    "random": (RNG.random((1, 4, 4)), 1),
+    "nan": (np.full((1, 4, 4), np.nan), 1),
+    "one nan": (np.where(np.arange(16).reshape(1, 4, 4) == 3, np.nan, 0.5), 1),
+    "inf": (np.full((1, 4, 4), np.inf), 0),
+    "-inf": (np.full((1, 4, 4), -np.inf), 2),
+    "huge": (np.full((1, 4, 4), 1e30), 2),
+    "subnormal": (np.full((1, 4, 4), 1e-45), 2),
+    "zero": (np.zeros((1, 4, 4)), 0),
+    "label too big": (RNG.random((1, 4, 4)), K),
+    "label far too big": (RNG.random((1, 4, 4)), 2**62),
+    "label negative": (RNG.random((1, 4, 4)), -1),
+}
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "pixels": pixels,
+    "long": lambda x, y: x.flatten(1) * 1e6 + 3.0,
+    "one-hot": lambda x, y: nn.functional.one_hot(y, D).float() * 7,
+    "bursting": lambda x, y: (x.flatten(1) * 1e38).exp() * 1e38,
+    "sign": lambda x, y: x.flatten(1).sign(),
+}
+
+
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+@pytest.mark.parametrize("q", [1.0, 0.5])
+@pytest.mark.usefixtures("silent")
+def test_one_record_more_moves_its_own_row_by_at_most_c(neighbour: str, q: float, open_door: Door, toy_records: Records) -> None:
+    image, label = NEIGHBOURS[neighbour]
+    base = toy_records(11, K, dtype="float32")
+    for name, fn in FUNCTIONS.items():
+        # bursting: not row-wise on the probe, for it gives infinity there; what counts is that the door bounds it all the same
+        asked = query(sampling_prob=q)
+        first, second = open_door(base, f"{name}-1"), open_door(with_record(base, image, label), f"{name}-2")
+        if name == "bursting":
+            first.check = second.check = lambda query, fn: None  # type: ignore[method-assign]
+        moved = steps(second.release(asked, fn)) - steps(first.release(asked, fn))
+        rows = (moved.astype(object) ** 2).sum(axis=1)
+        assert rows.sum() <= C**2
+        others = [k for k in range(K) if k != label]
+        assert not moved[others].any()
+        if "nan" in neighbour or "inf" in neighbour or "label" in neighbour:
+            assert not moved.any()
+
+
+@settings(max_examples=60)
+@given(data=st.data(), n=st.integers(0, 9), which=st.integers(0, 8), q=st.sampled_from([1.0, 0.3]))
+def test_any_neighbour(data: st.DataObject, n: int, which: int, q: float) -> None:
+    """Add-or-remove of any record at the end: at most C. Exchange of any record: at most 2C. In exact integers, by the sum itself."""
+    from dpdistill.mechanisms.vault import Vault
+
+    value = st.one_of(st.sampled_from([math.nan, math.inf, 1e30, -1e30, 0.0, 1.0, 1e-45]), st.floats(0, 1, width=32))
+    image = np.array(data.draw(st.lists(value, min_size=16, max_size=16)), np.float32).reshape(1, 4, 4)
+    label = data.draw(st.integers(-1, K))
+    factor = data.draw(st.sampled_from([0.01, 1.0, 1e20]))
+
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        return x.flatten(1) * factor
+
+    rng = np.random.default_rng(n)
+    base = LabelledImages(
+        images=rng.random((n, 1, 4, 4), np.float32), labels=rng.integers(0, K, n), class_names=("a", "b", "c"), source="toy"
+    )
+
+    class NoLedger:
+        lines: list[Any] = []  # noqa: RUF012
+
+    def total(records: LabelledImages) -> np.ndarray:
+        vault = Vault(Path("/nowhere"), "run", b"k" * 32, False)
+        door = PrivateData(records, NoLedger(), vault, micro_batch=4)  # type: ignore[arg-type]
+        return door._exact_sum(query(sampling_prob=q), fn, "name", None).astype(object)
+
+    moved = total(with_record(base, image, label)) - total(base)
+    assert (moved**2).sum() <= C**2
+    if n:
+        other = with_record(base, image, 0)
+        images, labels = base.images.copy(), base.labels.copy()
+        images[which % n] = image[0]
+        exchanged = LabelledImages(images=images, labels=labels, class_names=base.class_names, source="toy")
+        exchanged.labels[which % n] = label
+        assert ((total(exchanged) - total(base)) ** 2).sum() <= (2 * C) ** 2
+        assert other.images.shape[0] == n + 1
+
+
+@pytest.mark.usefixtures("silent")
+def test_a_duplicate_and_a_rare_class(open_door: Door, toy_records: Records) -> None:
+    base = toy_records(12, 2)
+    base = LabelledImages(images=base.images, labels=base.labels, class_names=("a", "b", "rare"), source="toy")
+    empty = steps(open_door(base, "base").release(query(), pixels))
+    assert not empty[2].any()  # a class without records has a row all the same
+    for label, place in ((2, "rare"), (int(base.labels[0]), "twin")):
+        moved = steps(open_door(with_record(base, base.images[0], label), place).release(query(), pixels)) - empty
+        assert 0 < (moved**2).sum() <= C**2
+
+
+@pytest.mark.usefixtures("silent")
+def test_a_sum_over_all_classes_counts_each_record_once(open_door: Door, toy_records: Records) -> None:
+    records = toy_records(10, K)
+    by_class = steps(open_door(records, "by class").release(query(), pixels))
+    together = steps(open_door(records, "together").release(query(n_classes=1), pixels))
+    assert np.array_equal(by_class.sum(axis=0, keepdims=True), together)
+
+
+@pytest.mark.usefixtures("silent")
+def test_micro_batch_and_order_change_no_byte(open_door: Door, toy_records: Records) -> None:
+    records = toy_records(13, K)
+
+    def whole(x: Tensor, y: Tensor) -> Tensor:
+        return torch.round(x.flatten(1) * 8) + y[:, None]
+
+    expected = steps(open_door(records, "0").release(query(), whole))
+    for size in (1, 2, 5, 12, 13, 14, 256):
+        assert np.array_equal(steps(open_door(records, f"size {size}", micro_batch=size).release(query(), whole)), expected)
+    order = np.random.default_rng(0).permutation(13)
+    shuffled = LabelledImages(
+        images=records.images[order], labels=records.labels[order], class_names=records.class_names, source="toy"
+    )
+    assert np.array_equal(steps(open_door(shuffled, "shuffled").release(query(), whole)), expected)
+
+
+@pytest.mark.usefixtures("silent")
+def test_a_function_that_writes_into_its_labels_moves_no_row(open_door: Door, toy_records: Records) -> None:
+    """A record's row is the door's to say: were it read from the tensor that fn was given, one record could move the others' rows."""
+
+    def meddling(x: Tensor, y: Tensor) -> Tensor:
+        result = x.flatten(1).clone()
+        y.fill_(0)
+        x.fill_(7)
+        return result
+
+    records = toy_records(9, K)
+    honest = open_door(records, "honest").release(query(), pixels)
+    assert torch.equal(open_door(records, "meddling").release(query(), meddling), honest)
+    assert records.labels.max() == K - 1
+
+
+def batch_mean(x: Tensor, y: Tensor) -> Tensor:
+    return (x - x.mean(dim=0)).flatten(1)
+
+
+def faint_mean(x: Tensor, y: Tensor) -> Tensor:
+    return x.flatten(1) + 1e-5 * x.flatten(1).mean(dim=0)
+
+
+def nan_by_neighbour(x: Tensor, y: Tensor) -> Tensor:
+    """Its first row is good in the probe's own batch and becomes NaN through the others."""
+    own = x.flatten(1).abs().clamp_min(0.1)
+    return own * torch.where(x[1:].abs().max(initial=0.0) if False else x.abs().amax() < 0.9, math.nan, 1.0)
+
+
+def running(_: list[float] = [0.0]) -> Callable[[Tensor, Tensor], Tensor]:  # noqa: B006
+    state = [0.0]
+
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        state[0] += float(x.sum())
+        return x.flatten(1) + state[0]
+
+    return fn
+
+
+class _BatchNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm2d(1), nn.Flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x))
+
+
+def channels_last_garbage(x: Tensor, y: Tensor) -> Tensor:
+    """What a widely used per-record gradient engine does: right for one record, zeros for a batch in channels-last."""
+    return x.flatten(1) if len(x) == 1 else torch.zeros(len(x), D)
+
+
+MIXERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "batch mean": batch_mean,
+    "faint batch mean": faint_mean,
+    "batch norm": lambda x, y: _BatchNorm()(x),
+    "softmax over the batch": lambda x, y: x.flatten(1).softmax(dim=0),
+    "sum to date": lambda x, y: x.flatten(1).cumsum(dim=0),
+    "last row alone mixes": lambda x, y: torch.cat([x[:-1].flatten(1), x.flatten(1).sum(0, keepdim=True)]),
+    "labels of others": lambda x, y: x.flatten(1) * (1 + y.float().mean()),
+    "place in the batch": lambda x, y: x.flatten(1) * torch.arange(1, len(x) + 1)[:, None],
+    "size of the batch": lambda x, y: x.flatten(1) / len(x),
+    "normalised by the batch": lambda x, y: x.flatten(1) / x.norm(),
+    "memory": running(),
+    "nan through others": nan_by_neighbour,
+    "channels-last zeros": channels_last_garbage,
+    "channels-last garbage": lambda x, y: x.flatten(1).roll(1, 0) if len(x) > 1 else x.flatten(1),
+    "random": lambda x, y: x.flatten(1) + torch.rand(1),
+    "nan": lambda x, y: x.flatten(1) * math.nan,
+    "one row short": lambda x, y: x.flatten(1)[:-1],
+    "one for all": lambda x, y: x.flatten(1).sum(0, keepdim=True),
+    "too wide": lambda x, y: x.flatten(1).repeat(1, 2),
+    "flat": lambda x, y: x.flatten(),
+    "image": lambda x, y: x,
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_what_mixes_records_is_refused_before_anything_is_read_or_charged(
+    name: str, open_door: Door, toy_records: Records, tmp_path: Path
+) -> None:
+    seen = Spy(toy_records(8, K))
+    door = open_door(seen)
+    seen.reads.clear()
+    before = (tmp_path / "a" / "ledger.jsonl").read_bytes()
+    with pytest.raises(RecordwiseError):
+        door.release(query(), MIXERS[name])
+    assert seen.reads == []
+    assert (tmp_path / "a" / "ledger.jsonl").read_bytes() == before
+
+
+def test_another_shape_only_in_large_batches_is_refused(open_door: Door, toy_records: Records) -> None:
+    door = open_door(toy_records(8, K), micro_batch=8)
+    with pytest.raises(RecordwiseError, match="shape"):
+        door.release(query(), lambda x, y: x.flatten(1) if len(x) < 6 else x.flatten(1)[:, :-1])
+
+
+def test_good_functions_pass_and_their_difference_is_kept(open_door: Door, toy_records: Records) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, D))
+    door = open_door(toy_records(8, K))
+    door.release(query(name="net"), lambda x, y: net(x))
+    door.release(query(name="last"), lambda x, y: net(x.to(memory_format=torch.channels_last)))
+    assert set(door.checks) == {"net", "last"}
+    assert 0 <= max(door.checks.values()) <= 1e-4
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_per_record_gradients_equal_one_backward_each(memory_format: torch.memory_format) -> None:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(1, 4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(8, 5))
+    net = net.to(memory_format=memory_format)
+    x, y = torch.randn(6, 3, 6, 6).to(memory_format=memory_format), torch.arange(6) % 5
+    together = per_record_gradient(net, nn.functional.cross_entropy)(x, y)
+    for i in range(6):
+        net.zero_grad()
+        nn.functional.cross_entropy(net(x[i : i + 1]), y[i : i + 1]).backward()
+        alone = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+        assert torch.allclose(together[i], alone, atol=1e-6)
+        assert alone.norm() > 0
+
+
+def test_dp_sgd_through_the_door(open_door: Door, toy_records: Records) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, K))
+    fn = per_record_gradient(net, nn.functional.cross_entropy)
+    released = open_door(toy_records(8, K)).release(query(dim=16 * K + K, n_classes=1), fn)
+    assert released.shape == (1, 16 * K + K)
+    assert torch.isfinite(released).all()
+
+
+class Spy:
+    """Records that note when their pixels or labels are read, and what was on disk by then."""
+
+    def __init__(self, records: LabelledImages, ledger: Path | None = None) -> None:
+        self._inside, self.reads, self.ledger = records, [], ledger
+        self.class_names, self.value_range = records.class_names, records.value_range
+
+    def _read(self, what: str) -> None:
+        self.reads.append((what, self.ledger.read_bytes() if self.ledger and self.ledger.exists() else b""))
+
+    @property
+    def images(self) -> np.ndarray:
+        self._read("images")
+        return self._inside.images
+
+    @property
+    def labels(self) -> np.ndarray:
+        self._read("labels")
+        return self._inside.labels
+
+
+def test_the_line_is_on_disk_before_the_first_record_is_read(open_door: Door, toy_records: Records, tmp_path: Path) -> None:
+    path = tmp_path / "a" / "ledger.jsonl"
+    seen = Spy(toy_records(8, K), path)
+    door = open_door(seen)
+    for name in ("one", "two"):
+        seen.reads.clear()
+        door.release(query(name=name), pixels)
+        first = ledgers.parse(seen.reads[0][1])
+        assert first[-1]["type"] == "intent"
+        assert first[-1]["query"] == query(name=name).describe()
+
+
+def test_past_the_budget_nothing_is_read_or_written(open_door: Door, toy_records: Records, tmp_path: Path) -> None:
+    path = tmp_path / "a" / "ledger.jsonl"
+    seen = Spy(toy_records(8, K), path)
+    door = open_door(seen, cap=(accounting.epsilon([query().part()], 1e-5), 1e-5))
+    door.release(query(), pixels)
+    seen.reads.clear()
+    before = path.read_bytes()
+    for _ in range(2):
+        with pytest.raises(BudgetError):
+            door.release(query(name="more"), pixels)
+        with pytest.raises(BudgetError):
+            door.reserve(query(), 7)
+    assert seen.reads == []
+    assert path.read_bytes() == before
+
+
+def test_the_ledger_does_not_depend_on_the_data(open_door: Door, toy_records: Records, tmp_path: Path) -> None:
+    base = toy_records(11, K, dtype="float32")
+    worlds = [base, toy_records(0, K, dtype="float32"), toy_records(300, K, dtype="float32", seed=5)]
+    worlds += [with_record(base, *neighbour) for neighbour in NEIGHBOURS.values()]
+    seen = set()
+    for index, records in enumerate(worlds):
+        door = open_door(records, f"w{index}")
+        door.release(query(), pixels)
+        held = door.reserve(query(name="sampled", sampling_prob=0.2), 3)
+        for i in range(3):
+            door.release_reserved(held, i, pixels)
+        seen.add((tmp_path / f"w{index}" / "ledger.jsonl").read_bytes())
+        names = sorted(path.name for path in (tmp_path / f"w{index}" / "vault").iterdir())
+        seen.add(repr([name.split("-")[-1] for name in names]).encode())
+    assert len(seen) == 2
+
+
+def test_what_was_planned_is_what_is_charged(open_door: Door, toy_records: Records) -> None:
+    plan = [Planned(query()), Planned(query(name="t", sampling_prob=0.3, noise_multiplier=20.0), 4), Planned(query(name="u", clip_norm=7.0))]
+    door = open_door(toy_records(8, K))
+    for planned in plan:
+        held = door.reserve(planned.query, planned.count)
+        for i in range(planned.count):
+            door.release_reserved(held, i, pixels)
+    lines = door._ledger.lines
+    assert ledgers.parts(lines) == [planned.part for planned in plan]
+    assert ledgers.spent(lines, 1e-5) == accounting.epsilon([planned.part for planned in plan], 1e-5)
+
+
+@pytest.mark.parametrize("q", [1.0, 1e-9])
+def test_an_empty_batch_is_noised_and_released(q: float, open_door: Door, toy_records: Records) -> None:
+    released = open_door(toy_records(0 if q == 1 else 50, K)).release(query(sampling_prob=q), pixels)
+    assert released.shape == (K, D)
+    assert (released != 0).all()
+    assert 20 < float(released.std()) < 80  # σ = 50, C = 1
+
+
+def test_noise_on_every_coordinate_at_the_stated_scale(open_door: Door, toy_records: Records) -> None:
+    """σ·C per coordinate, for every class and coordinate, also the last ones, also with a clip norm."""
+    query_wide = query(dim=4000, n_classes=K, noise_multiplier=30.0, clip_norm=2.5, grid_bits=20)
+    released = open_door(toy_records(3, K)).release(query_wide, lambda x, y: torch.zeros(len(x), 4000))
+    spread = released.double()
+    assert (spread != 0).all()
+    assert abs(float(spread.std()) / 75 - 1) < 4.9 * math.sqrt(0.5 / 12000)
+    for row in (*spread, spread[:, -500:].flatten()):
+        assert abs(float(row.std()) / 75 - 1) < 4.9 * math.sqrt(0.5 / len(row))
+    assert len(torch.unique(spread)) == spread.numel()
+
+
+def test_two_releases_have_independent_noise(open_door: Door, toy_records: Records) -> None:
+    door = open_door(toy_records(6, K))
+    wide = {"dim": 4000, "n_classes": 1, "grid_bits": 20}
+
+    def zeros(x: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros(len(x), 4000)
+
+    drawn = [door.release(query(**wide), zeros), door.release(query(**wide), zeros), door.release(query(**wide, name="b"), zeros)]
+    held = door.reserve(query(**wide), 2)
+    drawn += [door.release_reserved(held, i, zeros) for i in (0, 1)]
+    drawn += [open_door(toy_records(6, K), "b", key=b"j" * 32).release(query(**wide), zeros)]
+    table = torch.cat(drawn).double()
+    correlation = torch.corrcoef(table) - torch.eye(len(drawn))
+    assert float(correlation.abs().max()) < 4.9 / math.sqrt(4000) * 1.1
+
+
+def test_noise_is_bound_to_the_sum(open_door: Door, toy_records: Records) -> None:
+    """The same key, run and line, and one pixel changed: the difference of two releases is noise, not that pixel."""
+    records = toy_records(6, K)
+    other = LabelledImages(images=records.images.copy(), labels=records.labels, class_names=records.class_names, source="toy")
+    other.images[0, 0, 0, 0] ^= 128
+    first, second = open_door(records, "a").release(query(), pixels), open_door(other, "b").release(query(), pixels)
+    assert (first != second).all()
+    assert 30 < float((first - second).std()) < 150  # √2 · 50
+    assert torch.equal(open_door(records, "c").release(query(), pixels), first)
+
+
+def test_no_global_seed_reaches_the_noise(open_door: Door, toy_records: Records) -> None:
+    """A function, or a library that it calls, reseeds every global generator before the noise is drawn: nothing changes, and with a
+    fresh key nothing repeats."""
+
+    def hostile(x: Tensor, y: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        random.seed(0)
+        return x.flatten(1)
+
+    calm = open_door(toy_records(6, K), "calm").release(query(), pixels)
+    assert torch.equal(open_door(toy_records(6, K), "hostile").release(query(), hostile), calm)
+    assert not torch.equal(open_door(toy_records(6, K), "fresh", key=b"f" * 32).release(query(), hostile), calm)
+
+
+def test_asked_again_the_same_bytes_and_nothing_read(open_door: Door, toy_records: Records, tmp_path: Path) -> None:
+    seen = Spy(toy_records(8, K))
+    door = open_door(seen)
+    held = door.reserve(query(), 2)
+    first = door.release_reserved(held, 1, pixels)
+    seen.reads.clear()
+    ledger = (tmp_path / "a" / "ledger.jsonl").read_bytes()
+    assert torch.equal(door.release_reserved(held, 1, pixels), first)
+    assert torch.equal(door.release_reserved(held, 1, lambda x, y: -x.flatten(1)), first)  # another function gets no second answer
+    assert seen.reads == []
+    assert (tmp_path / "a" / "ledger.jsonl").read_bytes() == ledger
+    for index in (-1, 2):
+        with pytest.raises(ValueError, match="index"):
+            door.release_reserved(held, index, pixels)
+
+
+def test_a_made_up_reservation_buys_nothing(open_door: Door, toy_records: Records) -> None:
+    seen = Spy(toy_records(8, K))
+    door = open_door(seen)
+    held = door.reserve(query(), 2)
+    seen.reads.clear()
+    for forged in (
+        Reservation(query(), 3, held.line),
+        Reservation(query(noise_multiplier=0.01), 2, held.line),
+        Reservation(query(clip_norm=1e6), 2, held.line),
+        Reservation(query(), 2, 0),
+        Reservation(query(), 2, -1),
+        Reservation(query(), 2, 99),
+    ):
+        with pytest.raises(LedgerError, match="not on the ledger"):
+            door.release_reserved(forged, 0, pixels)
+    assert seen.reads == []
+
+
+def test_another_runs_line_buys_nothing(open_door: Door, toy_records: Records, tmp_path: Path) -> None:
+    door = open_door(toy_records(8, K))
+    held = door.reserve(query())
+    (tmp_path / "a" / "vault" / "key").write_bytes(b"other" * 6 + b"xx")
+    second = open_door(toy_records(8, K))
+    with pytest.raises(LedgerError, match="not on the ledger"):
+        second.release_reserved(held, 0, pixels)
+    second.release(query(), pixels)
+    assert len(ledgers.parts(second._ledger.lines)) == 2
+
+
+def test_a_second_handle_on_the_ledger_is_refused(open_door: Door, toy_records: Records, tmp_path: Path) -> None:
+    from dpdistill.privacy import Ledger
+
+    open_door(toy_records(8, K))
+    with pytest.raises(LedgerError, match="another run"):
+        Ledger.open(tmp_path / "a" / "ledger.jsonl", cap=(1.0, 1e-5))
+
+
+def test_a_vault_beside_another_ledger_gives_no_old_answer(open_door: Door, toy_records: Records, tmp_path: Path) -> None:
+    """State of run A with the ledger of run B: nothing matches by accident."""
+    first = open_door(toy_records(8, K)).release(query(name="old"), pixels)
+    (tmp_path / "a" / "ledger.jsonl").unlink()
+    door = open_door(toy_records(8, K))
+    assert not torch.equal(door.release(query(name="new"), pixels), first)
+    assert len(ledgers.parts(door._ledger.lines)) == 1
+
+
+def test_wrong_number_of_classes_or_micro_batch(open_door: Door, toy_records: Records) -> None:
+    with pytest.raises(ConfigError, match="rows"):
+        open_door(toy_records(8, K)).release(query(n_classes=K + 1), pixels)
+    for size in (0, -4):
+        with pytest.raises(ValueError, match="micro_batch"):
+            open_door(toy_records(8, K), micro_batch=size)
+
+
+def test_progress_is_a_fraction(open_door: Door, toy_records: Records) -> None:
+    told: list[float] = []
+    open_door(toy_records(10, K), micro_batch=4).release(query(), pixels, progress=told.append)
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+    assert all(0 < fraction <= 1 for fraction in told)
+
+
+def test_uint8_and_float_records_give_the_same(open_door: Door, toy_records: Records) -> None:
+    rough = open_door(toy_records(9, K), "a").release(query(grid_bits=8), pixels)
+    fine = open_door(toy_records(9, K, dtype="float32"), "b").release(query(grid_bits=8), pixels)
+    assert torch.equal(rough, fine)

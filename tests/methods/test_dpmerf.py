@@ -1,0 +1,108 @@
+"""DP-MERF, end to end behind the door on made-up images of 12x12."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpdistill.data.images import LabelledImages
+from dpdistill.mechanisms import PrivateData, Vault
+from dpdistill.methods import dpmerf
+from dpdistill.methods.base import Public
+from dpdistill.models.generator import Generator
+from dpdistill.privacy import Ledger
+from dpdistill.privacy import ledger as ledgers
+from dpdistill.workspace import FolderWorkspace
+
+CONFIG = dpmerf.Config(per_class=3, n_frequencies=200, steps=9, batch=8, width=8, checkpoint_steps=2)
+
+
+class Stop(Exception):
+    pass
+
+
+class Stopping(FolderWorkspace):
+    """Stops after n steps."""
+
+    def __init__(self, folder: Path, n: int) -> None:
+        super().__init__(folder, quiet=True)
+        self.n = n
+
+    def track(self, steps: Sequence[int], description: str) -> Iterator[int]:
+        for done, step in enumerate(steps):
+            if done == self.n:
+                raise Stop
+            yield step
+
+
+@pytest.fixture
+def records() -> LabelledImages:
+    """Three classes: one large, one small, one with no records."""
+    rng = np.random.default_rng(0)
+    labels = np.array([0] * 40 + [1] * 15, np.int64)
+    images = rng.integers(0, 90, (55, 1, 12, 12), dtype=np.uint8)
+    images[labels == 0, :, : 12 // 2] += 150
+    images[labels == 1, :, 12 // 2 :] += 150
+    return LabelledImages(images=images, labels=labels, class_names=("top", "bottom", "none"), source="made up")
+
+
+@pytest.fixture
+def public() -> Public:
+    auxiliary = torch.rand(40, 1, 12, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return Public(image_shape=(1, 12, 12), class_names=("top", "bottom", "none"), auxiliary=auxiliary)
+
+
+def go(folder: Path, records: LabelledImages, public: Public, config, workspace=None, sigma: float = 1.0):
+    """Runs behind the door; returns the result and the ledger's parts, which must be the planned ones."""
+    plan = dpmerf.plan(config, public, sigma)
+    with Ledger.open(folder / "l.jsonl", cap=(1e7, 1e-5), data="toy") as ledger:
+        private = PrivateData(records, ledger, Vault.open(folder / "v", insecure_seed=1), micro_batch=64)
+        result = dpmerf.run(config, public, private, plan, workspace or FolderWorkspace(folder / "w", quiet=True))
+        parts = ledgers.parts(ledger.lines)
+    assert parts == [planned.part for planned in plan]
+    assert max(private.checks.values()) < 1e-4
+    return result, parts
+
+
+def test_end_to_end(tmp_path: Path, records: LabelledImages, public: Public) -> None:
+    before = torch.random.get_rng_state()
+    result, parts = go(tmp_path, records, public, CONFIG)
+    assert result.images.shape == (9, 1, 12, 12)
+    assert result.images.abs().max() <= 1
+    assert result.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert parts == [(1.0, 1.0, 1)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_resume_gives_the_same_bytes(tmp_path: Path, records: LabelledImages, public: Public, n: int) -> None:
+    whole, _ = go(tmp_path / "whole", records, public, CONFIG)
+    with pytest.raises(Stop):
+        go(tmp_path / "cut", records, public, CONFIG, Stopping(tmp_path / "cut" / "w", n))
+    resumed, _ = go(tmp_path / "cut", records, public, CONFIG)
+    assert torch.equal(resumed.images, whole.images)
+
+
+def test_classes_are_told_apart_with_little_noise(tmp_path: Path, records: LabelledImages, public: Public) -> None:
+    result, _ = go(tmp_path, records, public, replace(CONFIG, steps=150, lr=5e-3), sigma=0.01)
+    top, bottom = result.images[:3].mean(dim=(0, 1)), result.images[3:6].mean(dim=(0, 1))
+    assert top[:6].mean() - top[6:].mean() > 0.3
+    assert bottom[6:].mean() - bottom[:6].mean() > 0.3
+
+
+def test_embedding_has_norm_one_and_approximates_the_kernel() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 1, 3, 3, generator=generator)
+    features = dpmerf.embedding(x, torch.randn(9, 20_000, generator=generator))
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+    kernel = torch.exp(-(x[0] - x[1]).square().sum() / 2)
+    torch.testing.assert_close(features[0] @ features[1], kernel, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 9), (1, 28, 28), (3, 64, 64)], ids=str)
+def test_generator_sizes(shape: tuple[int, int, int]) -> None:
+    model = Generator(shape, 4, width=8, generator=torch.Generator().manual_seed(0))
+    assert model(torch.randn(5, 10), torch.eye(4)[[0, 1, 2, 3, 0]]).shape == (5, *shape)

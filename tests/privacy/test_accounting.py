@@ -1,0 +1,189 @@
+"""ε: golden values, a second implementation, monotonicity, and every trap of the accountants that we met.
+
+q sampling_prob, σ noise_multiplier, T count, μ of a Gaussian trade-off function.
+"""
+
+import math
+
+import dp_accounting
+import numpy as np
+import pytest
+from dp_accounting import pld, rdp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import ndtr
+
+from dpdistill.errors import ConfigError
+from dpdistill.privacy import accounting
+
+GOLDEN = [  # trust.md §3.1: q, σ, T, δ, ε (add-or-remove, PLD at 1e-4)
+    (1.0, 1.0, 1, 1e-5, 4.377178),
+    (1.0, 4.0, 100, 1e-5, 13.206712),
+    (0.01, 1.0, 1000, 1e-5, 1.82824),
+    (0.01, 4.2969, 10000, 1e-5, 0.87319),
+    (0.05, 1.1, 1200, 1e-5, 10.19692),
+    (0.1, 3.0, 300, 1e-5, 2.49480),
+    (256 / 60000, 1.1, 14062, 1e-5, 2.38169),
+    (0.5, 8.0, 200, 1e-5, 3.83789),
+    (0.2, 2.0, 500, 1e-6, 13.900855),
+    (0.001, 0.6, 20000, 1e-7, 4.451404),
+]
+
+
+def second_epsilon(q: float, sigma: float, count: int, delta: float, step: float = 1e-4) -> float:
+    """ε by our own FFT: losses of both directions on a grid, composed, inverted by bisection."""
+    worst = 0.0
+    for removed in (True, False):
+        edges = np.linspace(-12 * sigma - 1, 12 * sigma + 2, 400_001)
+        middle = (edges[1:] + edges[:-1]) / 2
+        plain, shifted = np.diff(ndtr(edges / sigma)), np.diff(ndtr((edges - 1) / sigma))
+        log_ratio = np.log1p(q * np.expm1(np.clip((2 * middle - 1) / (2 * sigma**2), -700, 700)))  # mixture over plain
+        mass, loss = ((1 - q) * plain + q * shifted, log_ratio) if removed else (plain, -log_ratio)
+        # A cell's mass is split between the two nearest grid points so that the mean is kept: accurate to second order.
+        place = loss / step
+        low = np.floor(place).astype(np.int64)
+        size = 2 ** int(math.ceil(math.log2(max(4e5, 1.3 * 2 * _reach(mass, loss, count) / step))))
+        pmf = np.zeros(size)
+        np.add.at(pmf, low % size, mass * (low + 1 - place))
+        np.add.at(pmf, (low + 1) % size, mass * (place - low))
+        composed = np.fft.irfft(np.fft.rfft(pmf) ** count, size).clip(0)
+        grid = np.arange(size, dtype=np.float64)
+        grid[size // 2 :] -= size
+        grid *= step
+        below, above = 0.0, float(grid.max())
+        for _ in range(60):
+            epsilon = (below + above) / 2
+            over = grid > epsilon
+            spent = float((composed[over] * -np.expm1(epsilon - grid[over])).sum())
+            below, above = (epsilon, above) if spent > delta else (below, epsilon)
+        worst = max(worst, above)
+    return worst
+
+
+def _reach(mass: np.ndarray, loss: np.ndarray, count: int) -> float:
+    """How far the composed loss spreads: its mean plus twelve standard deviations, and the largest single loss of any weight."""
+    mean = float((mass * loss).sum())
+    spread = math.sqrt(max(float((mass * loss**2).sum()) - mean**2, 0.0) * count)
+    return abs(mean) * count + 14 * spread + float(np.abs(loss[mass > 1e-15]).max())
+
+
+@pytest.mark.parametrize(("q", "sigma", "count", "delta", "golden"), GOLDEN)
+def test_golden_value_and_rdp_above_it(q: float, sigma: float, count: int, delta: float, golden: float) -> None:
+    value = accounting.epsilon([(q, sigma, count)], delta)
+    assert value == pytest.approx(golden, abs=1e-3)
+    assert value <= accounting.rdp_epsilon([(q, sigma, count)], delta)
+
+
+@pytest.mark.parametrize(("q", "sigma", "count", "delta", "golden"), [GOLDEN[i] for i in (0, 2, 4, 5, 7)])
+def test_second_implementation_agrees(q: float, sigma: float, count: int, delta: float, golden: float) -> None:
+    second = second_epsilon(q, sigma, count, delta)
+    value = accounting.epsilon([(q, sigma, count)], delta)
+    assert value == pytest.approx(second, abs=1e-3)
+    assert value >= second - 1e-4  # never below it
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.05, 0.0899, 0.0901, 0.1, 0.25, 0.5, 1, 3, 20, 1000, 1e5])
+def test_unsampled_never_below_the_analytic_gaussian(sigma: float) -> None:
+    exact = accounting.gaussian_epsilon(sigma, 1e-5)
+    value = accounting.epsilon([(1, sigma, 1)], 1e-5)
+    assert exact <= value <= exact + 1e-5 + 1e-6 * exact
+
+
+_plan = st.tuples(st.floats(0.01, 0.6), st.floats(3, 20), st.integers(1, 60))
+
+
+@settings(max_examples=10)
+@given(_plan, st.floats(1.05, 2))
+def test_monotone_in_count_rate_and_noise(plan: tuple[float, float, int], factor: float) -> None:
+    q, sigma, count = plan
+    value = accounting.epsilon([plan], 1e-5)
+    slack = 1e-3  # the discretisation
+    assert 0 <= value <= accounting.rdp_epsilon([plan], 1e-5) + slack
+    assert accounting.epsilon([(q, sigma, int(count * factor) + 1)], 1e-5) >= value - slack
+    assert accounting.epsilon([(min(q * factor, 1.0), sigma, count)], 1e-5) >= value - slack
+    assert accounting.epsilon([(q, sigma * factor, count)], 1e-5) <= value + slack
+    assert accounting.epsilon([plan, (1.0, 30.0, 1)], 1e-5) >= value - slack
+
+
+@pytest.mark.parametrize("small", [0.0895, 0.06, 1e-3, 1e-6])
+def test_tiny_noise_is_bounded_in_closed_form_and_quickly(small: float) -> None:
+    """A hostile ledger must not make a verifier build a table of gigabytes, and the bound must stay above the sampled value."""
+    sampled = accounting.epsilon([(0.5, small, 3)], 1e-5)
+    assert sampled == accounting.epsilon([(1.0, small, 3)], 1e-5)
+    assert sampled >= accounting.epsilon([(0.5, 0.0905, 1)], 1e-5)
+    assert math.isfinite(sampled)
+
+
+@pytest.mark.parametrize("delta", [0, 1, -0.1, 2, math.nan, math.inf])
+def test_bad_delta_is_refused(delta: float) -> None:
+    for parts in ([], [(1.0, 1.0, 1)]):
+        with pytest.raises(ConfigError):
+            accounting.epsilon(parts, delta)
+
+
+@pytest.mark.parametrize("bad", [0, -1, math.nan, math.inf, -math.inf, 1e200, 1e-200])
+def test_bad_part_is_refused(bad: float) -> None:
+    for part in ((bad, 1.0, 1), (1.0, bad, 1), (0.5, bad, 1), (1.0, 1.0, bad)):
+        with pytest.raises(ConfigError):
+            accounting.epsilon([part], 1e-5)
+
+
+@pytest.mark.parametrize("count", [0, -3, 1.5, True, "1", None])
+def test_bad_count_is_refused(count: object) -> None:
+    with pytest.raises(ConfigError):
+        accounting.epsilon([(1.0, 1.0, count)], 1e-5)  # type: ignore[list-item]
+
+
+def test_unknown_relation_is_refused() -> None:
+    with pytest.raises(ConfigError, match="relation"):
+        accounting.epsilon([(1.0, 1.0, 1)], 1e-5, "zero_out")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("answer", [math.nan, -1.0])
+def test_an_accountant_that_returns_no_number_is_refused(answer: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "_pld_epsilon", lambda *_: answer)
+    with pytest.raises(ConfigError):
+        accounting.epsilon([(0.5, 1.0, 1)], 1e-5)
+
+
+def test_nothing_costs_nothing() -> None:
+    assert accounting.epsilon([], 1e-5) == 0
+
+
+def test_grouping_equals_explicit_composition() -> None:
+    """GDP: unsampled Gaussians of different σ are one Gaussian; here against dp-accounting composing each by itself."""
+    parts = [(1.0, 3.0, 2), (1.0, 5.0, 1), (0.2, 2.0, 3), (1.0, 3.0, 1), (0.2, 2.0, 4)]
+    explicit = pld.PLDAccountant(value_discretization_interval=1e-4)
+    for q, sigma, count in parts:
+        one = dp_accounting.GaussianDpEvent(sigma)
+        event = one if q == 1 else dp_accounting.PoissonSampledDpEvent(q, one)
+        explicit.compose(event, count)
+    assert accounting.epsilon(parts, 1e-5) == pytest.approx(explicit.get_epsilon(1e-5), abs=1e-3)
+    grouped = accounting.group(parts)
+    assert grouped == ((0.2, 2.0, 7), (1.0, pytest.approx((3 / 9 + 1 / 25) ** -0.5), 1))
+    assert accounting.epsilon(parts[::-1], 1e-5) == accounting.epsilon(parts, 1e-5)
+
+
+def test_replace_one_of_a_gaussian_is_half_the_noise() -> None:
+    """The trap: dp-accounting's PLD doubles the distance by itself under REPLACE_ONE, so nobody may double it again."""
+    ours = accounting.epsilon([(1.0, 4.0, 1)], 1e-5, "replace_one")
+    assert ours == pytest.approx(accounting.gaussian_epsilon(2.0, 1e-5), abs=1e-4)
+    theirs = pld.PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_ONE, value_discretization_interval=1e-4)
+    assert ours == pytest.approx(theirs.compose(dp_accounting.GaussianDpEvent(4.0)).get_epsilon(1e-5), abs=1e-4)
+
+
+def test_rdp_ignores_the_relation() -> None:
+    """The other trap: RDP under REPLACE_ONE gives the add-or-remove value or refuses, so it is used for add-or-remove only."""
+    event = dp_accounting.GaussianDpEvent(4.0)
+    add = rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    replace = rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
+    assert add.compose(event).get_epsilon(1e-5) == replace.compose(event).get_epsilon(1e-5)  # if this fails, use it
+    assert accounting.epsilon([(1.0, 4.0, 1)], 1e-5, "replace_one") > replace.get_epsilon(1e-5)
+
+
+@pytest.mark.parametrize("parts", [[(0.05, 2.0, 50)], [(0.3, 4.0, 5), (1.0, 6.0, 2)]])
+def test_replace_one_costs_more_and_at_most_two_removals(parts: list[accounting.Part]) -> None:
+    add, replace = (accounting.epsilon(parts, 1e-5, relation) for relation in ("add_or_remove_one", "replace_one"))
+    assert add < replace
+    # A replacement is a removal and an addition: ε doubles at most, at δ·(1 + e^ε).
+    assert replace <= 2 * accounting.epsilon(parts, 1e-5 / (1 + math.exp(add + 1)))
