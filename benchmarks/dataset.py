@@ -3,9 +3,9 @@
   .venv/bin/python benchmarks/dataset.py --data DIR --cells 'fashion_mnist:joint:10:1' --releases 3
   .venv/bin/python benchmarks/dataset.py --data DIR --table            # rebuild the table from the runs so far
 
-A cell is DATASET:METHOD:IMAGES_PER_CLASS:EPSILON; several are separated by commas. METHOD is joint, dosser, ndpdc, dpsgd, or `auxiliary`, the
-control at ε = 0: `joint` behind the same door with no records in it. Every release draws its own noise and its own public seed. Runs are kept
-in docs/benchmarks/dataset.runs.jsonl, one line each, and a cell that has enough is not run again. DIR: see common.py.
+A cell is DATASET:METHOD:IMAGES_PER_CLASS:EPSILON; several are separated by commas. METHOD is joint, dosser, ndpdc, dpsgd, or
+`auxiliary`, the control at ε = 0: `joint` behind the same door with no records in it. Every release draws its own noise and its own
+public seed. Runs are kept in docs/benchmarks/dataset.runs.jsonl, one line each, and a cell that has enough is not run again. DIR: see common.py.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 from common import AUXILIARY, in_own_process, peak_gib, read
 
 from dpdistill.config import build
-from dpdistill.data import LabelledImages
+from dpdistill.data import LabelledImages, procedural_images, to_unit
 from dpdistill.evaluation import Training, accuracy, evaluate
 from dpdistill.mechanisms import PrivateData, Vault
 from dpdistill.methods import METHODS, Public
@@ -50,11 +50,15 @@ QUICK = {
 }
 
 
-def public_of(folder: Path, dataset: str, records: LabelledImages) -> Public:
+def public_of(folder: Path, dataset: str, records: LabelledImages, seed: int) -> Public:
     auxiliary = read(folder, AUXILIARY[dataset], "train")
-    unit = torch.from_numpy(auxiliary.to_unit())
-    labels = torch.from_numpy(auxiliary.labels)
-    return Public(image_shape=records.image_shape, class_names=records.class_names, auxiliary=unit, auxiliary_labels=labels)
+    return Public(
+        image_shape=records.image_shape,
+        class_names=records.class_names,
+        auxiliary=torch.from_numpy(auxiliary.to_unit()),
+        auxiliary_labels=torch.from_numpy(auxiliary.labels),
+        procedural=torch.from_numpy(to_unit(procedural_images(4000, *records.image_shape, seed))),
+    )
 
 
 def one(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,31 +68,46 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     folder = Path(args.data)
     records, test = read(folder, dataset, "train"), read(folder, dataset, "test")
     method = dpsgd_method if name == "dpsgd" else METHODS["joint" if name == "auxiliary" else name]
-    given = {} if name == "dpsgd" else {"per_class": int(per_class)}
+    given: dict[str, Any] = {} if name == "dpsgd" else {"per_class": int(per_class)}
+    if name in ("joint", "auxiliary") and dataset != "mnist":
+        given["flip"] = True
+    if name in ("dosser", "ndpdc"):
+        given |= {"expected_records_per_class": 5000 if dataset == "cifar10" else 6000}
+    if name == "dpsgd":
+        given |= {"expected_records": 50_000 if dataset == "cifar10" else 60_000}
     for item in args.set:
         key, _, value = item.partition("=")
         given[key] = value
     settings = build(method.Config, {**given, **({} if args.full else QUICK.get(name, {}))})
-    public = public_of(folder, dataset, records)
+    public = public_of(folder, dataset, records, args.seed)
     target = float(epsilon) if float(epsilon) > 0 else 1.0
     sigma = calibrate(lambda value: method.plan(settings, public, value), target, DELTA)
     plan = method.plan(settings, public, sigma)
     if name == "auxiliary":
-        records = LabelledImages(images=records.images[:0], labels=records.labels[:0], class_names=records.class_names, source="none")
+        records = LabelledImages(
+            images=records.images[:0], labels=records.labels[:0], class_names=records.class_names, source="none"
+        )
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         with Ledger.open(place / "ledger.jsonl", cap=(target * 1.001, DELTA)) as ledger:
-            private = PrivateData(records, ledger, Vault.open(place / "vault"), micro_batch=64 if name == "dpsgd" else 256, device=args.device)
+            private = PrivateData(
+                records,
+                ledger,
+                Vault.open(place / "vault"),
+                micro_batch=64 if name == "dpsgd" else 256,
+                device=args.device,
+            )
             workspace = FolderWorkspace(place / "work", seed=args.seed, device=args.device, quiet=True)
             result = method.run(settings, public, private, plan, workspace)
     seconds, peak = time.monotonic() - started, peak_gib()
-    training = Training(epochs=args.epochs, augment=args.augment, bf16=args.bf16)
+    augment = "color_crop_cutout_scale_rotate" + ("" if dataset == "mnist" else "_flip")
+    training = Training(epochs=args.epochs, batch=args.batch, augment=augment, bf16=args.bf16)
     if name == "dpsgd":
         value, protocol = accuracy(result, test.images, test.labels), "the private classifier itself"
     else:
-        value = evaluate(result, test, training, seeds=(0,))["mean"]
-        protocol = f"ConvNet-3 width 128, {args.epochs} epochs" + (", bf16" if args.bf16 else "")
+        value = evaluate(result, test, training, seeds=(args.seed,), device=args.device)["mean"]
+        protocol = f"ConvNet-3 width 128, {args.epochs} epochs of batch {args.batch}" + (", bf16" if args.bf16 else "")
     return {
         "dataset": dataset,
         "method": name,
@@ -136,19 +155,23 @@ def table() -> None:
         )
     (DOCS / "dataset.json").write_text(json.dumps(rows, indent=1) + "\n")
     head = (DOCS / "dataset.head.md").read_text() if (DOCS / "dataset.head.md").exists() else ""
-    text = [head, "| data | images per class | ε | method | accuracy, % | spread | releases | minutes to the images | peak GiB | evaluation |"]
+    text = [
+        head,
+        "| data | images per class | ε | method | accuracy, % | spread | releases | minutes to the images | peak GiB | evaluation |",
+    ]
     text.append("|---|---|---|---|---|---|---|---|---|---|")
     for row in sorted(rows, key=lambda r: (r["dataset"], int(r["setting"]), r["epsilon"], r["method"])):
         spread = f"± {100 * row['std']:.1f}" if row["std"] is not None else "–"
-        text.append(
-            f"| {row['dataset']} | {row['setting']} | {row['epsilon']:g} | {row['method']} | {100 * row['mean']:.1f} | {spread} | {row['releases']} "
-            f"| {row['seconds'] / 60:.1f} | {row['peak_gib']:.1f} | {row['note']} |"
-        )
+        where = f"| {row['dataset']} | {row['setting']} | {row['epsilon']:g} | {row['method']} "
+        what = f"| {100 * row['mean']:.1f} | {spread} | {row['releases']} | {row['seconds'] / 60:.1f} | {row['peak_gib']:.1f} "
+        text.append(where + what + f"| {row['note']} |")
     text += ["", "Published, ε = 1 (10 / 50 images per class), and the aim of this project:", ""]
     text += ["| method | MNIST | Fashion-MNIST | CIFAR-10 |", "|---|---|---|---|"]
     show = lambda pair: " / ".join("–" if v is None else f"{v:.1f}" for v in pair)  # noqa: E731
     for name, figures in [*PUBLISHED.items(), ("**ours, at least**", TARGETS)]:
-        text.append(f"| {name} | {show(figures['mnist'])} | {show(figures['fashion_mnist'])} | {show(figures['cifar10'])} |")
+        text.append(
+            f"| {name} | {show(figures['mnist'])} | {show(figures['fashion_mnist'])} | {show(figures['cifar10'])} |"
+        )
     (DOCS / "dataset.md").write_text("\n".join(text) + "\n")
 
 
@@ -158,7 +181,7 @@ def main() -> None:
     parser.add_argument("--cells", default="")
     parser.add_argument("--releases", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1000, help="of the evaluation; the published protocol has 1000")
-    parser.add_argument("--augment", default="color_crop_cutout_scale_rotate", help="of the evaluation")
+    parser.add_argument("--batch", type=int, default=256, help="of the evaluation; the published protocol has 256")
     parser.add_argument("--bf16", action="store_true", help="evaluate in bfloat16 autocast")
     parser.add_argument("--full", action="store_true", help="rivals with their published settings (a GPU, or days)")
     parser.add_argument("--set", action="append", default=[], help="name=value for the method's Config")
@@ -178,7 +201,16 @@ def main() -> None:
         key = (dataset, name, per_class, 0.0 if name == "auxiliary" else float(epsilon))
         have = {run["seed"] for run in runs() if (run["dataset"], run["method"], run["setting"], run["epsilon"]) == key}
         todo += [(cell, seed) for seed in range(args.releases) if seed not in have]
-    passed = ["--data", str(args.data), "--epochs", str(args.epochs), "--augment", args.augment, "--device", args.device]
+    passed = [
+        "--data",
+        str(args.data),
+        "--epochs",
+        str(args.epochs),
+        "--batch",
+        str(args.batch),
+        "--device",
+        args.device,
+    ]
     passed += ["--bf16"] * args.bf16 + ["--full"] * args.full + [word for item in args.set for word in ("--set", item)]
 
     def work(job: tuple[str, int]) -> None:

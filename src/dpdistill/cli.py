@@ -14,17 +14,23 @@ from .errors import DpdistillError
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(soft_wrap=True, highlight=False)
 
-Data = Annotated[str | None, typer.Option(help="Private images: .npz, folder of class folders, IDX, Parquet, or 'digits'.")]
+Data = Annotated[
+    str | None, typer.Option(help="Private images: .npz, folder of class folders, IDX, Parquet, or 'digits'.")
+]
 Out = Annotated[str | None, typer.Option(help="The release folder to make.")]
 Epsilon = Annotated[float | None, typer.Option(help="ε asked for.")]
 Delta = Annotated[float | None, typer.Option(help="δ asked for.")]
 PerClass = Annotated[int | None, typer.Option(help="Synthetic images per class.")]
 MethodName = Annotated[str | None, typer.Option(help="joint (ours), dosser (the paper's, sound), ndpdc.")]
-Auxiliary = Annotated[str | None, typer.Option(help="Public images in any of the forms of --data, or 'none' (procedural).")]
+Auxiliary = Annotated[
+    str | None, typer.Option(help="Public images in any of the forms of --data, or 'none' (procedural).")
+]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, where the files do not say.")]
 Resize = Annotated[int | None, typer.Option(help="Side length in pixels to scale images to.")]
 Budget = Annotated[float | None, typer.Option(help="ε that all runs on this data may cost together.")]
-LedgerPath = Annotated[str | None, typer.Option("--ledger", help="The data set's ledger; one per data set under ~/.dpdistill by default.")]
+LedgerPath = Annotated[
+    str | None, typer.Option("--ledger", help="The data set's ledger; one per data set under ~/.dpdistill by default.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything public. Privacy noise never comes from it.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of these settings.")]
@@ -44,9 +50,13 @@ def _show_plan(plan: Any, config: Any) -> None:
     table = Table("release", "times", "rows × coordinates", "sampling", "noise multiplier")
     for planned in plan.releases:
         q = planned.query
-        table.add_row(q.name, str(planned.count), f"{q.n_classes} × {q.dim}", f"{q.sampling_prob:g}", f"{q.noise_multiplier:.4f}")
+        table.add_row(
+            q.name, str(planned.count), f"{q.n_classes} × {q.dim}", f"{q.sampling_prob:g}", f"{q.noise_multiplier:.4f}"
+        )
     console.print(table)
-    console.print(f"planned: ε = {plan.epsilon:.4f} at δ = {config.delta:g} (exchanging one record: {plan.epsilon_replace_one:.4f})")
+    console.print(
+        f"planned: ε = {plan.epsilon:.4f} at δ = {config.delta:g} (exchanging one record: {plan.epsilon_replace_one:.4f})"
+    )
 
 
 @app.command()
@@ -64,7 +74,15 @@ def plan(
     from .errors import ConfigError
     from .pipeline import make_plan
 
-    chosen = _config(data="", epsilon=epsilon, delta=delta, per_class=per_class, method=method, config=config, assignments=assignments)
+    chosen = _config(
+        data="",
+        epsilon=epsilon,
+        delta=delta,
+        per_class=per_class,
+        method=method,
+        config=config,
+        assignments=assignments,
+    )
     try:
         channels, height, width = (int(side) for side in shape.split(","))
     except ValueError:
@@ -89,7 +107,9 @@ def dataset(
     device: Device = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the input, show settings and planned ε, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the input, show settings and planned ε, and stop.")
+    ] = False,
 ) -> None:
     """Distils private images into a small synthetic data set that may be handed out. Stopped, the same command goes on."""
     chosen = _config(**{name: value for name, value in locals().items() if name != "dry_run"})
@@ -108,7 +128,9 @@ def _tell(folder: Path) -> None:
 
     verdict = verify(folder)
     console.print(f"[bold]{verdict.guarantee}[/bold]" if verdict.guarantee else "no guarantee")
-    console.print(f"release: {folder}   page: {folder / 'report.html'}   check: dpdistill verify {folder}", markup=False)
+    console.print(
+        f"release: {folder}   page: {folder / 'report.html'}   check: dpdistill verify {folder}", markup=False
+    )
 
 
 @app.command()
@@ -130,9 +152,10 @@ def verify(release: Release) -> None:
 def evaluate(
     release: Release,
     data: Annotated[str, typer.Option(help="Labelled test images, in any of the forms of `dataset --data`.")],
-    out: Annotated[Path, typer.Option(help="JSON file for the result: it is about the test data, and not covered by the guarantee.")] = Path(
-        "evaluation.json"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="JSON file for the result: it is about the test data, and not covered by the guarantee."),
+    ] = Path("evaluation.json"),
     epochs: Annotated[int | None, typer.Option(help="Training epochs (the published protocol: 1000).")] = None,
     seeds: Annotated[int, typer.Option(help="Networks to train, each from its own seed.")] = 1,
     classes: Classes = None,
@@ -162,7 +185,6 @@ def report(
 ) -> None:
     """Writes the page of a release anew, with the utility you measured if you name it."""
     from .report import write_report
-
 
     write_report(release, out, _read_evaluation(evaluation) if evaluation else None)
     console.print(f"page: {out}", markup=False)

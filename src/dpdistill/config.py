@@ -66,7 +66,11 @@ class RunConfig:
 
 def _convert(name: str, value: Any, wanted: Any) -> Any:
     """`value` as the annotated type: numbers and booleans may come as text."""
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    options = (
+        typing.get_args(wanted)
+        if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union
+        else (wanted,)
+    )
     for option in options:
         if option is type(None) and value in (None, "none", ""):
             return None
@@ -103,7 +107,10 @@ def build(kind: type[Any], values: Mapping[str, Any], where: str = "") -> Any:
     for key in values:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
-            raise ConfigError(f"unknown setting {where}{key}" + (f"; did you mean {where}{near[0]}?" if near else f"; known: {', '.join(hints)}"))
+            raise ConfigError(
+                f"unknown setting {where}{key}"
+                + (f"; did you mean {where}{near[0]}?" if near else f"; known: {', '.join(hints)}")
+            )
     missing = [
         f.name
         for f in dataclasses.fields(kind)

@@ -153,7 +153,9 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
         planned = [(p.query.describe(), p.count) for p in plan.releases]
         charged = [(line["query"], line["count"]) for line in ledger.intents(vault.run) if not line["again"]]
         if planned != charged:
-            raise LedgerError("the method asked for other releases than it planned; this is a bug, and nothing was written")
+            raise LedgerError(
+                "the method asked for other releases than it planned; this is a bug, and nothing was written"
+            )
         ledger.finish(vault.run)
         facts = BundleFacts(
             method=config.method,
@@ -165,7 +167,9 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
             config_toml=plan.toml,
             ledger_raw=ledger_path.read_bytes(),
             checks=private.checks,
-            auxiliary="procedural" if config.auxiliary == "none" else f"{Path(config.auxiliary).name}, public by the user's word",
+            auxiliary="procedural"
+            if config.auxiliary == "none"
+            else f"{Path(config.auxiliary).name}, public by the user's word",
             insecure=vault.insecure,
             seed=config.seed,
         )
@@ -183,7 +187,9 @@ def _same_run(state: Path, plan: Plan, records: LabelledImages) -> None:
         except ValueError:
             theirs = None
         if theirs != mine:
-            raise ConfigError(f"{state} belongs to a run with other settings; finish that one, choose another --out, or remove the folder")
+            raise ConfigError(
+                f"{state} belongs to a run with other settings; finish that one, choose another --out, or remove the folder"
+            )
     else:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(path, json.dumps(mine).encode())

@@ -109,13 +109,13 @@ def test_other_columns_are_stepped_over(tmp_path, write, kind):
     extra = {
         "text": pa.array(["p", None, "", "q", "r", "s"]),
         "list": pa.array([[1], [], None, [2, 3], [4], [5]]),
-        "nested": pa.array([{"a": [{"b": 1.5}], "c": True}] * 6),
+        "deep": pa.array([{"a": [{"b": 1.5}], "c": True}] * 6),
         "fixed": pa.array([[1, 2]] * 6, pa.list_(pa.int8(), 2)),
         "when": pa.array([0] * 6, pa.timestamp("s")),
         "map": pa.array([[("k", 1)]] * 6, pa.map_(pa.string(), pa.int64())),
     }
     made = write.table(**extra, large=pa.array(["x"] * 6, pa.large_string()), none=pa.nulls(6))
-    order = ["text", "list", "nested", "image", "fixed", "when", "map", "large", "none", "label"]
+    order = ["text", "list", "deep", "image", "fixed", "when", "map", "large", "none", "label"]
     same(load_images(getattr(write, kind)(tmp_path / f"x.{kind}", made.select(order))), write)
 
 

@@ -30,7 +30,9 @@ Records = Callable[..., LabelledImages]
 
 
 def query(**change: Any) -> GaussianSum:
-    return GaussianSum(**{"name": "sum", "dim": D, "n_classes": K, "noise_multiplier": 50.0, "grid_bits": GRID} | change)
+    return GaussianSum(
+        **{"name": "sum", "dim": D, "n_classes": K, "noise_multiplier": 50.0, "grid_bits": GRID} | change
+    )
 
 
 def pixels(x: Tensor, y: Tensor) -> Tensor:
@@ -84,7 +86,9 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("neighbour", NEIGHBOURS)
 @pytest.mark.parametrize("q", [1.0, 0.5])
 @pytest.mark.usefixtures("silent")
-def test_one_record_more_moves_its_own_row_by_at_most_c(neighbour: str, q: float, open_door: Door, toy_records: Records) -> None:
+def test_one_record_more_moves_its_own_row_by_at_most_c(
+    neighbour: str, q: float, open_door: Door, toy_records: Records
+) -> None:
     image, label = NEIGHBOURS[neighbour]
     base = toy_records(11, K, dtype="float32")
     for name, fn in FUNCTIONS.items():
@@ -118,7 +122,10 @@ def test_any_neighbour(data: st.DataObject, n: int, which: int, q: float) -> Non
 
     rng = np.random.default_rng(n)
     base = LabelledImages(
-        images=rng.random((n, 1, 4, 4), np.float32), labels=rng.integers(0, K, n), class_names=("a", "b", "c"), source="toy"
+        images=rng.random((n, 1, 4, 4), np.float32),
+        labels=rng.integers(0, K, n),
+        class_names=("a", "b", "c"),
+        source="toy",
     )
 
     class NoLedger:
@@ -169,7 +176,9 @@ def test_micro_batch_and_order_change_no_byte(open_door: Door, toy_records: Reco
 
     expected = steps(open_door(records, "0").release(query(), whole))
     for size in (1, 2, 5, 12, 13, 14, 256):
-        assert np.array_equal(steps(open_door(records, f"size {size}", micro_batch=size).release(query(), whole)), expected)
+        assert np.array_equal(
+            steps(open_door(records, f"size {size}", micro_batch=size).release(query(), whole)), expected
+        )
     order = np.random.default_rng(0).permutation(13)
     shuffled = LabelledImages(
         images=records.images[order], labels=records.labels[order], class_names=records.class_names, source="toy"
@@ -202,12 +211,11 @@ def faint_mean(x: Tensor, y: Tensor) -> Tensor:
 
 
 def nan_by_neighbour(x: Tensor, y: Tensor) -> Tensor:
-    """Its first row is good in the probe's own batch and becomes NaN through the others."""
-    own = x.flatten(1).abs().clamp_min(0.1)
-    return own * torch.where(x[1:].abs().max(initial=0.0) if False else x.abs().amax() < 0.9, math.nan, 1.0)
+    """Right in the probe's own batch and for one record; NaN among faint images."""
+    return x.flatten(1) * (math.nan if len(x) > 1 and x.abs().mean() < 0.35 else 1.0)
 
 
-def running(_: list[float] = [0.0]) -> Callable[[Tensor, Tensor], Tensor]:  # noqa: B006
+def running() -> Callable[[Tensor, Tensor], Tensor]:
     state = [0.0]
 
     def fn(x: Tensor, y: Tensor) -> Tensor:
@@ -289,7 +297,9 @@ def test_good_functions_pass_and_their_difference_is_kept(open_door: Door, toy_r
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_per_record_gradients_equal_one_backward_each(memory_format: torch.memory_format) -> None:
     torch.manual_seed(1)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(1, 4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(8, 5))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.GroupNorm(1, 4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(8, 5)
+    )
     net = net.to(memory_format=memory_format)
     x, y = torch.randn(6, 3, 6, 6).to(memory_format=memory_format), torch.arange(6) % 5
     together = per_record_gradient(net, nn.functional.cross_entropy)(x, y)
@@ -330,7 +340,9 @@ class Spy:
         return self._inside.labels
 
 
-def test_the_line_is_on_disk_before_the_first_record_is_read(open_door: Door, toy_records: Records, tmp_path: Path) -> None:
+def test_the_line_is_on_disk_before_the_first_record_is_read(
+    open_door: Door, toy_records: Records, tmp_path: Path
+) -> None:
     path = tmp_path / "a" / "ledger.jsonl"
     seen = Spy(toy_records(8, K), path)
     door = open_door(seen)
@@ -376,7 +388,11 @@ def test_the_ledger_does_not_depend_on_the_data(open_door: Door, toy_records: Re
 
 
 def test_what_was_planned_is_what_is_charged(open_door: Door, toy_records: Records) -> None:
-    plan = [Planned(query()), Planned(query(name="t", sampling_prob=0.3, noise_multiplier=20.0), 4), Planned(query(name="u", clip_norm=7.0))]
+    plan = [
+        Planned(query()),
+        Planned(query(name="t", sampling_prob=0.3, noise_multiplier=20.0), 4),
+        Planned(query(name="u", clip_norm=7.0)),
+    ]
     door = open_door(toy_records(8, K))
     for planned in plan:
         held = door.reserve(planned.query, planned.count)
@@ -404,7 +420,7 @@ def test_noise_on_every_coordinate_at_the_stated_scale(open_door: Door, toy_reco
     assert abs(float(spread.std()) / 75 - 1) < 4.9 * math.sqrt(0.5 / 12000)
     for row in (*spread, spread[:, -500:].flatten()):
         assert abs(float(row.std()) / 75 - 1) < 4.9 * math.sqrt(0.5 / len(row))
-    assert len(torch.unique(spread)) == spread.numel()
+    assert len(torch.unique(spread)) > spread.numel() - 30  # float32 lets a few values meet
 
 
 def test_two_releases_have_independent_noise(open_door: Door, toy_records: Records) -> None:
@@ -414,7 +430,11 @@ def test_two_releases_have_independent_noise(open_door: Door, toy_records: Recor
     def zeros(x: Tensor, y: Tensor) -> Tensor:
         return torch.zeros(len(x), 4000)
 
-    drawn = [door.release(query(**wide), zeros), door.release(query(**wide), zeros), door.release(query(**wide, name="b"), zeros)]
+    drawn = [
+        door.release(query(**wide), zeros),
+        door.release(query(**wide), zeros),
+        door.release(query(**wide, name="b"), zeros),
+    ]
     held = door.reserve(query(**wide), 2)
     drawn += [door.release_reserved(held, i, zeros) for i in (0, 1)]
     drawn += [open_door(toy_records(6, K), "b", key=b"j" * 32).release(query(**wide), zeros)]
@@ -426,7 +446,9 @@ def test_two_releases_have_independent_noise(open_door: Door, toy_records: Recor
 def test_noise_is_bound_to_the_sum(open_door: Door, toy_records: Records) -> None:
     """The same key, run and line, and one pixel changed: the difference of two releases is noise, not that pixel."""
     records = toy_records(6, K)
-    other = LabelledImages(images=records.images.copy(), labels=records.labels, class_names=records.class_names, source="toy")
+    other = LabelledImages(
+        images=records.images.copy(), labels=records.labels, class_names=records.class_names, source="toy"
+    )
     other.images[0, 0, 0, 0] ^= 128
     first, second = open_door(records, "a").release(query(), pixels), open_door(other, "b").release(query(), pixels)
     assert (first != second).all()
@@ -457,7 +479,9 @@ def test_asked_again_the_same_bytes_and_nothing_read(open_door: Door, toy_record
     seen.reads.clear()
     ledger = (tmp_path / "a" / "ledger.jsonl").read_bytes()
     assert torch.equal(door.release_reserved(held, 1, pixels), first)
-    assert torch.equal(door.release_reserved(held, 1, lambda x, y: -x.flatten(1)), first)  # another function gets no second answer
+    assert torch.equal(
+        door.release_reserved(held, 1, lambda x, y: -x.flatten(1)), first
+    )  # another function gets no second answer
     assert seen.reads == []
     assert (tmp_path / "a" / "ledger.jsonl").read_bytes() == ledger
     for index in (-1, 2):
@@ -502,7 +526,9 @@ def test_a_second_handle_on_the_ledger_is_refused(open_door: Door, toy_records: 
         Ledger.open(tmp_path / "a" / "ledger.jsonl", cap=(1.0, 1e-5))
 
 
-def test_a_vault_beside_another_ledger_gives_no_old_answer(open_door: Door, toy_records: Records, tmp_path: Path) -> None:
+def test_a_vault_beside_another_ledger_gives_no_old_answer(
+    open_door: Door, toy_records: Records, tmp_path: Path
+) -> None:
     """State of run A with the ledger of run B: nothing matches by accident."""
     first = open_door(toy_records(8, K)).release(query(name="old"), pixels)
     (tmp_path / "a" / "ledger.jsonl").unlink()

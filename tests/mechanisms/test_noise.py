@@ -68,7 +68,16 @@ def test_noise_fails_closed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_labels_do_not_run_together() -> None:
     key = bytes(32)
-    names = [("ab", "c"), ("a", "bc"), ("abc",), ("abc", ""), ("", "abc"), ("a", "b", "c"), ("noise", "x"), ("sample", "x")]
+    names = [
+        ("ab", "c"),
+        ("a", "bc"),
+        ("abc",),
+        ("abc", ""),
+        ("", "abc"),
+        ("a", "b", "c"),
+        ("noise", "x"),
+        ("sample", "x"),
+    ]
     assert len({derive(key, *labels) for labels in names}) == len(names)
     assert derive(key, "a") != derive(b"\1" * 32, "a")
 
@@ -77,7 +86,7 @@ def test_labels_do_not_run_together() -> None:
 def test_chi_square_against_the_exact_law(sigma: float) -> None:
     n = 1_000_000
     draws = rounded_gaussian(n, sigma, stream(f"chi {sigma}"))
-    reach = int(math.ceil(6 * sigma)) + 1
+    reach = math.ceil(6 * sigma) + 1
     k = np.arange(-reach, reach + 1)
     expected = n * probability(k, sigma)
     seen = np.bincount(np.clip(draws, -reach, reach) + reach, minlength=len(k))
@@ -140,10 +149,14 @@ def boundary(k: int, sigma: float, bits: int) -> int:
         return int(mpmath.floor(mpmath.erfc(z / mpmath.sqrt(2)) / 2 * mpmath.mpf(2) ** bits))
 
 
-@pytest.mark.parametrize("sigma", [0.02, 0.7, 3.0, 64.3, 2.0**20, 2.0**33 / 3, 2.0**45])
+@pytest.mark.parametrize("sigma", [0.06, 0.7, 3.0, 64.3, 2.0**20, 2.0**33 / 3, 2.0**45])
 def test_words_at_the_rounding_boundaries(sigma: float) -> None:
     """p cut off at, or one unit to either side of, the 256th bit of a step: right on both sides, however many words it takes."""
-    reach = [k for k in {1, 2, 3, int(sigma), int(2.5 * sigma), int(6 * sigma), int(8.9 * sigma)} if 0.5 < k <= 0.5 + 25 * sigma]
+    reach = [
+        k
+        for k in {1, 2, 3, int(sigma), int(2.5 * sigma), int(6 * sigma), int(8.9 * sigma)}
+        if 0.5 < k <= 0.5 + 9 * sigma
+    ]
     for k in reach:
         bits = boundary(k, sigma, 64 + 192)
         for offset, expected in ((0, k), (1, k - 1), (-1, k), (2**100, k - 1), (-(2**100), k)):
@@ -233,4 +246,6 @@ def test_global_generators_neither_seed_nor_feel_it() -> None:
 
 
 def test_fresh_keys_differ() -> None:
-    assert not np.array_equal(rounded_gaussian(9, 64.0, Stream(os.urandom(32))), rounded_gaussian(9, 64.0, Stream(os.urandom(32))))
+    assert not np.array_equal(
+        rounded_gaussian(9, 64.0, Stream(os.urandom(32))), rounded_gaussian(9, 64.0, Stream(os.urandom(32)))
+    )

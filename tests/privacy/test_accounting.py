@@ -42,7 +42,7 @@ def second_epsilon(q: float, sigma: float, count: int, delta: float, step: float
         # A cell's mass is split between the two nearest grid points so that the mean is kept: accurate to second order.
         place = loss / step
         low = np.floor(place).astype(np.int64)
-        size = 2 ** int(math.ceil(math.log2(max(4e5, 1.3 * 2 * _reach(mass, loss, count) / step))))
+        size = 2 ** math.ceil(math.log2(max(4e5, 1.3 * 2 * _reach(mass, loss, count) / step)))
         pmf = np.zeros(size)
         np.add.at(pmf, low % size, mass * (low + 1 - place))
         np.add.at(pmf, (low + 1) % size, mass * (place - low))

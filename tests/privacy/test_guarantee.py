@@ -19,14 +19,24 @@ def test_rounding_never_shrinks(value: float) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.3, "0.3"), (1.0000000000005, "1.001"), (12345.641, "12345.641"), (1000.0014, "1000.002"), (3, "3"), (math.inf, "inf"), (0, "0")],
+    [
+        (0.3, "0.3"),
+        (1.0000000000005, "1.001"),
+        (12345.641, "12345.641"),
+        (1000.0014, "1000.002"),
+        (3, "3"),
+        (math.inf, "inf"),
+        (0, "0"),
+    ],
 )
 def test_shown(value: float, text: str) -> None:
     assert shown(value) == text
 
 
 def _guarantee(**facts: object) -> Guarantee:
-    return Guarantee(**{"epsilon": 2.99999, "delta": 1.23456789e-5, "epsilon_replace_one": 6.1, "epsilon_all_runs": 8.0004} | facts)  # type: ignore[arg-type]
+    return Guarantee(
+        **{"epsilon": 2.99999, "delta": 1.23456789e-5, "epsilon_replace_one": 6.1, "epsilon_all_runs": 8.0004} | facts
+    )  # type: ignore[arg-type]
 
 
 def test_sentence_holds_every_figure_rounded_up() -> None:

@@ -15,7 +15,7 @@ TOPS = {"release", "evaluate", "audit", "report", "pipeline", "verify", "certifi
 
 
 def module_of(path: Path) -> str:
-    """"methods.dosser" for methods/dosser.py, "methods" for methods/__init__.py."""
+    """ "methods.dosser" for methods/dosser.py, "methods" for methods/__init__.py."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -55,7 +55,9 @@ def direction_faults(path: Path) -> list[str]:
         top = top_of(name)
         if mine in ALLOWED and top not in ALLOWED[mine]:
             faults.append(f"{me} imports {name}")
-        sibling = me != "methods" and top == "methods" and name.split(".")[1:2] not in ([], ["base"], me.split(".")[1:2])
+        sibling = (
+            me != "methods" and top == "methods" and name.split(".")[1:2] not in ([], ["base"], me.split(".")[1:2])
+        )
         if mine == "methods" and (top in TOPS or sibling):
             faults.append(f"{me} imports {name}")
         if top == "cli" and me not in ("cli", "__main__"):
@@ -103,12 +105,20 @@ def test_nobody_else_looks_behind_the_door() -> None:
         if top_of(module_of(path)) == "mechanisms":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            own = (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id in ("self", "cls")
+            )
             if isinstance(node, ast.Attribute) and node.attr in INSIDE and not own:
                 faults.append(f"{path.name}:{node.lineno} .{node.attr}")
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in INSIDE:
                 faults.append(f"{path.name}:{node.lineno} {node.value!r}")
-            if isinstance(node, ast.Attribute) and node.attr in ("__dict__", "__getstate__") and top_of(module_of(path)) == "methods":
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr in ("__dict__", "__getstate__")
+                and top_of(module_of(path)) == "methods"
+            ):
                 faults.append(f"{path.name}:{node.lineno} .{node.attr}")
     assert faults == []
 
@@ -150,11 +160,16 @@ def code_faults(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            legacy = name.startswith(("np.random.", "numpy.random.")) and name.split(".")[-1] not in ("default_rng", "Generator", "PCG64")
+            legacy = name.startswith(("np.random.", "numpy.random.")) and name.split(".")[-1] not in (
+                "default_rng",
+                "Generator",
+                "PCG64",
+            )
             if name in CALLS or legacy:
                 faults.append(f"{node.lineno}: {name}")
             if name in ("np.load", "numpy.load") and not any(
-                k.arg == "allow_pickle" and isinstance(k.value, ast.Constant) and k.value.value is False for k in node.keywords
+                k.arg == "allow_pickle" and isinstance(k.value, ast.Constant) and k.value.value is False
+                for k in node.keywords
             ):
                 faults.append(f"{node.lineno}: {name} without allow_pickle=False")
         imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -169,7 +184,15 @@ def test_no_code_from_data_and_no_global_seed() -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["import pickle", "from pickle import loads", "import torch\ntorch.load(f)", "eval('1')", "np.random.normal(3)", "np.load(f)", "torch.manual_seed(0)"],
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch\ntorch.load(f)",
+        "eval('1')",
+        "np.random.normal(3)",
+        "np.load(f)",
+        "torch.manual_seed(0)",
+    ],
 )
 def test_the_code_test_sees_it(source: str) -> None:
     assert code_faults(source)

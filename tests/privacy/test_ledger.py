@@ -94,7 +94,7 @@ def test_reordered_spliced_and_doubled_lines_are_refused(path: Path, tmp_path: P
         other.reserve("run-1", query())
     foreign = (tmp_path / "other.jsonl").read_bytes().splitlines(keepends=True)
     bad = [
-        lines[:2] + [lines[3], lines[2]] + lines[4:],
+        [*lines[:2], lines[3], lines[2], *lines[4:]],
         lines[:2] + lines[3:],
         lines[1:],
         lines + lines[-1:],
@@ -120,7 +120,9 @@ def test_a_torn_last_line_is_cut_wherever_it_tore(path: Path) -> None:
         assert len(reopened(path, raw[:cut])) == 4
         assert path.read_bytes() == whole
     assert len(reopened(path, whole + bytes(100))) == 4  # a power cut may leave zeros
-    with pytest.raises(LedgerError):  # whole but for its newline: it may have been on disk, so it is not forgotten in silence
+    with pytest.raises(
+        LedgerError
+    ):  # whole but for its newline: it may have been on disk, so it is not forgotten in silence
         reopened(path, raw[:-1])
     assert len(reopened(path, raw[:20])) == 1  # the very first line tore: a new ledger begins
 
@@ -147,7 +149,11 @@ def test_a_forged_chain_with_unknown_content_is_refused(path: Path) -> None:
         but(query=None),
         but(query=[]),
         but(query={}),
-        *(but(query=intent["query"] | {key: value}) for key in intent["query"] for value in (1, "nan", "", "1e999", "0x10", None)),
+        *(
+            but(query=intent["query"] | {key: value})
+            for key in intent["query"]
+            for value in (1, "nan", "", "1e999", "0x10", None)
+        ),
         [{**good[0], "format": "dpdistill-ledger-2"}, *good[1:]],
         *([{**good[0], "cap_epsilon": value}, *good[1:]] for value in ("nan", "inf", "-1.0", "50", "1e2", 50.0, "")),
         *([{**good[0], "cap_delta": value}, *good[1:]] for value in ("nan", "0.0", "1.0", None)),
@@ -156,7 +162,11 @@ def test_a_forged_chain_with_unknown_content_is_refused(path: Path) -> None:
     ]
     bad = [lines for lines in bad if lines[2].get("query", {}) is None or lines != good]
     for lines in bad:
-        if len(lines) > 2 and isinstance(lines[2].get("query"), dict) and lines[2]["query"].get("name") in ("nan", "", "1e999", "0x10"):
+        if (
+            len(lines) > 2
+            and isinstance(lines[2].get("query"), dict)
+            and lines[2]["query"].get("name") in ("nan", "", "1e999", "0x10")
+        ):
             continue  # a name may be any text
         with pytest.raises(LedgerError):
             ledgers.parse(rechained(lines))
@@ -276,7 +286,9 @@ def test_a_name_is_plain(name: str, tmp_path: Path) -> None:
             Ledger.open(tmp_path / "l", cap=CAP, data=name)
 
 
-@pytest.mark.parametrize("cap", [(0, 1e-5), (-1, 1e-5), (math.nan, 1e-5), (math.inf, 1e-5), (1, 0), (1, 1), (1, math.nan)])
+@pytest.mark.parametrize(
+    "cap", [(0, 1e-5), (-1, 1e-5), (math.nan, 1e-5), (math.inf, 1e-5), (1, 0), (1, 1), (1, math.nan)]
+)
 def test_a_cap_is_a_number(cap: tuple[float, float], path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         Ledger.open(tmp_path / "l", cap=cap)
@@ -457,7 +469,9 @@ class Histories(RuleBasedStateMachine):
         if not hasattr(self, "ledger"):
             return
         on_disk = ledgers.parts(ledgers.parse(self.path.read_bytes()))
-        true, recorded = ((accounting.group(parts) or ((1.0, math.inf, 1),))[0][1] for parts in (self.handed_out, on_disk))
+        true, recorded = (
+            (accounting.group(parts) or ((1.0, math.inf, 1),))[0][1] for parts in (self.handed_out, on_disk)
+        )
         assert recorded <= true * (1 + 1e-12)
         assert self.ledger.cap == (self.cap, 1e-5)
         if on_disk:
@@ -478,4 +492,6 @@ def test_random_histories(monkeypatch: pytest.MonkeyPatch) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     _no_pld(monkeypatch)
-    run_state_machine_as_test(Histories, settings=settings(max_examples=40, stateful_step_count=20, deadline=None, derandomize=True))
+    run_state_machine_as_test(
+        Histories, settings=settings(max_examples=40, stateful_step_count=20, deadline=None, derandomize=True)
+    )

@@ -2,7 +2,8 @@ r"""Clip vectors onto an integer grid, with the norm checked in exact arithmetic
 
 C is 2^k grid steps. A row is scaled so that rounding each coordinate cannot push its norm past C, rounded, and then *checked*:
 the sum of squares of integers up to 2^k is exact in float64 below 2⁵³, and above it can only round to more than 4^k. A row that
-fails, or holds NaN or infinity, becomes zero. A row's own arithmetic is the same wherever it stands in a batch. So sums of rows are integers: the same bytes in any order. Proof: docs/privacy/gaussian_sum.md.
+fails, or holds NaN or infinity, becomes zero. A row's own arithmetic is the same wherever it stands in a batch. So sums of rows
+are integers: the same bytes in any order. Proof: docs/privacy/gaussian_sum.md.
 """
 
 import torch

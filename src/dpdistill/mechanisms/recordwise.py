@@ -54,6 +54,7 @@ def check_recordwise(fn: RecordFunction, image_shape: tuple[int, int, int], n_cl
     if not (worst <= TOLERANCE and mixing <= (MIXING_TOLERANCE if device == "cpu" else TOLERANCE)):
         raise RecordwiseError(
             f"a record function gives other rows in a batch than one record at a time (relative difference {worst:.1e}, "
-            f"of which {mixing:.1e} from the other rows; rounding is at most {TOLERANCE:.0e} and {MIXING_TOLERANCE:.0e}); batch statistics and cross-record terms have no bounded sensitivity"
+            f"of which {mixing:.1e} from the other rows; rounding is at most {TOLERANCE:.0e} and {MIXING_TOLERANCE:.0e}); "
+            "batch statistics and cross-record terms have no bounded sensitivity"
         )
     return worst

@@ -5,4 +5,4 @@ from .guarantee import Guarantee
 from .ledger import Ledger
 from .queries import GaussianSum, Planned, calibrate
 
-__all__ = ["Guarantee", "GaussianSum", "Ledger", "Planned", "calibrate", "epsilon", "gaussian_multiplier"]
+__all__ = ["GaussianSum", "Guarantee", "Ledger", "Planned", "calibrate", "epsilon", "gaussian_multiplier"]

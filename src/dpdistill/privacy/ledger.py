@@ -207,7 +207,8 @@ class Ledger:
                 opening = {"format": FORMAT, "data": name, "unit": unit, "relation": "add_or_remove_one"}
                 ledger._append({"type": "open", **opening, "cap_epsilon": repr(cap[0]), "cap_delta": repr(cap[1])})
             sync_directory(path.parent)  # each time: a crash may have come between the first line and this
-            sync_directory(path.parent.parent)
+            with suppress(OSError):  # not ours to read, perhaps
+                sync_directory(path.parent.parent)
             return ledger
         except BaseException:
             os.close(descriptor)
@@ -237,6 +238,8 @@ class Ledger:
             raise LedgerError(
                 f"{self.path}: a write failed or another hand wrote into the ledger; open it again; nothing was read"
             )
+        if end + len(raw) > MAX_BYTES:
+            raise LedgerError(f"{self.path}: the ledger is full ({MAX_BYTES} bytes); nothing was read")
         point("ledger: before the line")
         self._unsure = True  # until the line is on disk and in `lines`, whatever interrupts
         try:

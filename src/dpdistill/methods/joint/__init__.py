@@ -12,6 +12,7 @@ Every release is a `GaussianSum` of rate 1, so the budget adds up exactly: Σ 1/
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,9 +43,10 @@ class Config:
       share_moments, share_local, share_means: of Σ 1/σ²: step 1's moments, each of its two rounds of local means, step 3.
       pool_mixture: pool images drawn for each class.
       pool_public: public pool images, in all.
-      procedural: share of made-up images among the public ones.
-      prior: mass that a class's weights give its own mixture images before they are fitted; the rest is on the public ones.
-      steps, lr, width: of the fit, and of the fresh networks in it.
+      pixel_prior: mass that a class's weights give its own mixture images before they are fitted; the rest is on the public
+        ones. "auto" is 1 for grey images and 0 for colour, where pixel coordinates say little of what a class looks like.
+      procedural: share of made-up images among the public ones; "auto" is a half for grey images and 0 for colour.
+      steps, lr, width: of the fit, and of the fresh networks in it; each network serves `repeats` steps.
       flip: mirror images are of the same class (not so for digits and letters).
     """
 
@@ -60,9 +62,10 @@ class Config:
     share_means: float = 0.4
     pool_mixture: int = 100
     pool_public: int = 1000
-    procedural: float = 0.5
-    prior: float = 1.0
-    steps: int = 300
+    pixel_prior: float | Literal["auto"] = "auto"
+    procedural: float | Literal["auto"] = "auto"
+    steps: int = 400
+    repeats: int = 4
     lr: float = 0.02
     width: int = 32
     flip: bool = False
@@ -73,10 +76,19 @@ class Config:
             raise ConfigError(f"Expected positive shares with moments + 2·local + means = 1, got {shares}.")
         if self.parts not in (0, 1, 2):
             raise ConfigError(f"Expected parts of 0 (automatic), 1 or 2, got {self.parts}.")
-        if not (0 <= self.prior <= 1 and 0 <= self.procedural <= 1):
-            raise ConfigError(f"Expected prior and procedural in [0, 1], got {self.prior} and {self.procedural}.")
+        for name in ("pixel_prior", "procedural"):
+            value = getattr(self, name)
+            if value != "auto" and not (0 <= value <= 1):
+                raise ConfigError(f"Expected {name} of auto or in [0, 1], got {value}.")
         if self.pool_mixture * 4 < self.per_class:
             raise ConfigError(f"Expected pool_mixture of at least a quarter of per_class, got {self.pool_mixture}.")
+
+
+def _share(value: float | Literal["auto"], public: Public, grey: float) -> float:
+    """What "auto" stands for: `grey` for grey images, 0 for colour."""
+    if value != "auto":
+        return float(value)
+    return grey if public.image_shape[0] == 1 else 0.0
 
 
 def _dims(config: Config, public: Public) -> int:
@@ -88,7 +100,9 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
     d, rows = _dims(config, public), public.n_classes
 
     def ask(name: str, dim: int, share: float) -> Planned:
-        return Planned(GaussianSum(name=name, dim=dim, n_classes=rows, noise_multiplier=noise_multiplier / math.sqrt(share)))
+        return Planned(
+            GaussianSum(name=name, dim=dim, n_classes=rows, noise_multiplier=noise_multiplier / math.sqrt(share))
+        )
 
     local = config.components * (d + 1)
     return [
@@ -116,7 +130,8 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     seen = open_images[: config.pool_public]
     pool = torch.cat([draw(config.pool_mixture, "pool"), seen])
     own = torch.eye(k).repeat_interleave(config.pool_mixture, dim=0) / config.pool_mixture
-    prior = torch.cat([config.prior * own, torch.full((len(seen), k), (1 - config.prior) / max(1, len(seen)))])
+    mass = _share(config.pixel_prior, public, 1.0)
+    prior = torch.cat([mass * own, torch.full((len(seen), k), (1 - mass) / max(1, len(seen)))])
     # 3. Class means of joint random features.
     shape = public.image_shape
     nets = [
@@ -137,7 +152,16 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     start = torch.nn.functional.interpolate(start, size=shape[1:]).view(k, m, *shape)
     dsa = Dsa(strategy="color_crop_cutout_scale_rotate" + ("_flip" if config.flip else ""), fill=float(pool.amin()))
     images = match_pool(
-        pool, weights, start, parts=parts, steps=config.steps, lr=config.lr, width=config.width, dsa=dsa, workspace=workspace
+        pool,
+        weights,
+        start,
+        parts=parts,
+        steps=config.steps,
+        repeats=config.repeats,
+        lr=config.lr,
+        width=config.width,
+        dsa=dsa,
+        workspace=workspace,
     )
     return Synthetic(images=images.flatten(0, 1), labels=torch.arange(k).repeat_interleave(m), parts=parts)
 
@@ -146,7 +170,10 @@ def _public_images(config: Config, public: Public, workspace: Workspace) -> Tens
     """Up to 6,000 public images, shuffled: the person's own and, where there are any beside them, a share of made-up ones."""
     sources, wanted = [public.auxiliary], [N_PUBLIC]
     if public.procedural is not None:
-        sources, made_up = [public.auxiliary, public.procedural], round(N_PUBLIC * config.procedural)
+        sources, made_up = (
+            [public.auxiliary, public.procedural],
+            round(N_PUBLIC * _share(config.procedural, public, 0.5)),
+        )
         wanted = [N_PUBLIC - made_up, made_up]
     taken = []
     for i, (source, n) in enumerate(zip(sources, wanted, strict=True)):

@@ -21,6 +21,7 @@ def match_pool(
     *,
     parts: int,
     steps: int,
+    repeats: int,
     lr: float,
     width: int,
     dsa: Dsa,
@@ -32,6 +33,7 @@ def match_pool(
     Args:
       weights_PK: signed weight of each pool image in each class.
       start_KMCHW: where the images begin.
+      repeats: steps taken with one network and augmentation before the next: the pool is the dearer side.
     """
     device = workspace.device
     pool, weights = pool_PCHW.to(device), weights_PK.to(device)
@@ -47,17 +49,20 @@ def match_pool(
         optimizer.state[images] = {"step": saved["adam_step"], **moments}
     shape = (int(pool.shape[1]), int(pool.shape[2]), int(pool.shape[3]))
     net = ConvNet(shape, 1, width=width).requires_grad_(False).to(device)
+    centre = target = torch.empty(0)
+    draws = dsa.draw(workspace.generator("none"))
     for step in workspace.track(range(first, steps), "fitting images"):
-        g = workspace.generator("matching", step)
-        net.init_(g)
         optimizer.param_groups[0]["lr"] = lr * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
-        draws = dsa.draw(g)  # one augmentation for both sides
-        with torch.autocast(device, torch.bfloat16):
-            with torch.no_grad():
+        if step % repeats == 0 or step == first:
+            g = workspace.generator("matching", step // repeats)
+            net.init_(g)
+            draws = dsa.draw(g)  # one augmentation for both sides
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16):
                 seen = torch.cat([net.embed(dsa.apply(x, draws)).float() for x in pool.split(500)])
+            centre = seen.mean(dim=0)  # weights sum to 1 for each class: centring changes nothing but the rounding
+            target = weights.T @ (seen - centre)
+        with torch.autocast(device, torch.bfloat16):
             mine = net.embed(dsa.apply(expand(images.flatten(0, 1), parts), draws)).float()
-        centre = seen.mean(dim=0)  # weights sum to 1 for each class: centring changes nothing but the rounding
-        target = weights.T @ (seen - centre)
         loss = (target - (mine - centre).view(k, m * parts**2, -1).mean(dim=1)).square().sum() / target.square().sum()
         optimizer.zero_grad()
         loss.backward()

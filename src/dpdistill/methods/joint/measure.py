@@ -86,5 +86,3 @@ def signed_weights(pool_PD: Tensor, prior_PK: Tensor, means_KD: Tensor, counts_K
             low, high = (ridge, high) if left < allowed else (low, ridge)
         result[:, k] += pool @ (vectors @ (gap[k] / (values + math.sqrt(low * high))))
     return result.float()
-
-

@@ -58,7 +58,7 @@ def moments(space: PixelSpace, x_BCHW: Tensor) -> Tensor:
 def local_means(space: PixelSpace, centres_KJD: Tensor, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
     """Record function: coordinates and a constant in the block of the nearest centre of the record's class: [B, J·(d+1)]."""
     z = space.coordinates(x_BCHW)
-    k, j, d = centres_KJD.shape
+    j = centres_KJD.shape[1]
     nearest = (z[:, None] - centres_KJD[y_B]).square().sum(dim=2).argmin(dim=1)
     unit = torch.cat([math.sqrt(1 - _LOCAL_COUNT**2) * z, torch.full((len(z), 1), _LOCAL_COUNT)], dim=1)
     return (torch.nn.functional.one_hot(nearest, j).to(unit)[:, :, None] * unit[:, None]).flatten(1)
@@ -100,13 +100,16 @@ def read_moments(total_KD: Tensor, dims: int, noise: float) -> tuple[Tensor, Ten
     Args:
       noise: standard deviation of each coordinate of the sum (public).
     """
-    count = (total_KD[:, -1] / COUNT).clamp_min(4 * noise + 1)  # a class may be empty; the noise alone must not look like one
+    count = (total_KD[:, -1] / COUNT).clamp_min(
+        4 * noise + 1
+    )  # a class may be empty; the noise alone must not look like one
     mean = total_KD[:, :dims] / FIRST / count[:, None]
     i, j = torch.triu_indices(dims, dims)
     second = torch.zeros(len(total_KD), dims, dims)
     second[:, i, j] = total_KD[:, dims:-1] / _SECOND / count[:, None] / torch.where(i == j, 1.0, math.sqrt(2))
     second = second + second.triu(1).transpose(1, 2)
-    # A symmetric noise matrix with entries of std s has norm about s·sqrt(2d) (semicircle, off-diagonal s/sqrt 2: s·sqrt(2d)/...).
+    # The noise as a symmetric matrix has entries of std noise/sqrt 2 off the diagonal, so a norm of about noise·sqrt(2d) (semicircle law).
+    # The floor is 0.7 of that: it removes most of the noise and leaves weak directions in.
     floor = noise / _SECOND / count * math.sqrt(dims)
     return count, mean, _positive(second - mean[:, :, None] * mean[:, None], floor)
 

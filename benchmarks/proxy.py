@@ -1,0 +1,172 @@
+"""Public stand-ins for private data, on which `joint`'s settings are chosen: a setting tried on private data would cost budget.
+
+  .venv/bin/python benchmarks/proxy.py --data DIR --proxy letters --set steps=400
+  .venv/bin/python benchmarks/proxy.py --data DIR --proxy objects --without measure
+
+letters: ten classes of two Omniglot evaluation characters each, 14 drawers distorted to 2,000 images a class, 6 others to test; auxiliary: the
+         background alphabets. Noise as 6,000 records a class would have it.
+objects: ten superclasses of CIFAR-100 (500 images each; test images of the same); auxiliary: the ten other superclasses. Noise as 5,000
+         records a class would have it.
+Prints one JSON line: settings, relative squared error of the class contrasts in a network that took no part, accuracy. DIR: see common.py.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import read
+from torch import Tensor
+
+from dpdistill.config import build
+from dpdistill.data import LabelledImages, procedural_images, to_unit
+from dpdistill.evaluation import Training, evaluate
+from dpdistill.mechanisms import PrivateData, Vault
+from dpdistill.methods import Public, joint
+from dpdistill.methods.joint import measure
+from dpdistill.models import ConvNet
+from dpdistill.privacy import Ledger, gaussian_multiplier
+from dpdistill.workspace import FolderWorkspace
+
+SUPERCLASSES = {
+    "vehicles 1": "bicycle bus motorcycle pickup_truck train",
+    "vehicles 2": "lawn_mower rocket streetcar tank tractor",
+    "man-made": "bridge castle house road skyscraper",
+    "omnivores": "camel cattle chimpanzee elephant kangaroo",
+    "carnivores": "bear leopard lion tiger wolf",
+    "aquatic mammals": "beaver dolphin otter seal whale",
+    "insects": "bee beetle butterfly caterpillar cockroach",
+    "reptiles": "crocodile dinosaur lizard snake turtle",
+    "fish": "aquarium_fish flatfish ray shark trout",
+    "furniture": "bed chair couch table wardrobe",
+}
+
+
+def distorted(x_N1HW: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """n random affine and elastic variants of strokes in [0, 1], thickened to a few pixels, in [-1, 1]."""
+    x = F.interpolate(x_N1HW[torch.randint(len(x_N1HW), (n,), generator=generator)], scale_factor=2, mode="bilinear")
+
+    def spread(reach: float) -> Tensor:
+        return (torch.rand(n, generator=generator) * 2 - 1) * reach
+
+    angle, sx, sy, shear = spread(0.16), 1 + spread(0.1), 1 + spread(0.1), spread(0.2)
+    rows = torch.stack([angle.cos() * sx, -angle.sin() * sy + shear, spread(0.06)], 1)
+    columns = torch.stack([angle.sin() * sx, angle.cos() * sy, spread(0.06)], 1)
+    grid = F.affine_grid(torch.stack([rows, columns], 1), list(x.shape), align_corners=False)
+    elastic = F.interpolate(torch.randn(n, 2, 5, 5, generator=generator) * 0.04, size=x.shape[2:], mode="bicubic")
+    x = F.avg_pool2d(F.grid_sample(x, grid + elastic.permute(0, 2, 3, 1), align_corners=False), 2)
+    gain = 1.2 + torch.rand(n, 1, 1, 1, generator=generator)
+    return (F.avg_pool2d(x, 3, 1, 1) * gain * 1.6).clamp(0, 1) * 2 - 1
+
+
+def letters(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+    """Returns private images and labels, test images and labels, auxiliary images, and records per class over 6,000."""
+    with np.load(folder / "omniglot28" / "test.npz", allow_pickle=False) as z:
+        x, y, drawer = torch.from_numpy(z["images"]).float()[:, None] / 255, z["labels"], z["drawer"]
+    rng, g = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    characters, drawers = rng.permutation(np.unique(y))[:20].reshape(10, 2), rng.permutation(np.arange(1, 21))
+    train, test = [], []
+    for k in range(10):
+        mine = np.isin(y, characters[k])
+        train.append(distorted(x[torch.from_numpy(mine & np.isin(drawer, drawers[:14]))], 2000, g))
+        test.append(distorted(x[torch.from_numpy(mine & np.isin(drawer, drawers[14:]))], 300, g))
+    labels = torch.arange(10)
+    auxiliary = torch.from_numpy(read(folder, "omniglot28", "train").to_unit())
+    return (
+        torch.cat(train),
+        labels.repeat_interleave(2000),
+        torch.cat(test),
+        labels.repeat_interleave(300),
+        auxiliary,
+        2000 / 6000,
+    )
+
+
+def objects(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+    """As `letters`, with records per class over 5,000."""
+    found = []
+    for split in ("train", "test"):
+        data = read(folder, "cifar100_subset", split)
+        fine = [name.strip().lower().replace(" ", "_") for name in data.class_names]
+        group = {name: k for k, names in enumerate(SUPERCLASSES.values()) for name in names.split()}
+        y = torch.tensor([group.get(fine[label], -1) for label in data.labels])
+        found += [torch.from_numpy(data.to_unit()), y]
+    x, y, xt, yt = found
+    return x[y >= 0], y[y >= 0], xt[yt >= 0], yt[yt >= 0], x[y < 0], 500 / 5000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--proxy", choices=("letters", "objects"), required=True)
+    parser.add_argument("--set", action="append", default=[], help="name=value for joint's Config")
+    parser.add_argument("--without", choices=("none", "measure", "noise"), default="none", help="leave a part out")
+    parser.add_argument("--epsilon", type=float, default=1.0)
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    x, y, xt, yt, auxiliary, scale = (letters if args.proxy == "letters" else objects)(args.data)
+    settings: dict[str, Any] = {"flip": args.proxy == "objects", **dict(item.split("=") for item in args.set)}
+    config = build(joint.Config, settings)
+    shape, names = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3])), tuple(str(k) for k in range(10))
+    procedural = torch.from_numpy(to_unit(procedural_images(4000, *shape, args.seed)))
+    public = Public(image_shape=shape, class_names=names, auxiliary=auxiliary, procedural=procedural)
+    sigma = gaussian_multiplier(args.epsilon, 1e-5) * scale * (1e-3 if args.without == "noise" else 1)
+    fitted = measure.signed_weights
+    if args.without == "measure":
+        measure.signed_weights = lambda pool, prior, means, counts, noise: prior
+    private = LabelledImages(
+        images=x.numpy(), labels=y.numpy(), class_names=names, value_range=(-1, 1), source=args.proxy
+    )
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch, Ledger.open(Path(scratch) / "ledger", cap=(1e12, 1e-5)) as ledger:
+        handle = PrivateData(private, ledger, Vault.open(Path(scratch) / "vault"))
+        workspace = FolderWorkspace(Path(scratch) / "work", seed=args.seed, quiet=True)
+        synthetic = joint.run(config, public, handle, joint.plan(config, public, sigma), workspace)
+    measure.signed_weights = fitted
+    seconds = time.monotonic() - started
+    test = LabelledImages(images=xt.numpy(), labels=yt.numpy(), class_names=names, value_range=(-1, 1), source="test")
+    augment = "color_crop_cutout_scale_rotate" + ("_flip" if config.flip else "")
+    training = Training(epochs=args.epochs, batch=64, width=64, bf16=True, augment=augment)
+    value = evaluate(synthetic, test, training, seeds=(args.seed,))["mean"]
+    print(
+        json.dumps(
+            {
+                **vars(args),
+                "data": "",
+                "accuracy": value,
+                "seconds": round(seconds),
+                "class_error": _error(synthetic, x, y),
+            }
+        )
+    )
+
+
+@torch.no_grad()
+def _error(synthetic: Any, x: Tensor, y: Tensor) -> float:
+    """Relative squared error of the synthetic class contrasts, in a random network that took no part in the fit."""
+    from dpdistill.models import expand
+
+    net = ConvNet(
+        (int(x.shape[1]), int(x.shape[2]), int(x.shape[3])), 1, width=64, generator=torch.Generator().manual_seed(77)
+    )
+    images = expand(synthetic.images, synthetic.parts)
+    labels = synthetic.labels.repeat_interleave(synthetic.parts**2)
+
+    def contrasts(pixels: Tensor, of: Tensor) -> Tensor:
+        features = torch.cat([net.embed(batch) for batch in pixels.split(250)])
+        means = torch.stack([features[of == k].mean(dim=0) for k in range(10)])
+        return means - means.mean(dim=0)
+
+    real = contrasts(x, y)
+    return round(float((contrasts(images, labels) - real).square().sum() / real.square().sum()), 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1017 @@
+# ruff: noqa: E501  (the table of mutants quotes source lines whole)
+"""Bugs of this field's history, planted one at a time into a copy of privacy/ and mechanisms/: each must be caught by a check below.
+
+A mutant is a source-text replacement. The copy is imported under a name of its own, so nothing real is patched. The checks are plain
+functions that raise AssertionError; the clean copy passes them all. docs/pitfalls.md names the source of each bug.
+"""
+
+import errno
+import importlib
+import math
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from scipy.special import ndtr
+from scipy.stats import binom, chi2
+from torch import Tensor
+
+import dpdistill.privacy
+from dpdistill.data.images import LabelledImages
+
+ROOT = Path(dpdistill.privacy.__file__).parents[1]
+MODULES = ["privacy.accounting", "privacy.queries", "privacy.ledger", "privacy.guarantee"]
+MODULES += [f"mechanisms.{name}" for name in ("private", "noise", "clipping", "recordwise", "vault")]
+K, D, GRID = 3, 8, 12
+C = 2**GRID
+
+
+def load(folder: Path, name: str, changes: tuple[tuple[str, str, str], ...] = ()) -> SimpleNamespace:
+    """Imports a copy of the core as package `name`, with (file, old, new) replaced."""
+    package = folder / name
+    for part in ("privacy", "mechanisms"):
+        shutil.copytree(ROOT / part, package / part, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "data").mkdir()
+    for file in ("__init__.py", "data/__init__.py"):
+        (package / file).write_text("")
+    for file in ("errors.py", "data/images.py"):
+        shutil.copy(ROOT / file, package / file)
+    for file, old, new in changes:
+        text = (package / file).read_text()
+        assert text.count(old) >= 1, f"the mutant's text is no longer in {file}: {old!r}"
+        (package / file).write_text(text.replace(old, new))
+    importlib.invalidate_caches()
+    return SimpleNamespace(
+        errors=importlib.import_module(f"{name}.errors"),
+        **{module.split(".")[1]: importlib.import_module(f"{name}.{module}") for module in MODULES},
+    )
+
+
+class Door:
+    """One run of the copied core on some records, in a folder."""
+
+    def __init__(
+        self, m: SimpleNamespace, folder: Path, records: Any, *, key: bytes | None = b"k" * 32, cap: float = 1e9
+    ) -> None:
+        self.m, self.path = m, folder / "ledger.jsonl"
+        (folder / "vault").mkdir(parents=True, exist_ok=True)
+        if key and not (folder / "vault" / "key").exists():
+            (folder / "vault" / "key").write_bytes(key)
+        self.ledger = m.ledger.Ledger.open(self.path, cap=(cap, 1e-5), data="toy")
+        self.vault = m.vault.Vault.open(folder / "vault")
+        self.handle = m.private.PrivateData(records, self.ledger, self.vault, micro_batch=4)
+
+    def __enter__(self) -> "Door":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ledger.close()
+
+    def query(self, **change: Any) -> Any:
+        facts = {"name": "sum", "dim": D, "n_classes": K, "noise_multiplier": 50.0, "grid_bits": GRID}
+        return self.m.queries.GaussianSum(**facts | change)
+
+    def release(self, fn: Callable[[Tensor, Tensor], Tensor], **change: Any) -> np.ndarray:
+        released: np.ndarray = self.handle.release(self.query(**change), fn).double().numpy()
+        return released
+
+
+def records(n: int, *, extra: tuple[float, int] | None = None) -> Any:
+    """n float images [1, 2, 4], and perhaps one more with all pixels and the label given."""
+    images = np.random.default_rng(1).random((n + bool(extra), 1, 2, 4)).astype(np.float32)
+    labels = (np.arange(n + bool(extra)) % K).astype(np.int64)
+    if extra:
+        images[-1], labels[-1] = extra[0], 0
+    result = LabelledImages(images=images, labels=labels, class_names=("a", "b", "c"), source="toy")
+    if extra:
+        result.labels[-1] = extra[1]
+    return result
+
+
+def silent(m: SimpleNamespace) -> None:
+    m.private.rounded_gaussian = lambda n, sigma, stream: np.zeros(n, np.int64)
+
+
+def flat(x: Tensor, y: Tensor) -> Tensor:
+    return x.flatten(1)
+
+
+def long(x: Tensor, y: Tensor) -> Tensor:
+    return x.flatten(1) * 100 + 30
+
+
+# --- the checks ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_sensitivity(m: SimpleNamespace, folder: Path) -> None:
+    """One record more moves its own row by at most C, in integers; a pathological one moves nothing; a sound one is not lost."""
+    noise, m.private.rounded_gaussian = m.private.rounded_gaussian, lambda n, sigma, stream: np.zeros(n, np.int64)
+    try:
+        cases = [(value, label) for value in (0.5, 0.0, 1.0, 1e30, math.nan, math.inf) for label in (1, K, -1)]
+        for name, fn, clip in (("flat", flat, 1.0), ("long", long, 1.0), ("clip", long, 40.0), ("burst", None, 1.0)):
+
+            def burst(x: Tensor, y: Tensor) -> Tensor:  # NaN and infinity come out of finite pixels
+                return torch.where(
+                    x.flatten(1) > 0.99, torch.full_like(x.flatten(1), math.inf), x.flatten(1) * 3
+                ) - 0.0 * x.flatten(1)
+
+            used = fn or burst
+
+            def total(
+                extra: tuple[float, int] | None, place: str, used: Any = used, clip: float = clip, n: int = 9
+            ) -> np.ndarray:
+                with Door(m, folder / place, records(n, extra=extra)) as door:
+                    door.handle.check = lambda query, fn: None
+                    steps = door.release(used, clip_norm=clip) * C / clip
+                    assert np.allclose(steps, np.rint(steps), atol=1e-3)
+                    return np.rint(steps).astype(np.int64)
+
+            base = total(None, f"{name}-base")
+            for value, label in cases:
+                moved = total((value, label), f"{name}-{value}-{label}") - base
+                assert (moved.astype(object) ** 2).sum() <= C**2, "more than C"
+                assert not moved[[k for k in range(K) if k != label]].any(), "another class's row moved"
+                if not math.isfinite(value) or not 0 <= label < K or (name == "burst" and value >= 1):
+                    assert not moved.any(), "a malformed record counts"
+                elif name == "long" and 0 <= label < K:
+                    assert (moved.astype(float) ** 2).sum() >= (0.99 * C) ** 2, "a long vector lost its length"
+    finally:
+        m.private.rounded_gaussian = noise
+
+
+def check_sum(m: SimpleNamespace, folder: Path) -> None:
+    """Short vectors are summed as they are; half-precision, odd batches and functions that write into their input change nothing."""
+    noise, m.private.rounded_gaussian = m.private.rounded_gaussian, lambda n, sigma, stream: np.zeros(n, np.int64)
+    try:
+        data = records(11)
+
+        def small(x: Tensor, y: Tensor) -> Tensor:
+            value = x.flatten(1) * 0.2
+            y.zero_()
+            return value
+
+        with Door(m, folder / "sum", data) as door:
+            seen = door.release(small)
+        truth = np.zeros((K, D))
+        np.add.at(truth, data.labels, data.to_unit().reshape(11, D).astype(float) * 0.2)
+        assert np.abs(seen - truth).max() <= 11 / C
+        with Door(m, folder / "wide", data) as door:
+            wide = door.release(lambda x, y: x.flatten(1).repeat(1, 500) * 900.0, dim=4000, grid_bits=24)
+        truth = np.zeros((K, 4000))
+        vectors = np.tile(data.to_unit().reshape(11, D).astype(float), 500)
+        np.add.at(truth, data.labels, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+        assert np.abs(wide - truth).max() < 1e-5
+    finally:
+        m.private.rounded_gaussian = noise
+
+
+def check_noise_scale(m: SimpleNamespace, folder: Path) -> None:
+    """σ·C on every coordinate of every row, for full and for empty batches, uncorrelated between releases."""
+
+    def zeros(x: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros(len(x), 3000)
+
+    for n, sigma, clip, q in ((9, 30.0, 2.5, 1.0), (0, 0.5, 1.0, 1.0), (9, 4.0, 0.3, 1e-9)):
+        with Door(m, folder / f"{n}-{sigma}", records(n)) as door:
+            facts = {"dim": 3000, "noise_multiplier": sigma, "clip_norm": clip, "grid_bits": 20, "sampling_prob": q}
+            first, second = door.release(zeros, **facts), door.release(zeros, **facts)
+        for drawn in (first, second):
+            assert (drawn != 0).all(), "a coordinate without noise"
+            assert abs(drawn.std() / (sigma * clip) - 1) < 5 * math.sqrt(0.5 / drawn.size)
+            assert abs(drawn.mean()) < 5 * sigma * clip / math.sqrt(drawn.size)
+            for row in drawn:
+                assert abs(row.std() / (sigma * clip) - 1) < 5 * math.sqrt(0.5 / len(row))
+            assert np.abs(np.corrcoef(drawn) - np.eye(K)).max() < 5 / math.sqrt(3000), "rows share noise"
+        assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 5 / math.sqrt(first.size), "releases share noise"
+
+
+class Words:
+    def __init__(self, *words: int) -> None:
+        self.left = list(words)
+
+    def words(self, n: int) -> np.ndarray:
+        taken, self.left = self.left[:n], self.left[n:]
+        assert len(taken) == n
+        return np.array(taken, dtype=np.uint64)
+
+
+def check_noise_law(m: SimpleNamespace, folder: Path) -> None:
+    """The exact pmf; the words at a rounding boundary; the tail past 5.77σ; a bad σ refused; AES tested at import."""
+    n, sigma = 200_000, 3.0
+    draws = m.noise.rounded_gaussian(n, sigma, m.noise.Stream(bytes(range(32))))
+    k = np.arange(-14, 15)
+    a = np.abs(k)
+    pmf = np.where(a == 0, 1 - 2 * ndtr(-0.5 / sigma), ndtr(-(a - 0.5) / sigma) - ndtr(-(a + 0.5) / sigma))
+    seen = np.bincount(np.clip(draws, -14, 14) + 14, minlength=29)
+    assert 1e-6 < chi2.sf(float(((seen - n * pmf) ** 2 / (n * pmf)).sum()), 28) < 1 - 1e-6
+    for sigma, step in ((3.0, 4), (2.0**20, 2**20), (2.0**20, 7 * 2**20)):
+        with mpmath.workprec(500):
+            p = int(mpmath.erfc((step - mpmath.mpf(0.5)) / sigma / mpmath.sqrt(2)) / 2 * mpmath.mpf(2) ** 256)
+        for value, expected in ((p, step), (p + 1, step - 1)):
+            words = Words(value >> 192, *[(value >> shift) & (2**64 - 1) for shift in (128, 64, 0)], *[0] * 12)
+            assert m.noise.rounded_gaussian(1, sigma, words).tolist() == [expected], "wrong at a boundary"
+    tail = m.noise.rounded_gaussian(2, 1000.0, Words(0, 2**63 | 2**24, *[2**63] * 8))
+    assert tail[0] > 9100, "the tail is cut"
+    assert -7500 < tail[1] < -6500
+    assert m.noise.rounded_gaussian(1, 0.1, Words(0, 0, 0, 5, *[1] * 4)).tolist() == [2], "the far tail"
+    for sigma in (math.nan, 0.0, math.inf, -1.0):
+        try:
+            m.noise.rounded_gaussian(1, sigma, Words(1))
+        except ValueError:
+            continue
+        raise AssertionError("noise of a bad scale was drawn")
+    kept, m.noise._KNOWN_STREAM = m.noise._KNOWN_STREAM, "00" * 16
+    try:
+        m.noise.self_test()
+    except RuntimeError:
+        pass
+    else:
+        raise AssertionError("noise does not fail closed")
+    finally:
+        m.noise._KNOWN_STREAM = kept
+    assert m.noise.derive(b"k", "ab", "c") != m.noise.derive(b"k", "a", "bc")
+
+
+def check_noise_source(m: SimpleNamespace, folder: Path) -> None:
+    """Fresh keys; noise bound to key, release and sum; never from a global generator, and the same again for the same sum."""
+
+    def seeded(x: Tensor, y: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        random.seed(0)
+        return x.flatten(1)
+
+    def one(place: str, data: Any, key: bytes | None) -> np.ndarray:
+        with Door(m, folder / place, data, key=key) as door:
+            return door.release(seeded)
+
+    base = records(9)
+    other = records(9)
+    other.images[0, 0, 0, 0] = 1 - other.images[0, 0, 0, 0]
+    first = one("a", base, b"k" * 32)
+    assert (first != one("b", base, None)).all(), "another key, the same noise"
+    assert (one("c", base, None) != one("d", base, None)).all(), "two fresh keys, the same noise"
+    assert (first == one("e", base, b"k" * 32)).all(), "the same key and sum, other noise: a resumed run would redraw"
+    difference = first - one("f", other, b"k" * 32)
+    assert (np.abs(difference) > 1e-6).all(), "another sum, the same noise: the difference of two releases is a record"
+    assert np.abs(difference).max() > 10
+    with Door(m, folder / "two", base) as door:
+        twice = door.release(flat), door.release(flat)
+        assert (twice[0] != twice[1]).all(), "two releases, the same noise"
+
+
+def check_sampler(m: SimpleNamespace, folder: Path) -> None:
+    """Counts through the door are binomial at q, anew for each release, whatever N is; a coin is fair to 2⁻⁵³."""
+    noise, m.private.rounded_gaussian = m.private.rounded_gaussian, lambda n, sigma, stream: np.zeros(n, np.int64)
+    try:
+        for n, q in ((400, 0.1), (9, 0.1)):
+            with Door(m, folder / f"s{n}", records(n)) as door:
+                door.handle.micro_batch = 500
+                query = door.query(sampling_prob=q, n_classes=1, dim=1, name="count")
+                held = door.handle.reserve(query, 60)
+                ones = [
+                    float(door.handle.release_reserved(held, i, lambda x, y: torch.ones(len(x), 1))) for i in range(60)
+                ]
+            counts = np.rint(np.array(ones) * C / (C - 2))
+            assert len(set(counts.tolist())) > 1, "a fixed batch size"
+            if n > 100:
+                statistic = float(((counts - n * q) ** 2 / (n * q * (1 - q))).sum())
+                assert 1e-7 < chi2.sf(statistic, 60) < 1 - 1e-7
+            assert 1e-7 < binom.cdf(int(counts.sum()), n * 60, q) < 1 - 1e-7
+    finally:
+        m.private.rounded_gaussian = noise
+    stream = m.noise.Stream(bytes(32))
+    stream.words = lambda n: np.array([2**63 - 2**11, 2**63, 2**63 + 2**11], dtype=np.uint64)
+    assert stream.bernoulli(3, 0.5).tolist() == [True, False, False]
+    assert stream.bernoulli(3, 0.5 + 2.0**-53).tolist() == [True, True, False]
+
+
+class Spy:
+    """Records that note what the ledger's file held when they were read."""
+
+    def __init__(self, inside: Any, path: Path) -> None:
+        self.inside, self.path, self.reads = inside, path, []
+        self.class_names, self.value_range = inside.class_names, inside.value_range
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("images", "labels"):
+            self.reads.append(self.path.read_bytes() if self.path.exists() else b"")
+        return getattr(self.inside, name)
+
+
+def check_ledger_first(m: SimpleNamespace, folder: Path) -> None:
+    """Charged and fsynced before the first read; refused at the cap, at the first release too, with nothing read; what is charged is
+    what is released; the same bytes for other data."""
+    path = folder / "a" / "ledger.jsonl"
+    spy = Spy(records(9), path)
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        fsync(descriptor)
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            synced.append(path.stat().st_size)
+
+    os.fsync = noting
+    try:
+        with Door(m, folder / "a", spy, cap=1.0) as door:
+            for sigma in (50.0, 60.0):
+                spy.reads.clear()
+                door.release(flat, noise_multiplier=sigma)
+                last = m.ledger.parse(spy.reads[0])[-1]
+                assert last["type"] == "intent", "a record was read before the charge"
+                assert float(last["query"]["noise_multiplier"]) == sigma
+                assert len(spy.reads[0]) in synced, "a record was read before the charge was on disk"
+            spy.reads.clear()
+            before = path.read_bytes()
+            for sigma in (1.0, 0.1):
+                try:
+                    door.release(flat, noise_multiplier=sigma)
+                except m.errors.BudgetError:
+                    continue
+                raise AssertionError("released past the cap")
+            assert not spy.reads, "read past the cap"
+            assert path.read_bytes() == before, "written past the cap"
+            forged = m.private.Reservation(door.query(noise_multiplier=1.0), 5, 1)
+            try:
+                door.handle.release_reserved(forged, 0, flat)
+            except m.errors.LedgerError:
+                pass
+            else:
+                raise AssertionError("a made-up reservation was honoured")
+    finally:
+        os.fsync = fsync
+    with Door(m, folder / "first", records(9), cap=1.0) as door:
+        try:
+            door.release(flat, noise_multiplier=0.5)
+        except m.errors.BudgetError:
+            pass
+        else:
+            raise AssertionError("the first release is free")
+    files = set()
+    for index, data in enumerate((records(9), records(10), records(0), records(9, extra=(math.nan, 1)))):
+        with Door(m, folder / f"n{index}", data) as door:
+            door.release(flat)
+            held = door.handle.reserve(door.query(sampling_prob=0.3), 3)
+            for i in range(3):
+                door.handle.release_reserved(held, i, flat)
+            assert m.ledger.parts(door.ledger.lines) == [(1.0, 50.0, 1), (0.3, 50.0, 3)], (
+                "charged otherwise than released"
+            )
+        files.add((folder / f"n{index}" / "ledger.jsonl").read_bytes())
+    assert len(files) == 1, "the ledger depends on the data"
+
+
+def check_ledger_file(m: SimpleNamespace, folder: Path) -> None:
+    """One holder; a chain; a torn tail cut and a lost newline refused; a full disk leaves no half line; the cap outlives a restart."""
+    Ledger, GaussianSum = m.ledger.Ledger, m.queries.GaussianSum
+    path = folder / "ledger.jsonl"
+    query = GaussianSum(name="s", dim=3, noise_multiplier=20.0)
+    with Ledger.open(path, cap=(5.0, 1e-5), data="toy") as ledger:
+        for _ in range(3):
+            ledger.reserve("r", query)
+        ledger.raise_cap((6.0, 1e-5))
+        try:
+            Ledger.open(path, cap=(5.0, 1e-5)).close()
+        except m.errors.LedgerError:
+            pass
+        else:
+            raise AssertionError("two holders")
+    raw = path.read_bytes()
+
+    def opened(content: bytes) -> int | None:
+        path.write_bytes(content)
+        try:
+            with Ledger.open(path, cap=(50.0, 1e-5)) as again:
+                assert again.cap == (6.0, 1e-5) or len(again.lines) < 5, "the cap was forgotten"
+                return len(again.lines)
+        except m.errors.LedgerError:
+            return None
+
+    assert opened(raw) == 5
+    for place in range(0, len(raw), 23):
+        assert opened(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]) is None, "a flipped byte"
+    lines = raw.splitlines(keepends=True)
+    assert opened(b"".join([lines[0], lines[2], lines[1], *lines[3:]])) is None, "reordered"
+    assert opened(b"".join([lines[0], *lines[2:]])) is None, "a line removed"
+    assert opened(b"".join(lines[:-1]) + lines[-1][:-1]) is None, "a lost newline"
+    assert opened(b"".join(lines[:-1]) + lines[-1][:-1] + b"x") is None, "a flipped newline"
+    assert opened(b"".join(lines[:-1]) + lines[-1][:30]) == 4, "a torn tail"
+    assert path.read_bytes() == b"".join(lines[:-1])
+    path.write_bytes(raw)
+    write = os.write
+    with Ledger.open(path, cap=(5.0, 1e-5)) as ledger:
+
+        def full(descriptor: int, data: bytes) -> int:
+            write(descriptor, data[:40])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        os.write = full
+        try:
+            ledger.reserve("r", query)
+        except m.errors.LedgerError:
+            pass
+        else:
+            raise AssertionError("charged on a full disk")
+        finally:
+            os.write = write
+        assert path.read_bytes() == raw, "half a line was left"
+    with Ledger.open(folder / "twin.jsonl", cap=(5.0, 1e-5), data="toy") as ledger:
+        for _ in range(3):
+            ledger.reserve("r", query)
+        ledger.raise_cap((6.0, 1e-5))
+        real, m.accounting.epsilon = m.accounting.epsilon, lambda *_: math.nan
+        try:
+            ledger.check_affordable([(1.0, 1.0, 1)])
+        except (m.errors.BudgetError, m.errors.ConfigError):
+            pass
+        else:
+            raise AssertionError("NaN is below the cap")
+        finally:
+            m.accounting.epsilon = real
+    assert (folder / "twin.jsonl").read_bytes() == raw, "the clock or chance is in the ledger"
+
+
+def check_resume(m: SimpleNamespace, folder: Path) -> None:
+    """Asked again the same bytes; another sum after a crash is charged anew; no old answer for another ledger; no known key."""
+    data, other = records(9), records(9)
+    other.images[0] = 1 - other.images[0]
+    with Door(m, folder / "a", data) as door:
+        held = door.handle.reserve(door.query())
+        first = door.handle.release_reserved(held, 0, flat)
+        assert torch.equal(door.handle.release_reserved(held, 0, flat), first), "noise drawn anew for a charged release"
+    with Door(m, folder / "a", data) as door:
+        assert (door.release(flat) == first.double().numpy()).all(), "a resumed run redraws"
+        assert len(door.ledger.lines) == 2, "a resumed run is charged again"
+    for path in (folder / "a" / "vault").glob("*.npy"):
+        path.unlink()  # killed after the commitment, before the noisy sum was kept
+    with Door(m, folder / "a", other) as door:
+        second = door.release(flat)
+        assert [line["type"] for line in door.ledger.lines] == ["open", "intent", "intent"], "a second sum, uncharged"
+    (folder / "a" / "ledger.jsonl").unlink()
+    with Door(m, folder / "a", data) as door:
+        fresh = door.release(flat, name="new")
+        assert not (fresh == second).all(), "an answer from another ledger's run"
+    vault = m.vault.Vault.open(folder / "e")
+    rmtree, m.vault.shutil.rmtree = (
+        m.vault.shutil.rmtree,
+        lambda *_, **__: None,
+    )  # the process dies before the folder is gone
+    try:
+        vault.erase()
+    finally:
+        m.vault.shutil.rmtree = rmtree
+    assert not (folder / "e" / "key").exists() or (folder / "e" / "key").read_bytes() != bytes(32), (
+        "a known key is left to use"
+    )
+
+
+def check_recordwise(m: SimpleNamespace, folder: Path) -> None:
+    """What mixes records is refused, in any row, however faintly; what does not is let through."""
+    mixers: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda x, y: (x - x.mean(0)).flatten(1),
+        lambda x, y: x.flatten(1) + 1e-5 * x.flatten(1).mean(0),
+        lambda x, y: torch.cat([x[:-1].flatten(1), x.flatten(1).sum(0, keepdim=True)]),
+        lambda x, y: x.flatten(1) / len(x),
+        lambda x, y: x.flatten(1) if len(x) == 1 else torch.zeros(len(x), D),
+        lambda x, y: x.flatten(1) * math.nan,
+        lambda x, y: x.flatten(1) * (math.nan if len(x) > 1 and x.abs().mean() < 0.35 else 1.0),
+        lambda x, y: x.flatten(1) * (1 + 0.01 * y.float().mean()),
+        lambda x, y: x.flatten(1)[:-1],
+    ]
+    spy = Spy(records(9), folder / "r" / "ledger.jsonl")
+    with Door(m, folder / "r", spy) as door:
+        before, spy.reads = door.path.read_bytes(), []
+        for number, fn in enumerate(mixers):
+            try:
+                door.release(fn)
+            except m.errors.RecordwiseError:
+                continue
+            raise AssertionError(f"mixer {number} was let through")
+        assert door.path.read_bytes() == before, "charged for a refused function"
+        assert not spy.reads, "read for a refused function"
+        door.release(flat)
+
+
+def check_accounting(m: SimpleNamespace, folder: Path) -> None:
+    """Golden values, composition, replace-one, refusals, and a calibration that keeps to its target."""
+    golden = [
+        (0.01, 4.2969, 10000, 1e-5, 0.87319),
+        (1.0, 1.0, 1, 1e-5, 4.377178),
+        (1.0, 4.0, 100, 1e-5, 13.206712),
+        (0.1, 3.0, 300, 1e-5, 2.4948),
+    ]
+    for q, sigma, count, delta, expected in golden:
+        value = m.accounting.epsilon([(q, sigma, count)], delta)
+        assert abs(value - expected) < 1e-3, (q, sigma, count, value)
+    mixed = m.accounting.epsilon([(1.0, 30.0, 2), (1.0, 10.0, 1)], 1e-5)
+    assert abs(mixed - m.accounting.gaussian_epsilon((2 / 900 + 1 / 100) ** -0.5, 1e-5)) < 1e-4
+    assert mixed >= m.accounting.gaussian_epsilon((2 / 900 + 1 / 100) ** -0.5, 1e-5)
+    replaced = m.accounting.epsilon([(1.0, 20.0, 1)], 1e-5, "replace_one")
+    assert abs(replaced - m.accounting.gaussian_epsilon(10.0, 1e-5)) < 1e-4
+    for part in (
+        (math.nan, 1.0, 1),
+        (1.0, math.nan, 1),
+        (0.0, 1.0, 1),
+        (1.0, 0.0, 1),
+        (1.0, 1.0, 0),
+        (1.0, 1.0, 1.5),
+        (1.5, 1.0, 1),
+    ):
+        try:
+            m.accounting.epsilon([part], 1e-5)
+        except m.errors.ConfigError:
+            continue
+        raise AssertionError(f"accounted for {part}")
+    plan = lambda s: [m.queries.Planned(m.queries.GaussianSum(name="a", dim=1, noise_multiplier=s), 2)]  # noqa: E731
+    for target in (0.3, 2.0):
+        sigma = m.queries.calibrate(plan, target, 1e-5)
+        assert 0.995 * target <= m.accounting.gaussian_epsilon(sigma / 2**0.5, 1e-5) <= target
+    for value in (0.0004, 1.0000000000005, 12345.641):
+        assert value <= float(m.guarantee.shown(value)) <= value + 0.00101
+
+
+CHECKS: list[Callable[[SimpleNamespace, Path], None]] = [
+    check_sensitivity,
+    check_sum,
+    check_noise_law,
+    check_noise_source,
+    check_noise_scale,
+    check_ledger_first,
+    check_ledger_file,
+    check_resume,
+    check_recordwise,
+    check_sampler,
+    check_accounting,
+]
+
+
+# --- the mutants --------------------------------------------------------------------------------------------------------------------
+
+PRIVATE, CLIPPING, NOISE = "mechanisms/private.py", "mechanisms/clipping.py", "mechanisms/noise.py"
+RECORDWISE, VAULT = "mechanisms/recordwise.py", "mechanisms/vault.py"
+ACCOUNTING, QUERIES, LEDGER, GUARANTEE = (
+    f"privacy/{name}.py" for name in ("accounting", "queries", "ledger", "guarantee")
+)
+SIGMA = "sigma = query.noise_multiplier * 2**query.grid_bits"
+DRAW = "rounded_gaussian(total.size, sigma, stream).reshape(total.shape)"
+COINS = "np.flatnonzero(self._vault.sampling_stream(name).bernoulli(len(labels), query.sampling_prob))"
+CLIP = "clip_to_grid(v, query.clip_norm, query.grid_bits)"
+FITS = "fits = (grid.abs() <= limit)"
+KEY = 'return Stream(derive(self._key, "noise", self.run, release, query, hashlib.sha256(total.tobytes()).digest()))'
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted bug: its number in trust.md §2, what it is, its replacements, and the check that is tried first."""
+
+    name: str
+    check: Callable[[SimpleNamespace, Path], None]
+    changes: tuple[tuple[str, str, str], ...]
+
+
+def bug(name: str, check: Callable[[SimpleNamespace, Path], None], *changes: tuple[str, str, str]) -> Mutant:
+    return Mutant(name, check, changes)
+
+
+MUTANTS = [
+    bug("M1 noise divided by the batch size", check_noise_scale, (PRIVATE, SIGMA, SIGMA + " / self.micro_batch")),
+    bug(
+        "M2 variance used as standard deviation",
+        check_noise_scale,
+        (PRIVATE, SIGMA, SIGMA.replace("multiplier *", "multiplier**2 *")),
+    ),
+    bug("M2 clip factor applied twice", check_noise_scale, (PRIVATE, SIGMA, SIGMA + " * query.clip_norm")),
+    bug(
+        "M3 the batch clipped, not the record",
+        check_sensitivity,
+        (PRIVATE, CLIP, CLIP.replace("(v,", "(v.sum(0, keepdim=True).expand_as(v),")),
+    ),
+    bug(
+        "M4 not clipped at all",
+        check_sensitivity,
+        (
+            CLIPPING,
+            "torch.minimum(largest * (limit / clip_norm), reach / norm.clamp_min(1e-300))",
+            "largest * (limit / clip_norm)",
+        ),
+        (CLIPPING, FITS, "fits = finite | (grid.abs() <= limit)"),
+    ),
+    bug(
+        "M4 long vectors dropped",
+        check_sensitivity,
+        (
+            CLIPPING,
+            "torch.minimum(largest * (limit / clip_norm), reach / norm.clamp_min(1e-300))",
+            "largest * (limit / clip_norm)",
+        ),
+    ),
+    bug(
+        "M5 clipped per coordinate",
+        check_sensitivity,
+        (CLIPPING, "norm = _sum_rows(unit * unit).sqrt()", "norm = unit.abs().amax(dim=1, keepdim=True)"),
+        (CLIPPING, " & ((grid * grid).sum(dim=1, keepdim=True) <= limit * limit)", ""),
+    ),
+    bug(
+        "M5 rounding may pass the norm, unchecked",
+        check_sensitivity,
+        (CLIPPING, "reach = limit - v.shape[1] ** 0.5 / 2 - 1", "reach = limit + v.shape[1] ** 0.5"),
+        (CLIPPING, " & ((grid * grid).sum(dim=1, keepdim=True) <= limit * limit)", ""),
+    ),
+    bug(
+        "M6 NaN passes the clip",
+        check_sensitivity,
+        (
+            CLIPPING,
+            "finite = torch.isfinite(v).all(dim=1, keepdim=True)",
+            "finite = torch.ones_like(v[:, :1], dtype=torch.bool)",
+        ),
+        (CLIPPING, "torch.where(finite & fits, grid, torch.zeros_like(grid))", "grid"),
+    ),
+    bug(
+        "M7 infinity counted",
+        check_sensitivity,
+        (
+            CLIPPING,
+            "finite = torch.isfinite(v).all(dim=1, keepdim=True)",
+            "v = torch.nan_to_num(v)\n    finite = torch.isfinite(v).all(dim=1, keepdim=True)",
+        ),
+    ),
+    bug("M9 norms in half precision", check_sum, (CLIPPING, ".to(torch.float64)", ".to(torch.float16)")),
+    bug(
+        "M10 two records clipped as one",
+        check_sensitivity,
+        (PRIVATE, CLIP, "clip_to_grid((v[0::2] + v[1::2]).repeat_interleave(2, 0), query.clip_norm, query.grid_bits)"),
+    ),
+    bug(
+        "M11 each of two views clipped and summed",
+        check_sensitivity,
+        (
+            PRIVATE,
+            "total.index_add_(0, row, grid)",
+            "total.index_add_(0, row, grid)\n            total.index_add_(0, row, grid)",
+        ),
+    ),
+    bug(
+        "M12 divided by the realised batch",
+        check_sum,
+        (PRIVATE, "return total.numpy()", "return total.numpy() // max(1, len(chosen))"),
+    ),
+    bug(
+        "M13 sampling rate from the size of the data",
+        check_sampler,
+        (PRIVATE, "query.sampling_prob))", "int(query.sampling_prob * len(labels)) / max(1, len(labels))))"),
+    ),
+    bug(
+        "M14 an empty batch released bare",
+        check_noise_scale,
+        (PRIVATE, f"noisy = total + {DRAW}", f"noisy = total + {DRAW} * bool(len(self._records.labels))"),
+    ),
+    bug(
+        "M15 the last coordinate without noise",
+        check_noise_scale,
+        (PRIVATE, DRAW, "np.append(rounded_gaussian(total.size - 1, sigma, stream), 0).reshape(total.shape)"),
+    ),
+    bug(
+        "M15 one noise row for all classes",
+        check_noise_scale,
+        (PRIVATE, DRAW, "rounded_gaussian(total.shape[1], sigma, stream)[None]"),
+    ),
+    bug(
+        "M17 the function's argument aliases the door's own",
+        check_sum,
+        (PRIVATE, "torch.tensor(y, device=self.device)", "torch.from_numpy(y)"),
+    ),
+    bug("M18 the clip norm ignored", check_sensitivity, (PRIVATE, CLIP, CLIP.replace("query.clip_norm", "1e9"))),
+    bug(
+        "M19 no test of records mixing",
+        check_recordwise,
+        (RECORDWISE, "if not (worst <= TOLERANCE", "if False and not (worst <= TOLERANCE"),
+    ),
+    bug(
+        "M19 a tolerance that lets faint mixing through",
+        check_recordwise,
+        (RECORDWISE, 'MIXING_TOLERANCE if device == "cpu" else TOLERANCE', "TOLERANCE"),
+    ),
+    bug(
+        "M19 only the first row is tried",
+        check_recordwise,
+        (RECORDWISE, "for kept in (0, len(x) - 1):", "for kept in (0,):"),
+        (RECORDWISE, "worst = float(", "worst = 0 * float("),
+    ),
+    bug(
+        "M6 NaN lost in a maximum",
+        check_recordwise,
+        (RECORDWISE, "mixing = apart if not (apart <= mixing) else mixing", "mixing = max(mixing, apart)"),
+    ),
+    bug(
+        "M19 checked after the charge",
+        check_recordwise,
+        (
+            PRIVATE,
+            "        self.check(query, fn)\n        return self.release_reserved",
+            "        return self.release_reserved",
+        ),
+    ),
+    bug(
+        "M20 noise silently off",
+        check_noise_scale,
+        (PRIVATE, SIGMA, SIGMA + "\n            sigma = sigma if query.noise_multiplier >= 1 else 1e-3"),
+    ),
+    bug(
+        "M20 a scale of zero accepted", check_noise_law, (NOISE, "if not (1e-3 <= sigma <= 2.0**45):", "if sigma < 0:")
+    ),
+    bug(
+        "M21 replace-one as add-or-remove",
+        check_accounting,
+        (ACCOUNTING, 'half = 2.0 if relation == "replace_one" else 1.0', "half = 1.0"),
+    ),
+    bug(
+        "M21 replace-one doubled twice",
+        check_accounting,
+        (
+            ACCOUNTING,
+            'half = 2.0 if relation == "replace_one" else 1.0',
+            'half = 4.0 if relation == "replace_one" else 1.0',
+        ),
+    ),
+    bug(
+        "M22 2 ^ k for 2**k",
+        check_noise_scale,
+        (PRIVATE, SIGMA, SIGMA.replace("2**query.grid_bits", "(2 ^ query.grid_bits)")),
+    ),
+    bug("R1 a fixed key", check_noise_source, (VAULT, "secrets.token_bytes(32)", "bytes(range(32))")),
+    bug(
+        "R2 noise from numpy's global generator",
+        check_noise_source,
+        (PRIVATE, DRAW, "np.rint(np.random.normal(0, sigma, total.shape)).astype(np.int64)"),
+    ),
+    bug(
+        "R2 noise from torch's global generator",
+        check_noise_source,
+        (PRIVATE, DRAW, "(torch.randn(total.shape) * sigma).round().long().numpy()"),
+    ),
+    bug(
+        "R3 the same noise for each release",
+        check_noise_source,
+        (VAULT, KEY, 'return Stream(derive(self._key, "noise"))'),
+    ),
+    bug(
+        "R5 noise not bound to the sum",
+        check_noise_source,
+        (VAULT, KEY, KEY.replace(", hashlib.sha256(total.tobytes()).digest()", "")),
+    ),
+    bug(
+        "R5 a resumed run redraws",
+        check_noise_source,
+        (VAULT, KEY, KEY.replace("release, query", "secrets.token_bytes(8), query")),
+    ),
+    bug(
+        "R6 the tail of a float32 generator",
+        check_noise_law,
+        (NOISE, "z = np.maximum(-ndtri(p), 0.0)", "z = np.minimum(np.maximum(-ndtri(p), 0.0), 5.77)"),
+        (NOISE, " | (leading < 2**20)", ""),
+    ),
+    bug("R6 the far tail by its leading bits alone", check_noise_law, (NOISE, " | (leading < 2**20)", "")),
+    bug(
+        "R7 no self-test",
+        check_noise_law,
+        (NOISE, "if encryptor.update(bytes(16)).hex() != _KNOWN_STREAM:", "if False:"),
+    ),
+    bug("R8 boundaries left to float64", check_noise_law, (NOISE, "lower != upper", "lower > upper")),
+    bug(
+        "R8 truncated, not rounded",
+        check_noise_law,
+        (NOISE, "sigma * (z - margin) + 0.5", "sigma * (z - margin)"),
+        (NOISE, "sigma * (z + margin) + 0.5", "sigma * (z + margin)"),
+    ),
+    bug("R8 half of a Gaussian", check_noise_law, (NOISE, "np.where(negative, -draws, draws)", "draws")),
+    bug(
+        "A1 fixed-size batches as Poisson",
+        check_sampler,
+        (PRIVATE, COINS, "np.arange(int(query.sampling_prob * len(labels)))"),
+    ),
+    bug(
+        "A1 one mask for all releases",
+        check_sampler,
+        (VAULT, 'derive(self._key, "sample", self.run, release)', 'derive(self._key, "sample", self.run)'),
+    ),
+    bug(
+        "A1 coins of float32",
+        check_sampler,
+        (
+            NOISE,
+            "(self.words(n) >> np.uint64(11)).astype(np.float64) * 2.0**-53",
+            "((self.words(n) >> np.uint64(40)).astype(np.float64) * 2.0**-24)",
+        ),
+    ),
+    bug(
+        "A3 a reservation charged once",
+        check_ledger_first,
+        (LEDGER, '"run": run, "count": count', '"run": run, "count": 1'),
+        (PRIVATE, '"count": held.count,', '"count": 1,'),
+    ),
+    bug(
+        "A4 the run's earlier charges forgotten",
+        check_ledger_first,
+        (
+            LEDGER,
+            "total = accounting.epsilon([*parts(self.lines), *extra], cap_delta)",
+            "total = accounting.epsilon([*parts(self.lines[2:]), *extra], cap_delta) if len(self.lines) < 2 else 0.0",
+        ),
+    ),
+    bug(
+        "A5 another noise multiplier on the ledger",
+        check_ledger_first,
+        (
+            QUERIES,
+            '"noise_multiplier": repr(float(self.noise_multiplier)),',
+            '"noise_multiplier": repr(float(self.noise_multiplier) * 2),',
+        ),
+        (QUERIES, "if query.describe() != description:", "if False:"),
+    ),
+    bug(
+        "A6 the first release is free",
+        check_ledger_first,
+        (LEDGER, "if not (total <= cap_epsilon):", "if len(self.lines) > 1 and not (total <= cap_epsilon):"),
+    ),
+    bug(
+        "A6 the cap tested after the charge",
+        check_ledger_first,
+        (
+            LEDGER,
+            "        self.check_affordable([query.part(count)])\n",
+            '        self._append({"type": "intent", "run": run, "count": count, "query": query.describe(), "again": again})\n        self.check_affordable([])\n',
+        ),
+    ),
+    bug(
+        "A8 NaN is below the cap",
+        check_ledger_file,
+        (LEDGER, "if not (total <= cap_epsilon):", "if total > cap_epsilon:"),
+    ),
+    bug(
+        "A8 NaN parts accounted for",
+        check_accounting,
+        (ACCOUNTING, "if not (SIGMA_MIN <= sigma <= SIGMA_MAX):", "if sigma < SIGMA_MIN or sigma > SIGMA_MAX:"),
+        (ACCOUNTING, "if not (value >= 0):", "if value < 0:"),
+    ),
+    bug(
+        "A9 noise added up as 1/σ",
+        check_accounting,
+        (ACCOUNTING, "inverse_variance += count / sigma**2", "inverse_variance += count / sigma"),
+    ),
+    bug(
+        "A10 composition without the count",
+        check_accounting,
+        (ACCOUNTING, "dp_accounting.SelfComposedDpEvent(one, count)", "dp_accounting.SelfComposedDpEvent(one, 1)"),
+    ),
+    bug("A9 a coarse grid of losses", check_accounting, (ACCOUNTING, "DISCRETISATION = 1e-4", "DISCRETISATION = 1e-3")),
+    bug(
+        "A9 ε printed rounded to nearest",
+        check_accounting,
+        (GUARANTEE, "rounding=ROUND_CEILING", "rounding=ROUND_FLOOR"),
+        (GUARANTEE, "import ROUND_CEILING", "import ROUND_FLOOR"),
+    ),
+    bug(
+        "A11 a clean sum re-noised on each request",
+        check_resume,
+        (VAULT, "return np.load(path, allow_pickle=False) if path.exists() else None", "return None"),
+        (VAULT, KEY, KEY.replace("release, query", "secrets.token_bytes(8), query")),
+    ),
+    bug(
+        "A11 another sum under the same charge",
+        check_resume,
+        (VAULT, "return secrets.compare_digest(path.read_bytes(), commitment)", "return True"),
+    ),
+    bug(
+        "T5 a label out of range wraps round",
+        check_sensitivity,
+        (PRIVATE, "y[: len(rows)] = labels[rows]", "y[: len(rows)] = labels[rows] % self.n_classes"),
+    ),
+    bug(
+        "T5 the number of records in the ledger",
+        check_ledger_first,
+        (
+            PRIVATE,
+            "self._ledger.reserve(self._vault.run, query, count))",
+            "self._ledger.reserve(self._vault.run + str(len(self._records.labels)), query, count))",
+        ),
+        (PRIVATE, '"run": self._vault.run,', '"type": "intent",'),
+    ),
+    bug(
+        "L1 charged after the read",
+        check_ledger_first,
+        (
+            PRIVATE,
+            "        return self.release_reserved(self.reserve(query), 0, fn, progress=progress)",
+            '        self._exact_sum(query, fn, "early", progress)\n        return self.release_reserved(self.reserve(query), 0, fn, progress=progress)',
+        ),
+    ),
+    bug(
+        "L1 a made-up reservation",
+        check_ledger_first,
+        (PRIVATE, "if {key: line.get(key) for key in facts} != facts:", "if False:"),
+    ),
+    bug(
+        "L2 no fsync",
+        check_ledger_first,
+        (LEDGER, "            os.fsync(self._descriptor)\n        except OSError", "        except OSError"),
+    ),
+    bug("L4 a torn tail kept", check_ledger_file, (LEDGER, "if torn:", "if False:")),
+    bug(
+        "L4 a lost newline forgets a charge",
+        check_ledger_file,
+        (
+            LEDGER,
+            '    raise LedgerError("the last line of the ledger is damaged; restore the file, never edit it")',
+            "    return whole, torn",
+        ),
+    ),
+    bug(
+        "L4 the chain not verified",
+        check_ledger_file,
+        (LEDGER, 'line["hash"] == line_hash(previous, body) and canonical(line) == raw', "canonical(line) == raw"),
+    ),
+    bug("L5 no lock", check_ledger_file, (LEDGER, "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass")),
+    bug(
+        "L6 the cap of the latest caller",
+        check_ledger_file,
+        (
+            LEDGER,
+            "            return ledger\n        except BaseException:",
+            "            ledger.raise_cap(cap)\n            return ledger\n        except BaseException:",
+        ),
+    ),
+    bug(
+        "L7 an answer from another ledger's run",
+        check_resume,
+        (PRIVATE, "release-{self._ledger.lines[line]['hash'][:32]}-{index}", "release-{line}-{index}"),
+    ),
+    bug(
+        "L8 half a line left on a full disk",
+        check_ledger_file,
+        (LEDGER, "                os.ftruncate(self._descriptor, end)\n", "                pass\n"),
+    ),
+    bug(
+        "L9 the clock in the ledger",
+        check_ledger_file,
+        (
+            LEDGER,
+            'opening = {"format": FORMAT, "data": name, "unit": unit,',
+            'import time\n                opening = {"format": FORMAT, "data": name, "unit": unit + str(time.time()),',
+        ),
+        (LEDGER, "unit) != (lines", "lines[0]['unit']) != (lines"),
+    ),
+    bug(
+        "R5 an overwritten key left to use",
+        check_resume,
+        (VAULT, "os.replace(key, erased)", "key.write_bytes(bytes(32))"),
+    ),
+]
+
+
+@pytest.fixture
+def packages(tmp_path: Path) -> Iterator[Path]:
+    """A folder on the import path; the copies imported from it are forgotten afterwards."""
+    sys.path.insert(0, str(tmp_path))
+    writing, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    yield tmp_path
+    sys.dont_write_bytecode = writing
+    sys.path.remove(str(tmp_path))
+    for name in [name for name in sys.modules if name.split(".")[0].startswith("planted_")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_clean_core_passes(check: Callable[[SimpleNamespace, Path], None], packages: Path) -> None:
+    check(load(packages, "planted_clean"), packages / "work")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_the_bug_is_caught(mutant: Mutant, packages: Path) -> None:
+    m = load(packages, "planted_bug", mutant.changes)
+    for check in [mutant.check, *(c for c in CHECKS if c is not mutant.check)]:
+        try:
+            check(m, packages / check.__name__)
+        except Exception:  # an AssertionError, or the mutant failing in its own way: either way a test is red
+            if check is not mutant.check:
+                pytest.fail(
+                    f"{mutant.name}: caught by {check.__name__}, not by {mutant.check.__name__}; correct the table"
+                )
+            return
+    pytest.fail(f"{mutant.name}: nobody noticed")
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len({mutant.name for mutant in MUTANTS}) >= 50
+    assert {check.__name__ for check in CHECKS} == {mutant.check.__name__ for mutant in MUTANTS}

@@ -1,0 +1,173 @@
+"""The vault: keys, names, commitments, erasure, and what a fork shares."""
+
+import os
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpdistill.errors import LedgerError
+from dpdistill.mechanisms import Vault
+from dpdistill.mechanisms.noise import rounded_gaussian
+from dpdistill.mechanisms.vault import write_atomically
+
+TOTAL = np.arange(6, dtype=np.int64).reshape(2, 3)
+
+
+def draw(vault: Vault, total: np.ndarray = TOTAL, release: str = "r", query: bytes = b"q") -> bytes:
+    return rounded_gaussian(6, 1e6, vault.noise_stream(release, query, total)).tobytes()
+
+
+def test_a_fresh_key_from_the_system_for_its_owner_only(tmp_path: Path) -> None:
+    first, second = Vault.open(tmp_path / "a"), Vault.open(tmp_path / "b")
+    assert first.run != second.run
+    assert draw(first) != draw(second)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "a" / "key").stat().st_mode & 0o777 == 0o600
+    again = Vault.open(tmp_path / "a")
+    assert (again.run, draw(again)) == (first.run, draw(first))
+    assert (tmp_path / "a" / "key").read_bytes().hex()[:16] not in first.run
+
+
+def test_noise_depends_on_everything_it_protects(tmp_path: Path) -> None:
+    vault = Vault.open(tmp_path)
+    other = TOTAL.copy()
+    other[1, 2] += 1
+    streams = [
+        draw(vault),
+        draw(vault, other),
+        draw(vault, release="s"),
+        draw(vault, query=b"p"),
+        draw(vault, TOTAL + 0 * other),
+    ]
+    assert len(set(streams)) == 4
+    assert streams[0] == streams[4]
+    sample = vault.sampling_stream("r").words(6).tobytes()
+    assert sample != vault.sampling_stream("s").words(6).tobytes()
+    assert sample != vault.noise_stream("r", b"q", TOTAL).words(6).tobytes()
+
+
+def test_a_commitment_binds_and_hides(tmp_path: Path) -> None:
+    vault = Vault.open(tmp_path)
+    assert vault.binds("r", TOTAL)
+    assert vault.binds("r", TOTAL)
+    assert not vault.binds("r", TOTAL + 1)
+    assert vault.binds("s", TOTAL + 1)
+    assert not Vault.open(tmp_path).binds("r", TOTAL + 1)
+    assert len((tmp_path / "r.commitment").read_bytes()) == 32
+
+
+def test_saved_sums_come_back_exactly(tmp_path: Path) -> None:
+    vault = Vault.open(tmp_path)
+    assert vault.load("r") is None
+    vault.save("r", TOTAL - 2**50)
+    loaded = vault.load("r")
+    assert loaded is not None
+    assert loaded.dtype == np.int64
+    assert np.array_equal(loaded, TOTAL - 2**50)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", bytes(32), bytes(33)])
+def test_a_key_that_is_none_is_refused(content: bytes, tmp_path: Path) -> None:
+    """All zeros is what an erasure leaves: a key that everyone knows."""
+    (tmp_path / "key").write_bytes(content)
+    with pytest.raises(LedgerError, match="not a key"):
+        Vault.open(tmp_path)
+
+
+def test_erased_means_gone(tmp_path: Path) -> None:
+    vault = Vault.open(tmp_path / "v")
+    vault.save("r", TOTAL)
+    vault.erase()
+    assert not (tmp_path / "v").exists()
+    for use in (lambda: draw(vault), lambda: vault.sampling_stream("r"), lambda: vault.binds("r", TOTAL)):
+        with pytest.raises(ValueError, match="erased"):
+            use()
+    vault.erase()
+
+
+@pytest.mark.parametrize("point", range(1, 3))
+def test_a_crash_while_erasing_leaves_no_known_key(point: int, tmp_path: Path, forked: Callable[..., bytes]) -> None:
+    folder = tmp_path / "v"
+    first = Vault.open(folder)
+    key = (folder / "key").read_bytes()
+    forked(lambda: Vault.open(folder).erase() or b"", kill_at=point)
+    assert not (folder / "key").exists()
+    second = Vault.open(folder)
+    assert second.run != first.run
+    assert (folder / "key").read_bytes() not in (key, bytes(32))
+    assert all(key not in path.read_bytes() for path in folder.iterdir())
+
+
+def test_a_crash_while_the_key_is_made_leaves_none_or_a_whole_one(tmp_path: Path, forked: Callable[..., bytes]) -> None:
+    for point in (1, 2):
+        forked(lambda at=point: Vault.open(tmp_path / f"v{at}").run.encode(), kill_at=point)
+        assert len((tmp_path / f"v{point}" / "key").read_bytes() if point == 2 else bytes(32)) == 32
+        assert Vault.open(tmp_path / f"v{point}").run == Vault.open(tmp_path / f"v{point}").run
+
+
+def test_test_noise_says_so_and_shares_no_name(tmp_path: Path) -> None:
+    insecure = Vault.open(tmp_path, insecure_seed=3)
+    assert insecure.insecure
+    assert insecure.run.startswith("insecure-")
+    assert not (tmp_path / "key").exists()
+    real = Vault.open(tmp_path)
+    assert not real.insecure
+    assert not real.run.startswith("insecure-")
+    assert draw(Vault.open(tmp_path, insecure_seed=3)) == draw(insecure) != draw(Vault.open(tmp_path, insecure_seed=4))
+
+
+def test_forked_children_share_noise_only_for_the_same_sum(tmp_path: Path, forked: Callable[..., bytes]) -> None:
+    """Key per release and sum: a fork copies no generator state that two children could both go on from."""
+    vault = Vault.open(tmp_path)
+    same = [forked(lambda: draw(vault)) for _ in range(2)]
+    other = [forked(lambda i=i: draw(vault, TOTAL + i)) for i in (1, 2)]
+    assert same[0] == same[1] == draw(vault)
+    assert len({same[0], *other}) == 3
+    first, second = (np.frombuffer(raw, np.int64) for raw in other)
+    assert not (first == second).any()
+
+
+def test_atomic_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    write_atomically(path, b"one")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(OSError):
+            write_atomically(path, b"two")
+    assert path.read_bytes() == b"one"
+    write_atomically(path, b"three")
+    assert path.read_bytes() == b"three"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.fixture
+def forked() -> Callable[..., bytes]:
+    """Runs work() in a child and returns its bytes; with kill_at, the child dies at that numbered point and nothing comes back."""
+
+    def run(work: Callable[[], bytes], kill_at: int = 0) -> bytes:
+        reader, writer = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            try:
+                from dpdistill.privacy import faults
+
+                faults._passed = 0
+                os.environ["DPDISTILL_KILL_AT"] = str(kill_at)
+                raw = work()
+                os.write(writer, struct.pack("<q", len(raw)) + raw)
+            finally:
+                os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:
+            raw = pipe.read()
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) == bool(kill_at)
+        return raw[8:]
+
+    return run
