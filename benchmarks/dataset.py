@@ -4,8 +4,9 @@
   .venv/bin/python benchmarks/dataset.py --data DIR --table            # rebuild the table from the runs so far
 
 A cell is DATASET:METHOD:IMAGES_PER_CLASS:EPSILON; several are separated by commas. METHOD is joint, dosser, ndpdc, dpsgd, or
-`auxiliary`, the control at ε = 0: `joint` behind the same door with no records in it. Every release draws its own noise and its own
-public seed. Runs are kept in docs/benchmarks/dataset.runs.jsonl, one line each, and a cell that has enough is not run again. DIR: see common.py.
+`auxiliary`, the control at ε = 0: `joint` behind the same door with no records in it. Every release draws its own noise and its
+own public seed. Runs are kept in docs/benchmarks/dataset.runs.jsonl, one line each, and a cell that has enough is not run again.
+DIR: see common.py.
 """
 
 import argparse

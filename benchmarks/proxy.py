@@ -3,8 +3,8 @@
   .venv/bin/python benchmarks/proxy.py --data DIR --proxy letters --set steps=400
   .venv/bin/python benchmarks/proxy.py --data DIR --proxy objects --without measure
 
-letters: ten classes of two Omniglot evaluation characters each, 14 drawers distorted to 2,000 images a class, 6 others to test; auxiliary: the
-         background alphabets. Noise as 6,000 records a class would have it.
+letters: ten classes of two Omniglot evaluation characters each, 14 drawers distorted to 2,000 images a class, 6 others to test;
+         auxiliary: the background alphabets. Noise as 6,000 records a class would have it.
 objects: ten superclasses of CIFAR-100 (500 images each; test images of the same); auxiliary: the ten other superclasses. Noise as 5,000
          records a class would have it.
 Prints one JSON line: settings, relative squared error of the class contrasts in a network that took no part, accuracy. DIR: see common.py.

@@ -4,6 +4,8 @@ Run by `make demo`. Everything lands in out/demo; running it again shows the sam
 """
 
 import json
+import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from rich.table import Table
 
 from dpdistill import RunConfig, distil, verify
 from dpdistill.data import load_images
+from dpdistill.errors import DpdistillError
 from dpdistill.evaluation import Training, accuracy, evaluate, train_on_real
 from dpdistill.release import read_bundle
 
@@ -28,7 +31,9 @@ def control() -> Path:
     empty = OUT / "empty.npz"
     if not empty.exists():
         train = load_images("digits:train")
-        np.savez(empty, images=train.images[:1] * 0, labels=train.labels[:1] * 0, classes=np.array(train.class_names))
+        partial = OUT / "partial.npz"  # renamed when whole, so that the demo can be stopped at any time
+        np.savez(partial, images=train.images[:1] * 0, labels=train.labels[:1] * 0, classes=np.array(train.class_names))
+        os.replace(partial, empty)
     return distil(RunConfig(data=str(empty), out=str(OUT / "control"), ledger=str(OUT / "control.jsonl"), epsilon=3.0))
 
 
@@ -47,7 +52,9 @@ def main() -> None:
             "the real 1,437 images (not private)": accuracy(real, test.images, test.labels),
             "control: no private record (ε = 0)": evaluate(read_bundle(control()), test, training)["mean"],
         }
-        results.write_text(json.dumps(rows, indent=2))
+        partial = OUT / "partial.json"
+        partial.write_text(json.dumps(rows, indent=2))
+        os.replace(partial, results)
     table = Table("a classifier trained on", "accuracy on 360 test digits")
     for name, value in json.loads(results.read_text()).items():
         table.add_row(name, f"{100 * value:.1f} %")
@@ -58,4 +65,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DpdistillError as error:  # for one, a release that an older version left in out/demo
+        sys.exit(f"demo: {error}; or begin anew with `make clean`")

@@ -62,7 +62,7 @@ def _show_plan(plan: Any, config: Any) -> None:
 @app.command()
 def plan(
     shape: Annotated[str, typer.Option(help="channels,height,width of the images.")] = "1,28,28",
-    classes: Classes = 10,
+    classes: Classes = None,
     epsilon: Epsilon = None,
     delta: Delta = None,
     per_class: PerClass = None,
@@ -80,6 +80,7 @@ def plan(
         delta=delta,
         per_class=per_class,
         method=method,
+        classes=classes,
         config=config,
         assignments=assignments,
     )
@@ -87,7 +88,10 @@ def plan(
         channels, height, width = (int(side) for side in shape.split(","))
     except ValueError:
         raise ConfigError(f"--shape {shape}: expected channels,height,width such as 3,32,32") from None
-    _show_plan(make_plan(chosen, (channels, height, width), tuple(str(k) for k in range(classes or 10))), chosen)
+    if channels not in (1, 3) or not (8 <= min(height, width) and max(height, width) <= 64):
+        raise ConfigError(f"--shape {shape}: expected 1 or 3 channels and sides of 8 to 64 pixels, such as 3,32,32")
+    names = tuple(str(k) for k in range(chosen.classes or 10))
+    _show_plan(make_plan(chosen, (channels, height, width), names), chosen)
 
 
 @app.command()
@@ -156,19 +160,26 @@ def evaluate(
         Path,
         typer.Option(help="JSON file for the result: it is about the test data, and not covered by the guarantee."),
     ] = Path("evaluation.json"),
-    epochs: Annotated[int | None, typer.Option(help="Training epochs (the published protocol: 1000).")] = None,
-    seeds: Annotated[int, typer.Option(help="Networks to train, each from its own seed.")] = 1,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Training epochs (the published protocol: 1000).")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Networks to train, each from its own seed.")] = 1,
     classes: Classes = None,
     resize: Resize = None,
 ) -> None:
     """Trains fresh networks on a release and tests them on your test images. The result stays outside the release."""
     from .data import load_images
+    from .errors import InputError
     from .evaluation import Training, evaluate
     from .release import read_bundle
     from .workspace import passing
 
+    _check_outside(out, release)
     synthetic = read_bundle(release)
     test = load_images(data, n_classes=classes, resize=resize)
+    if test.images.shape[1:] != synthetic.images.shape[1:] or int(synthetic.labels.max()) >= test.n_classes:
+        wanted, k = tuple(synthetic.images.shape[1:]), int(synthetic.labels.max()) + 1
+        raise InputError(
+            data, f"does not fit the release, of {k} classes of {wanted} images", "see --classes and --resize"
+        )
     training = Training() if epochs is None else Training(epochs=epochs)
     with passing("training on the release") as progress:
         result = evaluate(synthetic, test, training, seeds=range(seeds), progress=progress)
@@ -190,6 +201,16 @@ def report(
     console.print(f"page: {out}", markup=False)
 
 
+def _check_outside(out: Path, release: Path) -> None:
+    """Before the work: the result needs a folder to lie in, and must not lie in the release, which would not verify any more."""
+    from .errors import InputError
+
+    if not out.parent.is_dir() or out.is_dir():
+        raise InputError(out, "no file can be written there", "choose another --out")
+    if out.resolve().is_relative_to(release.resolve()):
+        raise InputError(out, "lies in the release, which must not change", "choose another --out")
+
+
 def _read_evaluation(path: Path) -> Any:
     from .errors import InputError
 
@@ -206,6 +227,11 @@ def main() -> None:
     except DpdistillError as error:
         print("dpdistill: " + " ".join(str(error).split("\n")), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"dpdistill: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 130:  # typer turns Ctrl-C into exit code 130
+            raise
         print("dpdistill: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

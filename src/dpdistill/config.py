@@ -7,10 +7,11 @@ import dataclasses
 import difflib
 import hashlib
 import math
+import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,26 +63,35 @@ class RunConfig:
             raise ConfigError(f"Expected per_class in 1..1000, got {self.per_class}.")
         if self.budget is not None and not (self.epsilon <= self.budget < math.inf):
             raise ConfigError(f"Expected a budget of at least epsilon={self.epsilon}, got {self.budget}.")
+        if not (0 <= self.seed < 2**63):
+            raise ConfigError(f"Expected a seed in 0..2**63 - 1, got {self.seed}.")
+        if self.classes is not None and self.classes < 1:
+            raise ConfigError(f"Expected at least one class, got classes={self.classes}.")
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"Expected a device of cpu or cuda, got {self.device!r}.")
 
 
 def _convert(name: str, value: Any, wanted: Any) -> Any:
-    """`value` as the annotated type: numbers and booleans may come as text."""
+    """`value` as the annotated type: numbers and booleans may come as text; a number has to be finite."""
     options = (
         typing.get_args(wanted)
         if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union
         else (wanted,)
     )
+    if type(None) in options and value in (None, "none", ""):
+        return None
     for option in options:
-        if option is type(None) and value in (None, "none", ""):
-            return None
         if option is bool and (isinstance(value, bool) or value in ("true", "false")):
             return value in (True, "true")
-        if option in (int, float, str) and not isinstance(value, bool):
+        if option is str and isinstance(value, str):
+            return value
+        if option in (int, float) and not isinstance(value, bool):
             try:
-                if option is int and isinstance(value, float) and value != int(value):
+                number = option(value)
+                if not math.isfinite(number) or (option is int and isinstance(value, float) and value != number):
                     continue
-                return option(value)
-            except (TypeError, ValueError):
+                return number
+            except (TypeError, ValueError, OverflowError):
                 continue
         if typing.get_origin(option) in (tuple, typing.Literal) or option in (tuple, list):
             allowed = typing.get_args(option)
@@ -97,8 +107,12 @@ def _convert(name: str, value: Any, wanted: Any) -> Any:
     raise ConfigError(f"{name} = {value!r}: expected {readable}")
 
 
-def build(kind: type[Any], values: Mapping[str, Any], where: str = "") -> Any:
+def build(kind: type[Any], values: Mapping[str, Any], where: str = "", others: Iterable[str] = ()) -> Any:
     """Returns `kind(**values)` with every value converted to its annotated type.
+
+    Args:
+      where: what stands before a key in messages.
+      others: keys of another place, which an unknown one may have been meant for.
 
     Raises:
       ConfigError: an unknown key, with the nearest known one, or a value of another type.
@@ -106,10 +120,11 @@ def build(kind: type[Any], values: Mapping[str, Any], where: str = "") -> Any:
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+            known = {name: name for name in others} | {name: where + name for name in hints}
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             raise ConfigError(
                 f"unknown setting {where}{key}"
-                + (f"; did you mean {where}{near[0]}?" if near else f"; known: {', '.join(hints)}")
+                + (f"; did you mean {known[near[0]]}?" if near else f"; known: {', '.join(hints)}")
             )
     missing = [
         f.name
@@ -129,12 +144,16 @@ def read(file: Path | None, flags: Mapping[str, Any], assignments: list[str]) ->
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            values = tomllib.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{file}: {error}") from error
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{file}: not readable ({error.strerror})") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{file}: not TOML ({error})") from error
     values.update({key: value for key, value in flags.items() if value is not None})
-    settings = dict(values.pop("settings", {}))
-    known = {f.name for f in dataclasses.fields(RunConfig)}
+    settings = values.pop("settings", {})
+    if not isinstance(settings, dict):
+        raise ConfigError("settings: expected a table, such as [settings] with a line steps = 100")
+    known = {f.name for f in dataclasses.fields(RunConfig)} - {"settings"}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
@@ -152,14 +171,16 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+    text = str(value).encode("utf-8", "replace").decode()  # a file's name may hold bytes that are no text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\u{ord(match[0]):04x}", escaped) + '"'
 
 
 def public_toml(config: RunConfig, settings: Any, noise_multiplier: float) -> str:
     """Returns the configuration as it may be released: everything that shaped the result, no path of this machine."""
     lines = ["# The configuration of this release, as resolved. Every value is public."]
-    chosen = {name: getattr(config, name) for name in ("method", "epsilon", "delta", "per_class", "seed")}
-    chosen["auxiliary"] = Path(config.auxiliary).name
+    chosen: dict[str, Any] = {"method": config.method, "epsilon": float(config.epsilon), "delta": float(config.delta)}
+    chosen |= {"per_class": config.per_class, "seed": config.seed, "auxiliary": Path(config.auxiliary).name}
     chosen["noise_multiplier"] = noise_multiplier
     lines += [f"{name} = {_toml(value)}" for name, value in chosen.items()]
     lines += ["", "[settings]"]

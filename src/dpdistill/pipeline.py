@@ -4,6 +4,8 @@ check the input → calibrate (no data) → open the ledger → run the method b
 Everything that can be wrong is found before a record is read by a method and before anything is charged.
 """
 
+import dataclasses
+import fcntl
 import hashlib
 import hmac
 import json
@@ -18,7 +20,7 @@ import torch
 
 from .config import RunConfig, build, config_hash, public_toml
 from .data import LabelledImages, load_images, procedural_images, to_unit
-from .errors import ConfigError, LedgerError, ReleaseError
+from .errors import ConfigError, InputError, LedgerError, ReleaseError
 from .mechanisms import PrivateData, Vault
 from .mechanisms.vault import write_atomically
 from .methods import METHODS, Method, Public
@@ -78,7 +80,12 @@ def make_plan(config: RunConfig, image_shape: tuple[int, int, int], class_names:
     if config.method not in METHODS:
         raise ConfigError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
     method = METHODS[config.method]
-    settings = build(method.Config, {"per_class": config.per_class, **config.settings}, "settings.")
+    if "per_class" in config.settings:
+        raise ConfigError(
+            "settings.per_class: per_class belongs to the run, not to the method; move it out of [settings]"
+        )
+    others = [item.name for item in dataclasses.fields(RunConfig)]
+    settings = build(method.Config, {"per_class": config.per_class, **config.settings}, "settings.", others)
     public = public_facts(config, image_shape, class_names)
     sigma = calibrate(lambda value: method.plan(settings, public, value), config.epsilon, config.delta)
     releases = method.plan(settings, public, sigma)
@@ -97,25 +104,54 @@ def make_plan(config: RunConfig, image_shape: tuple[int, int, int], class_names:
 
 def home() -> Path:
     """Where ledgers live when no other place is given."""
-    return Path(os.environ.get("DPDISTILL_HOME", "~/.dpdistill")).expanduser()
+    return Path(os.environ.get("DPDISTILL_HOME") or "~/.dpdistill").expanduser()
 
 
 def default_ledger(records: LabelledImages) -> Path:
     """The ledger of these very records, wherever their file lies: named by a keyed hash, so that the name tells nothing about them."""
     folder = home()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    key_file = folder / "key"
-    if not key_file.exists():
-        write_atomically(key_file, secrets.token_bytes(32))
-    digest = hmac.new(key_file.read_bytes(), digestmod=hashlib.sha256)
+    try:
+        digest = hmac.new(_home_key(folder), digestmod=hashlib.sha256)
+    except OSError as error:
+        raise LedgerError(f"{folder}: no place for ledgers ({error.strerror}); name one with --ledger") from error
     digest.update(repr((records.images.shape, str(records.images.dtype))).encode())
     digest.update(np.ascontiguousarray(records.images).data)
     digest.update(np.ascontiguousarray(records.labels).data)
     return folder / "ledgers" / f"{digest.hexdigest()[:32]}.jsonl"
 
 
+def _home_key(folder: Path) -> bytes:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path, descriptor = folder / "key", os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # two first runs at once: with two keys, one data set had two ledgers
+        if not path.exists():
+            write_atomically(path, secrets.token_bytes(32))
+        return path.read_bytes()
+    finally:
+        os.close(descriptor)
+
+
 def load_private(config: RunConfig) -> LabelledImages:
     return load_images(config.data, n_classes=config.classes, resize=config.resize)
+
+
+def _ledger_path(config: RunConfig, records: LabelledImages) -> Path:
+    """The ledger to charge. Data scaled to another size is the same data: its ledger goes by the images as they are, or by 64 × 64."""
+    if config.ledger is not None:
+        path = Path(config.ledger)
+        for place in (config.out, f"{Path(config.out)}.state"):
+            if path.resolve().is_relative_to(Path(place).resolve()):
+                raise ConfigError(
+                    f"--ledger {path} lies in {place}; it outlives every release, so choose a place outside"
+                )
+        return path
+    if config.resize is not None:
+        try:
+            records = load_images(config.data, n_classes=config.classes)
+        except InputError:  # mixed or large images: they cannot be read without a size
+            records = load_images(config.data, n_classes=config.classes, resize=64)
+    return default_ledger(records)
 
 
 def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None = None) -> Path:
@@ -132,21 +168,29 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
     Raises:
       DpdistillError: one line that says the way out. Nothing was charged, unless the ledger says so.
     """
-    out, state = Path(config.out), Path(config.out + ".state")
+    out = Path(config.out)
+    state = Path(f"{out}.state")  # of the path, not of the text: "dir/" would have it inside the release
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: this machine or this build of torch has none; leave --device out")
     records = load_private(config)
     plan = make_plan(config, records.images.shape[1:], records.class_names)
-    if out.exists():
-        return _already_there(out, state, plan)
-    _same_run(state, plan, records)
-    vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
-    workspace = FolderWorkspace(state / "work", seed=config.seed, device=config.device, quiet=quiet)
-    ledger_path = Path(config.ledger) if config.ledger else default_ledger(records)
+    ledger_path = _ledger_path(config, records)
+    if os.path.lexists(out):
+        return _already_there(out, state, plan, ledger_path)
+    _same_run(state, plan)
     with Ledger.open(ledger_path, cap=(config.budget or config.epsilon, config.delta)) as ledger:
         if config.budget is not None:
             ledger.raise_cap((config.budget, ledger.cap[1]))
-        done = ledgers.parts(ledger.lines, vault.run)
-        if not done:
-            ledger.check_affordable([planned.part for planned in plan.releases])
+        asked = [planned.part for planned in plan.releases]
+        if not state.exists():
+            ledger.check_affordable(asked)  # first, so that a refused run leaves nothing behind
+        _begin(state, plan)
+        vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
+        if not ledgers.parts(ledger.lines, vault.run):
+            ledger.check_affordable(asked)
+        # Checkpoints derive from releases of one key on one ledger: with another of either, they would bring in what it did not charge.
+        work = state / "work" / f"{vault.run}-{ledger.lines[0]['hash'][:16]}"
+        workspace = FolderWorkspace(work, seed=config.seed, device=config.device, quiet=quiet)
         ledger.start(vault.run, config.method, config_hash(plan.toml))
         private = PrivateData(records, ledger, vault, device=config.device)
         synthetic = plan.method.run(plan.settings, plan.public, private, plan.releases, workspace)
@@ -174,35 +218,48 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
             seed=config.seed,
         )
         write_bundle(out, synthetic, facts)
-    _forget(state, vault)
+        _forget(state, vault)  # under the ledger's lock: the same command, given twice, must not begin in its remains
     return out
 
 
-def _same_run(state: Path, plan: Plan, records: LabelledImages) -> None:
-    """Refuses to go on in a state folder that another configuration began."""
-    path, mine = state / "run.json", {"config": config_hash(plan.toml)}
-    if path.exists():
-        try:
-            theirs = json.loads(path.read_text())
-        except ValueError:
-            theirs = None
-        if theirs != mine:
-            raise ConfigError(
-                f"{state} belongs to a run with other settings; finish that one, choose another --out, or remove the folder"
-            )
-    else:
-        state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(path, json.dumps(mine).encode())
+def _identity(plan: Plan) -> bytes:
+    return json.dumps({"config": config_hash(plan.toml)}).encode()
 
 
-def _already_there(out: Path, state: Path, plan: Plan) -> Path:
-    """A finished release with the same configuration is the answer; anything else is in the way."""
+def _same_run(state: Path, plan: Plan) -> None:
+    """Refuses to go on in a state folder that another configuration began. Writes nothing."""
+    path = state / "run.json"
     try:
-        same = (out / "config.toml").read_text() == plan.toml
-    except (OSError, UnicodeDecodeError):
+        same = not path.exists() or path.read_bytes() == _identity(plan)
+    except OSError:
         same = False
     if not same:
-        raise ReleaseError(f"{out} exists and holds something else; choose another --out or remove it")
+        raise ConfigError(
+            f"{state} belongs to a run with other settings; finish that one, choose another --out, or remove the folder"
+        )
+
+
+def _begin(state: Path, plan: Plan) -> None:
+    """Makes the state folder and says whose it is, if it is new."""
+    try:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not (state / "run.json").exists():
+            write_atomically(state / "run.json", _identity(plan))
+    except OSError as error:
+        raise ConfigError(f"{state}: cannot be written ({error.strerror}); choose another --out") from error
+
+
+def _already_there(out: Path, state: Path, plan: Plan, ledger_path: Path) -> Path:
+    """A finished release of this configuration, on a ledger that this data's goes on from, is the answer; anything else is in the way."""
+    try:
+        same = (out / "config.toml").read_bytes() == plan.toml.encode()
+        same = same and ledger_path.read_bytes().startswith((out / "ledger.jsonl").read_bytes())
+    except OSError:
+        same = False
+    if not same:
+        raise ReleaseError(
+            f"{out} exists and holds something else, or other data's release; choose another --out or remove it"
+        )
     if state.exists():
         _forget(state, Vault.open(state / "vault"))
     return out

@@ -71,8 +71,16 @@ class Config:
     flip: bool = False
 
     def __post_init__(self) -> None:
+        counts = ("per_class", "pixel_dims", "components", "feature_dims", "networks", "feature_width", "width")
+        for name in (*counts, "pool_mixture", "pool_public", "repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
+        if self.components > mix.N_SAMPLES:
+            raise ConfigError(f"Expected components of at most {mix.N_SAMPLES}, got {self.components}.")
+        if self.steps < 0 or not (0 < self.lr < math.inf):
+            raise ConfigError(f"Expected steps of at least 0 and a finite lr > 0, got {self.steps} and {self.lr}.")
         shares = (self.share_moments, self.share_local, self.share_means)
-        if min(shares) <= 0 or abs(self.share_moments + 2 * self.share_local + self.share_means - 1) > 1e-6:
+        if not (min(shares) > 0 and abs(self.share_moments + 2 * self.share_local + self.share_means - 1) <= 1e-6):
             raise ConfigError(f"Expected positive shares with moments + 2·local + means = 1, got {shares}.")
         if self.parts not in (0, 1, 2):
             raise ConfigError(f"Expected parts of 0 (automatic), 1 or 2, got {self.parts}.")
@@ -140,7 +148,7 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     ]
     z = measure.coordinates(nets, pool, config.feature_dims)
     with workspace.passing("private pass 4 of 4: feature means") as progress:
-        sums = private.release(queries[3], lambda x, y: z(x), progress=progress)  # private
+        sums = private.release(queries[3], lambda x, y: z(x.cpu()), progress=progress)  # private
     # 4. The measure.
     noise = queries[3].noise_multiplier
     means, counts = measure.class_means(sums, noise)
@@ -187,7 +195,7 @@ def _fit_mixture(
 ) -> mix.Mixture:
     d = space.basis.shape[1]
     with workspace.passing("private pass 1 of 4: moments") as progress:
-        total = private.release(queries[0], lambda x, y: mix.moments(space, x), progress=progress)  # private
+        total = private.release(queries[0], lambda x, y: mix.moments(space, x.cpu()), progress=progress)  # private
     count, mean, covariance = mix.read_moments(total, d, queries[0].noise_multiplier)
     centres = mix.first_centres(mean, covariance, config.components, workspace.generator("centres"))
     weights = torch.ones(centres.shape[:2])
@@ -196,7 +204,7 @@ def _fit_mixture(
             fixed = centres  # the record function must not change under the loop
 
             def nearest(x: Tensor, y: Tensor, fixed: Tensor = fixed) -> Tensor:
-                return mix.local_means(space, fixed, x, y)
+                return mix.local_means(space, fixed, x.cpu(), y.cpu())
 
             total = private.release(query, nearest, progress=progress)  # private
         centres, weights = mix.refine_centres(total, centres, mean, query.noise_multiplier)

@@ -63,7 +63,8 @@ def match_pool(
             target = weights.T @ (seen - centre)
         with torch.autocast(device, torch.bfloat16):
             mine = net.embed(dsa.apply(expand(images.flatten(0, 1), parts), draws)).float()
-        loss = (target - (mine - centre).view(k, m * parts**2, -1).mean(dim=1)).square().sum() / target.square().sum()
+        gap = target - (mine - centre).view(k, m * parts**2, -1).mean(dim=1)
+        loss = gap.square().sum() / target.square().sum().clamp_min(1e-12)  # a pool of equal images has no target
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -13,6 +13,7 @@ from torch import Tensor
 FIRST, COUNT = 0.5, 0.2  # shares of a record's unit vector that its coordinates and the constant coordinate take
 _SECOND = math.sqrt(1 - FIRST**2 - COUNT**2)
 _LOCAL_COUNT = 0.3
+N_SAMPLES = 1500  # drawn for each class to find its first centres among
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def read_moments(total_KD: Tensor, dims: int, noise: float) -> tuple[Tensor, Ten
 def first_centres(mean: Tensor, covariance: Tensor, components: int, generator: torch.Generator) -> Tensor:
     """k-means centres of samples from one Gaussian per class: [K, J, d]."""
     k, d = mean.shape
-    samples = mean[:, None] + torch.randn(k, 1500, d, generator=generator) @ _root(covariance).transpose(1, 2)
+    samples = mean[:, None] + torch.randn(k, N_SAMPLES, d, generator=generator) @ _root(covariance).transpose(1, 2)
     centres = samples[:, :components].clone()
     for _ in range(8):
         nearest = torch.cdist(samples, centres).argmin(dim=2)

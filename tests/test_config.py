@@ -1,0 +1,267 @@
+"""Settings from TOML, flags and assignments: who wins, what is refused, and what the public file holds."""
+
+import dataclasses
+import hashlib
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from dpdistill.config import RunConfig, build, config_hash, public_toml, read
+from dpdistill.errors import ConfigError
+from dpdistill.methods import METHODS
+from dpdistill.methods.joint import Config as Joint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kinds:
+    """One field of each kind that a method's settings use."""
+
+    whole: int = 3
+    real: float = 0.5
+    text: str = "x"
+    yes: bool = False
+    perhaps: float | None = None
+    place: str | None = None
+    either: float | Literal["auto"] = "auto"
+    word: Literal["a", "b"] = "a"
+
+
+def test_flags_win_over_the_file_and_assignments_over_both(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('data = "ä.npz"\nepsilon = 2\nseed = 4\nper_class = 5\n[settings]\nsteps = 7\nlr = 0.1\n', "utf-8")
+    config = read(file, {"epsilon": 3.0, "seed": None, "out": "o"}, ["per_class=6", "steps=8", "settings.width=9"])
+    assert (config.data, config.epsilon, config.seed, config.per_class, config.out) == ("ä.npz", 3.0, 4, 6, "o")
+    assert config.settings == {"steps": "8", "lr": 0.1, "width": "9"}
+    assert type(config.epsilon) is float
+    assert build(Joint, config.settings).steps == 8
+    assert read(None, {"data": "d"}, ["settings.epsilon=2"]).epsilon == 2.0
+    assert read(None, {"data": "d"}, ["augment=a=b"]).settings == {"augment": "a=b"}
+    assert read(None, {"data": "d", "epsilon": 5.0}, ["epsilon=2", "epsilon=4"]).epsilon == 4.0
+
+
+def test_defaults_are_those_of_the_dataclass() -> None:
+    assert read(None, {"data": "d"}, []) == RunConfig(data="d")
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("epsilonn", "did you mean epsilon?"),
+        ("per-class", "did you mean per_class?"),
+        ("ouput", "did you mean out?"),
+        ("zzzzqqq", "known: data, out"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(tmp_path: Path, key: str, near: str) -> None:
+    (tmp_path / "c.toml").write_text(f'data = "d"\n{key} = 1\n')
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path / "c.toml", {}, [])
+    assert f"unknown setting {key}" in str(error.value)
+    assert near in str(error.value)
+
+
+def test_an_unknown_setting_names_the_nearest_of_both_places() -> None:
+    others = [item.name for item in dataclasses.fields(RunConfig)]
+    with pytest.raises(ConfigError, match=r"unknown setting settings\.stepz; did you mean settings\.steps\?"):
+        build(Joint, {"stepz": 1}, "settings.", others)
+    with pytest.raises(ConfigError, match=r"unknown setting settings\.epsilonn; did you mean epsilon\?"):
+        build(Joint, {"epsilonn": 1}, "settings.", others)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("whole", "7", 7),
+        ("whole", 7.0, 7),
+        ("whole", "-7", -7),
+        ("real", "1e-3", 0.001),
+        ("real", 2, 2.0),
+        ("text", "none", "none"),
+        ("text", "", ""),
+        ("yes", "true", True),
+        ("yes", "false", False),
+        ("yes", True, True),
+        ("perhaps", "none", None),
+        ("perhaps", "", None),
+        ("perhaps", None, None),
+        ("perhaps", "2", 2.0),
+        ("place", "none", None),
+        ("place", "", None),
+        ("place", "a/b", "a/b"),
+        ("either", "auto", "auto"),
+        ("either", "0.25", 0.25),
+        ("either", 1, 1.0),
+        ("word", "b", "b"),
+    ],
+)
+def test_conversion(name: str, value: Any, wanted: Any) -> None:
+    got = getattr(build(Kinds, {name: value}), name)
+    assert got == wanted
+    assert type(got) is type(wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("whole", "7.5"),
+        ("whole", 7.5),
+        ("whole", True),
+        ("whole", "many"),
+        ("whole", float("inf")),  # int(inf) is an OverflowError, not a ValueError
+        ("whole", float("nan")),
+        ("whole", None),
+        ("whole", [1]),
+        ("whole", {"a": 1}),
+        ("real", "nan"),
+        ("real", "inf"),
+        ("real", float("nan")),
+        ("real", 10**400),
+        ("real", True),
+        ("real", "much"),
+        ("real", []),
+        ("text", 5),
+        ("text", ["a"]),
+        ("text", True),
+        ("yes", 1),
+        ("yes", "yes"),
+        ("yes", None),
+        ("perhaps", "auto"),
+        ("perhaps", [None]),
+        ("place", 5),
+        ("either", "automatic"),
+        ("either", "nan"),
+        ("word", "c"),
+        ("word", 1),
+    ],
+    ids=str,
+)
+def test_a_wrong_type_is_one_line(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"s.{name} = .*: expected ") as error:
+        build(Kinds, {name: value}, "s.")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epsilon": 0.0},
+        {"epsilon": -1.0},
+        {"epsilon": float("inf")},
+        {"epsilon": float("nan")},
+        {"delta": 0.0},
+        {"delta": 1.0},
+        {"delta": -1e-5},
+        {"delta": float("nan")},
+        {"per_class": 0},
+        {"per_class": 1001},
+        {"epsilon": 2.0, "budget": 1.9},
+        {"budget": float("inf")},
+        {"budget": float("nan")},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"classes": 0},
+        {"device": "tpu"},
+    ],
+    ids=str,
+)
+def test_out_of_range(changes: dict[str, Any]) -> None:
+    name = list(changes)[-1]
+    with pytest.raises(ConfigError, match="Expected"):
+        RunConfig(data="d", **changes)
+    with pytest.raises(ConfigError, match=name):  # the same by text, as on the command line
+        read(None, {"data": "d"}, [f"{key}={value}" for key, value in changes.items()])
+
+
+def test_bounds_that_hold() -> None:
+    RunConfig(data="d", epsilon=1e-3, budget=1e-3, delta=0.5, per_class=1000, seed=2**63 - 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epsilon = ", "not TOML"),
+        ("epsilon = 1\nepsilon = 2", "not TOML"),
+        ("settings = 5", "expected a table"),
+        ("[settings]\nx = 1\n[data]\ny = 1", "data = "),
+        ('data = "d"\nepsilon = 1979-05-27', "epsilon = "),
+        ('data = "d"\nepsilon = true', "epsilon = "),
+        ("epsilon = 2", "missing: data"),
+        ('data = "\udcff"', "not TOML"),
+        ("a = " + "[" * 5000, "not TOML"),
+    ],
+    ids=range(9),
+)
+def test_a_file_that_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "c.toml"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError, match=message):
+        read(file, {}, [])
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(ConfigError, match="not readable"):
+            read(path, {}, [])
+
+
+@pytest.mark.parametrize("wrong", ["steps", "settings", "=5"])
+def test_an_assignment_that_is_none(wrong: str) -> None:
+    with pytest.raises(ConfigError):
+        config = read(None, {"data": "d"}, [wrong])
+        build(Joint, config.settings, "settings.")
+    with pytest.raises(ConfigError, match=r"settings\.settings"):
+        build(Joint, read(None, {"data": "d"}, ["settings=5"]).settings, "settings.")
+
+
+def test_the_public_file_holds_no_path_and_parses_back() -> None:
+    config = RunConfig(data="/secret/records.npz", out="/secret/out", ledger="/secret/l", auxiliary="/secret/aux.npz")
+    settings = Joint(per_class=10, pixel_prior=0.5)
+    text = public_toml(config, settings, 1.25)
+    values = tomllib.loads(text)
+    assert "/" not in text.split("\n", 1)[1]
+    assert "records" not in text.split("\n", 1)[1]
+    assert values["auxiliary"] == "aux.npz"
+    assert values["noise_multiplier"] == 1.25
+    assert build(Joint, values["settings"]) == settings
+    assert {name: values[name] for name in ("method", "epsilon", "delta", "per_class", "seed")} == {
+        "method": "joint",
+        "epsilon": 1.0,
+        "delta": 1e-5,
+        "per_class": 10,
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_defaults_of_every_method_parse_back(name: str) -> None:
+    kind = METHODS[name].Config
+    values = tomllib.loads(public_toml(RunConfig(data="d", method=name), kind(), 1.0))
+    assert build(kind, values["settings"]) == kind()
+
+
+def test_any_name_of_an_auxiliary_file_is_toml() -> None:
+    for name in ('a"b', "a\\b", "a\nb", "a\x00b", "a\x7fb", "日本", "a\u2028b", "none", ".."):
+        text = public_toml(RunConfig(data="d", auxiliary="/x/" + name), Joint(), 1.0)
+        assert tomllib.loads(text)["auxiliary"] == name
+    bytes_that_are_no_text = public_toml(RunConfig(data="d", auxiliary="/x/a\udcffb"), Joint(), 1.0)
+    assert tomllib.loads(bytes_that_are_no_text)["auxiliary"] == "a?b"
+    config_hash(bytes_that_are_no_text)
+
+
+def test_the_hash_is_of_what_shaped_the_result() -> None:
+    base = RunConfig(data="d", epsilon=3.0)
+    text = public_toml(base, Joint(), 1.25)
+    assert config_hash(text) == hashlib.sha256(text.encode()).hexdigest()
+    for same in (
+        dataclasses.replace(base, data="elsewhere", out="x", budget=9.0, ledger="l", device="cuda"),
+        dataclasses.replace(base, epsilon=3),  # from Python, where nothing converts it
+        read(None, {"data": "d"}, ["epsilon=3"]),
+    ):
+        assert public_toml(same, Joint(), 1.25) == text
+    for change in ({"seed": 1}, {"epsilon": 3.5}, {"delta": 1e-6}, {"auxiliary": "a.npz"}, {"per_class": 11}):
+        assert public_toml(dataclasses.replace(base, **change), Joint(), 1.25) != text
+    for settings, sigma in ((Joint(steps=399), 1.25), (Joint(), 1.26)):
+        assert public_toml(base, settings, sigma) != text
