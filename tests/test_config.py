@@ -210,8 +210,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", ["steps", "settings", "=5"])
 def test_an_assignment_that_is_none(wrong: str) -> None:
     with pytest.raises(ConfigError):
-        config = read(None, {"data": "d"}, [wrong])
-        build(Joint, config.settings, "settings.")
+        build(Joint, read(None, {"data": "d"}, [wrong]).settings, "settings.")
     with pytest.raises(ConfigError, match=r"settings\.settings"):
         build(Joint, read(None, {"data": "d"}, ["settings=5"]).settings, "settings.")
 

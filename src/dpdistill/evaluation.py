@@ -1,6 +1,6 @@
 """Utility: train a fresh ConvNet on the synthetic images, and measure its accuracy on real test images.
 
-Source: the evaluation of Zhao & Bilen (2021), as used by NDPDC and Dosser (specs/dataset-distillation.md, section 1.4).
+Source: the evaluation of Zhao & Bilen (2021), as used by NDPDC and Dosser.
 Accuracy on a private test set is not private: what this file returns belongs outside the release, and must not
 choose it.
 M training images, C channels, H, W size, K classes.

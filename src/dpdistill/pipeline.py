@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .config import RunConfig, build, config_hash, public_toml
-from .data import LabelledImages, load_images, procedural_images, to_unit
+from .data import LabelledImages, Limits, load_images, procedural_images, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError
 from .mechanisms import PrivateData, Vault
 from .mechanisms.vault import write_atomically
@@ -58,8 +58,7 @@ def public_facts(config: RunConfig, image_shape: tuple[int, int, int], class_nam
     made_up = torch.from_numpy(to_unit(procedural_images(N_PROCEDURAL, channels, height, width, config.seed)))
     if config.auxiliary == "none":
         return Public(image_shape=image_shape, class_names=class_names, auxiliary=made_up)
-    resize = height if height == width else None
-    auxiliary = load_images(config.auxiliary, resize=resize)
+    auxiliary = _load_auxiliary(config.auxiliary, height if height == width else None)
     if auxiliary.images.shape[1:] != image_shape:
         raise ConfigError(
             f"the auxiliary images are {auxiliary.images.shape[1:]} and the private ones {image_shape} (channels, height, width)"
@@ -73,6 +72,15 @@ def public_facts(config: RunConfig, image_shape: tuple[int, int, int], class_nam
         auxiliary_labels=torch.from_numpy(auxiliary.labels),
         procedural=made_up,
     )
+
+
+def _load_auxiliary(spec: str, resize: int | None) -> LabelledImages:
+    try:
+        return load_images(spec, resize=resize)
+    except InputError as error:
+        if error.reason != "does not list its classes":
+            raise
+    return load_images(spec, resize=resize, n_classes=Limits().max_classes)  # public labels: any will do
 
 
 def make_plan(config: RunConfig, image_shape: tuple[int, int, int], class_names: tuple[str, ...]) -> Plan:
@@ -190,9 +198,9 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
             ledger.check_affordable(asked)
         # Checkpoints derive from releases of one key on one ledger: with another of either, they would bring in what it did not charge.
         work = state / "work" / f"{vault.run}-{ledger.lines[0]['hash'][:16]}"
-        workspace = FolderWorkspace(work, seed=config.seed, device=config.device, quiet=quiet)
         ledger.start(vault.run, config.method, config_hash(plan.toml))
         private = PrivateData(records, ledger, vault, device=config.device)
+        workspace = FolderWorkspace(work, seed=config.seed, device=config.device, quiet=quiet, checks=private.checks)
         synthetic = plan.method.run(plan.settings, plan.public, private, plan.releases, workspace)
         planned = [(p.query.describe(), p.count) for p in plan.releases]
         charged = [(line["query"], line["count"]) for line in ledger.intents(vault.run) if not line["again"]]

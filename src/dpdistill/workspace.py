@@ -1,6 +1,7 @@
 """Checkpoints, seeds and progress of one run, in one folder: nothing in it is private."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .mechanisms.vault import write_atomically
 from .privacy.faults import point
 
 
@@ -42,11 +44,23 @@ class FolderWorkspace:
       seed: the run's public seed (privacy noise never comes from it).
       device: "cpu" or "cuda".
       quiet: shows no progress.
+      checks: what the door's record-wise checks found so far (`PrivateData.checks`); kept with every checkpoint and put back, since
+        a run that goes on from one does not repeat the checks of the steps before it.
     """
 
-    def __init__(self, folder: Path, *, seed: int = 0, device: str = "cpu", quiet: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        seed: int = 0,
+        device: str = "cpu",
+        quiet: bool = False,
+        checks: dict[str, float] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.seed, self.device = folder, seed, device
+        self.folder, self.seed, self.device, self._checks = folder, seed, device, checks
+        if checks is not None and (folder / "checks.json").exists():
+            checks.update(json.loads((folder / "checks.json").read_bytes()))
         self._console = Console(stderr=True, quiet=quiet)
 
     def generator(self, *labels: object) -> torch.Generator:
@@ -67,6 +81,8 @@ class FolderWorkspace:
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         path = self.folder / f"{name}.safetensors"
         partial = path.with_name(path.name + ".partial")
+        if self._checks:  # first: there must be no checkpoint without its checks
+            write_atomically(self.folder / "checks.json", json.dumps(self._checks).encode())
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial)
         descriptor = os.open(partial, os.O_RDONLY)
         os.fsync(descriptor)

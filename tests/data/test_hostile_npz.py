@@ -1,4 +1,4 @@
-"""Hostile npz files (specs/trust.md 3.2): every one is refused in one line that quotes no record."""
+"""Hostile npz files: every one is refused in one line that quotes no record."""
 
 import io
 import pickle

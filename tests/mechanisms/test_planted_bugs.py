@@ -573,7 +573,7 @@ KEY = 'return Stream(derive(self._key, "noise", self.run, release, query, hashli
 
 @dataclass(frozen=True)
 class Mutant:
-    """One planted bug: its number in trust.md §2, what it is, its replacements, and the check that is tried first."""
+    """One planted bug: its number in docs/pitfalls.md, what it is, its replacements, and the check that is tried first."""
 
     name: str
     check: Callable[[SimpleNamespace, Path], None]

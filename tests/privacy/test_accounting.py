@@ -16,7 +16,7 @@ from scipy.special import ndtr
 from dpdistill.errors import ConfigError
 from dpdistill.privacy import accounting
 
-GOLDEN = [  # trust.md §3.1: q, σ, T, δ, ε (add-or-remove, PLD at 1e-4)
+GOLDEN = [  # computed once by two accountants: q, σ, T, δ, ε (add-or-remove, PLD at 1e-4)
     (1.0, 1.0, 1, 1e-5, 4.377178),
     (1.0, 4.0, 100, 1e-5, 13.206712),
     (0.01, 1.0, 1000, 1e-5, 1.82824),

@@ -178,18 +178,16 @@ class PrivateData:
         size = self.micro_batch
         for start in range(0, len(chosen), size):
             rows = chosen[start : start + size]
-            x = np.zeros(
-                (size, *self.image_shape), np.float32
-            )  # always the same shape: a row's arithmetic must not depend on how many there are
+            # Always the same shape: a row's arithmetic must not depend on how many rows there are.
+            x = np.zeros((size, *self.image_shape), np.float32)
             x[: len(rows)] = to_unit(images[rows], self._records.value_range)
             y = np.zeros(size, np.int64)
             y[: len(rows)] = labels[rows]
             valid = np.isfinite(x).all(axis=(1, 2, 3)) & (y >= 0) & (y < self.n_classes) & (np.arange(size) < len(rows))
             x[~valid], y[~valid] = 0, 0
             with torch.no_grad():
-                v = fn(
-                    torch.from_numpy(x).to(self.device), torch.tensor(y, device=self.device)
-                )  # a copy of y: fn may write into it
+                # A copy of y: `fn` may write into it.
+                v = fn(torch.from_numpy(x).to(self.device), torch.tensor(y, device=self.device))
             if v.shape != (size, query.dim):
                 raise RecordwiseError(f"a record function returned shape {tuple(v.shape)}, wanted {(size, query.dim)}")
             grid = clip_to_grid(v, query.clip_norm, query.grid_bits).cpu()

@@ -1,6 +1,6 @@
 """NDPDC, the baseline: match the noisy feature sums of one fresh random network per iteration, one step each.
 
-Source: Zheng & Li, "Differentially Private Dataset Condensation" (NDPDC), specs/dataset-distillation.md section 1.5.
+Source: Zheng & Li, "Differentially Private Dataset Condensation" (NDPDC, 2023).
 With `parts=2` it is the row "NDPDC + PEA" of Dosser's ablation.
 Proof: docs/privacy/gaussian_sum.md, composed `steps` times.
 Private: one release of clipped feature sums per iteration, Poisson-sampled. All else is post-processing.

@@ -2,7 +2,7 @@
 
 Sources: `expand` is IDC (Kim et al. 2022), called PEA in Dosser; `Dsa` is DSA (Zhao & Bilen 2021). Nothing here is
 private. All random numbers come from a generator that is passed in: Dosser's augmentation reseeds the global one, and
-with it the privacy noise that is drawn next (specs/dataset-distillation.md, F2).
+with it the privacy noise that is drawn next.
 B images, C channels, H, W size.
 """
 

@@ -1,6 +1,6 @@
 """Matching of feature sums: what `dosser` and `ndpdc` share. Public maps, and post-processing of released sums.
 
-Source: Zheng & Li (NDPDC, 2023) and Dosser (ICCV 2025), specs/dataset-distillation.md sections 1.2 and 1.3.
+Source: Zheng & Li (NDPDC, 2023) and Dosser (ICCV 2025).
 M per_class, L group_size, C clip_norm, p subspace dim; K classes, D features, A auxiliary images, S = parts² tiles.
 """
 

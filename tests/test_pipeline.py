@@ -1,0 +1,447 @@
+"""The one way through the house, on 47 made-up records: what a run leaves, refuses, charges, and lets nobody see.
+
+N records; 12x12 images of 3 classes. Every run has its own DPDISTILL_HOME.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpdistill import pipeline
+from dpdistill.config import RunConfig
+from dpdistill.errors import BudgetError, ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
+from dpdistill.mechanisms import Vault
+from dpdistill.methods import METHODS
+from dpdistill.pipeline import distil, make_plan
+from dpdistill.privacy import Ledger, accounting
+from dpdistill.privacy import ledger as ledgers
+from dpdistill.verification import verify
+
+TINY: dict[str, dict[str, Any]] = {
+    "joint": {
+        "steps": 4,
+        "networks": 1,
+        "feature_width": 8,
+        "feature_dims": 8,
+        "pixel_dims": 6,
+        "components": 2,
+        "pool_mixture": 6,
+        "pool_public": 20,
+        "width": 8,
+    },
+    "dosser": {
+        "sampling_steps": 3,
+        "optimisation_steps": 6,
+        "sampling_prob": 0.5,
+        "group_size": 10,
+        "subspace_dim": 4,
+        "auxiliary_images": 20,
+        "width": 8,
+    },
+    "ndpdc": {"steps": 4, "sampling_prob": 0.5, "group_size": 10, "width": 8},
+}
+N = 47
+
+
+def save(path: Path, n: int = N, seed: int = 0, *, side: int = 12, labels: np.ndarray | None = None) -> Path:
+    """n records: the first of n + 1 are the same."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 3 if labels is None else labels
+    images = np.stack([rng.integers(0, 90, (side, side), dtype=np.uint8) for _ in range(n)])
+    images[labels == 0, : side // 2] += 150
+    images[labels == 1, :, : side // 2] += 150
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, images=images, labels=labels.astype(np.int64), classes=np.array(["top", "left", "none"]))
+    return path
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Every file and folder under a place, with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+    """tiny(method="joint", **changes) -> the configuration of a run of a second, on tmp_path/data/private.npz."""
+    monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 300)
+    save(tmp_path / "data" / "private.npz")
+
+    def make(method: str = "joint", **changes: Any) -> RunConfig:
+        settings = TINY[method] | changes.pop("settings", {})
+        plain = {"data": str(tmp_path / "data" / "private.npz"), "out": str(tmp_path / "out"), "per_class": 2}
+        return RunConfig(**{**plain, "method": method, "settings": settings, **changes})
+
+    return make
+
+
+def the_ledger(tmp_path: Path) -> Path:
+    (path,) = (tmp_path / "home" / "ledgers").iterdir()
+    return path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_from_records_to_a_release_that_verifies(
+    method: str, tmp_path: Path, tiny: Callable[..., RunConfig], capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(method)
+    out = distil(config, quiet=True)
+    verdict = verify(out)
+    assert verdict.ok, verdict.problems
+    assert 0.998 < verdict.guarantee.epsilon <= 1.001  # shown with four digits, rounded up
+    assert capfd.readouterr() == ("", "")
+    certificate = json.loads((out / "certificate.json").read_text())
+    assert certificate["release"]["per_class"] == 2
+    assert certificate["release"]["class_names"] == ["top", "left", "none"]
+    # The key and all that was beside the release is gone; what is left is the release, the ledger and the home's own key.
+    assert sorted(os.listdir(tmp_path)) == ["data", "home", "out"]
+    assert sorted(os.listdir(tmp_path / "home")) == ["key", "ledgers"]
+    assert the_ledger(tmp_path).read_bytes() == (out / "ledger.jsonl").read_bytes()
+    for private in (tmp_path / "home", tmp_path / "home" / "key", the_ledger(tmp_path)):
+        assert private.stat().st_mode & 0o077 == 0
+    # The same command again: the same folder at once, nothing charged, nothing written.
+    before = listing(tmp_path)
+    assert distil(config, quiet=True) == out
+    assert listing(tmp_path) == before
+
+
+def test_no_release_names_a_path_or_the_number_of_records(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    n = 7919  # in no version, date or size of ours by chance
+    save(tmp_path / "data" / "private.npz", n, side=8)
+    shutil.copyfile(tmp_path / "data" / "private.npz", tmp_path / "data" / "open.npz")
+    out = distil(tiny(auxiliary=str(tmp_path / "data" / "open.npz"), seed=3), quiet=True)
+    for name, raw in listing(out).items():
+        if raw is not None and Path(name).suffix in (".json", ".jsonl", ".toml", ".md", ".html", ""):
+            text = re.sub(r"[0-9a-f]{16,}|base64,[A-Za-z0-9+/=]+", "", raw.decode())  # hashes and pixels
+            for hidden in (str(n), f"{n:,}", str(n // 3), str(tmp_path), "/tmp", str(Path.home()), "private.npz"):
+                assert hidden not in text, (name, hidden)
+        elif raw is not None:
+            assert str(tmp_path).encode() not in raw, name
+            assert b"private.npz" not in raw, name
+    assert "open.npz" in (out / "certificate.json").read_text()  # the auxiliary set is named, by its last name
+
+
+def test_another_configuration_in_the_same_place(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    distil(tiny(), quiet=True)
+    before = listing(tmp_path)
+    for other in (
+        tiny(seed=1),
+        tiny(settings={"steps": 5}),
+        tiny(epsilon=0.5),
+    ):
+        with pytest.raises(ReleaseError, match="choose another --out"):
+            distil(other, quiet=True)
+    save(tmp_path / "data" / "other.npz", seed=5)
+    with pytest.raises(ReleaseError, match="other data's release"):  # a release of other records is no answer
+        distil(tiny(data=str(tmp_path / "data" / "other.npz")), quiet=True)
+    (tmp_path / "data" / "other.npz").unlink()
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_something_else_in_the_place(kind: str, tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+    elif kind == "file":
+        out.write_text("mine")
+    else:
+        out.symlink_to(tmp_path / "nowhere")  # exists() says no, and the last step would have refused after the charge
+    with pytest.raises(ReleaseError, match="exists"):
+        distil(tiny(), quiet=True)
+    assert not (tmp_path / "home" / "ledgers").exists()
+    assert not (tmp_path / "out.state").exists()
+
+
+def test_a_slash_at_the_end_of_the_place(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    """As a shell completes it. The state must not come to lie in the release's own place."""
+    out = distil(tiny(out=str(tmp_path / "out") + "/"), quiet=True)
+    assert verify(out).ok
+    assert distil(tiny(), quiet=True) == out
+    assert sorted(os.listdir(tmp_path)) == ["data", "home", "out"]
+
+
+@pytest.mark.parametrize("place", ["out/ledger.jsonl", "out.state/ledger.jsonl", "out"])
+def test_a_ledger_in_the_release_is_refused(place: str, tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match="choose a place outside"):
+        distil(tiny(ledger=str(tmp_path / place)), quiet=True)
+    assert sorted(os.listdir(tmp_path)) == ["data"]
+
+
+def test_a_place_that_cannot_be(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="choose another --out"):
+        distil(tiny(out=str(tmp_path / "file" / "out")), quiet=True)
+    assert ledgers.parts(ledgers.parse(the_ledger(tmp_path).read_bytes())) == []
+
+
+def test_runs_on_the_same_data_add_up(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    first = distil(tiny(), quiet=True)
+    spent = listing(tmp_path)
+    # Nothing is left of it: the same records, another file, another method. The cap is what the first run asked for.
+    data = save(tmp_path / "elsewhere" / "copy.npz")
+    second = tiny("ndpdc", data=str(data), out=str(tmp_path / "out2"))
+    with pytest.raises(BudgetError, match=r"nothing was read \(--budget \d\.\d+ raises the cap") as error:
+        distil(second, quiet=True)
+    assert {k: v for k, v in listing(tmp_path).items() if not k.startswith("elsewhere")} == spent
+    needed = float(re.search(r"--budget ([\d.]+)", str(error.value)).group(1))
+    out = distil(dataclasses.replace(second, budget=needed), quiet=True)
+    assert verify(out).ok
+    lines = ledgers.parse(the_ledger(tmp_path).read_bytes())
+    assert [line["type"] for line in lines].count("run") == 2
+    assert [line["cap_epsilon"] for line in lines if line["type"] == "cap"] == [repr(needed)]
+    both = accounting.epsilon(ledgers.parts(lines), 1e-5)
+    promise = json.loads((out / "certificate.json").read_text())["guarantee"]
+    assert float(promise["epsilon_all_runs"]) == pytest.approx(both, rel=1e-3)
+    assert float(promise["epsilon"]) < 1.001 < both < 2
+    assert both <= needed
+    assert verify(first).ok  # the first release holds the ledger as it was
+
+
+def test_a_budget_from_the_start_leaves_room(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    distil(tiny(budget=2.0), quiet=True)
+    distil(tiny(out=str(tmp_path / "out2"), seed=1), quiet=True)
+    lines = ledgers.parse(the_ledger(tmp_path).read_bytes())
+    assert [line["type"] for line in lines if line["type"] != "intent"] == ["open", "run", "final", "run", "final"]
+
+
+def test_the_same_records_scaled_to_another_size_have_the_same_ledger(
+    tmp_path: Path, tiny: Callable[..., RunConfig]
+) -> None:
+    distil(tiny(resize=8), quiet=True)
+    for other in (tiny(out=str(tmp_path / "b")), tiny(out=str(tmp_path / "c"), resize=16)):
+        with pytest.raises(BudgetError):
+            distil(other, quiet=True)
+    distil(tiny(out=str(tmp_path / "d"), resize=10, budget=9.0), quiet=True)
+    assert len(list((tmp_path / "home" / "ledgers").iterdir())) == 1
+
+
+def test_large_images_have_one_ledger_at_every_size(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    data = str(save(tmp_path / "data" / "large.npz", side=80))
+    with pytest.raises(InputError, match="80x80"):
+        distil(tiny(data=data), quiet=True)
+    places = {pipeline._ledger_path(c, pipeline.load_private(c)) for c in (tiny(data=data, resize=s) for s in (8, 16))}
+    assert len(places) == 1
+
+
+def test_other_records_have_another_ledger(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    places = set()
+    for name, n, seed in (("a", N, 0), ("b", N, 1), ("c", N + 1, 0)):
+        config = tiny(data=str(save(tmp_path / f"{name}.npz", n, seed)))
+        places.add(pipeline.default_ledger(pipeline.load_private(config)))
+    config = tiny(data=str(save(tmp_path / "d.npz", N, 0, labels=np.zeros(N, np.int64))))
+    places.add(pipeline.default_ledger(pipeline.load_private(config)))
+    assert len(places) == 4
+    key = (tmp_path / "home" / "key").read_bytes()
+    assert len(key) == 32
+    (tmp_path / "home" / "key").write_bytes(bytes(32))  # the name is keyed: it tells nothing to whoever guesses records
+    assert pipeline.default_ledger(pipeline.load_private(config)) not in places
+
+
+def test_an_empty_home_is_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DPDISTILL_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert pipeline.home() == tmp_path / ".dpdistill"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"data": "none.npz"}, InputError),
+        ({"data": ""}, InputError),
+        ({"data": "torn.npz"}, InputError),
+        ({"data": "labels.npz"}, InputError),
+        ({"resize": 4}, InputError),
+        ({"auxiliary": "none.npz"}, InputError),
+        ({"auxiliary": "colour.npz"}, ConfigError),
+        ({"method": "joined", "settings": {}}, ConfigError),
+        ({"settings": {"stepz": 1}}, ConfigError),
+        ({"settings": {"steps": "many"}}, ConfigError),
+        ({"settings": {"networks": 0}}, ConfigError),
+        ({"settings": {"per_class": 3}}, ConfigError),  # else the release is refused when the budget is spent
+        ({"settings": {"share_means": 0.5}}, ConfigError),
+        ({"method": "ndpdc", "settings": {"sampling_prob": 2.0}}, ConfigError),
+        ({"method": "ndpdc", "settings": {"sampling_prob": None}}, ConfigError),
+        ({"method": "ndpdc", "settings": {"clip_norm": -1.0}}, ConfigError),
+        ({"device": "cuda"}, ConfigError),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_found_before_anything_is_written(
+    changes: dict[str, Any],
+    error: type[DpdistillError],
+    tmp_path: Path,
+    tiny: Callable[..., RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path / "data")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    raw = (tmp_path / "data" / "private.npz").read_bytes()
+    (tmp_path / "data" / "torn.npz").write_bytes(raw[: len(raw) // 2])
+    save(tmp_path / "data" / "labels.npz", labels=np.arange(N))
+    np.savez(tmp_path / "data" / "colour.npz", images=np.zeros((9, 12, 12, 3), np.uint8), labels=np.arange(9))
+    before = listing(tmp_path)
+    config = tiny(changes.get("method", "joint") if changes.get("method") in TINY else "joint")
+    settings = {**config.settings, **changes["settings"]} if changes.get("settings") else config.settings
+    with pytest.raises(error) as raised:
+        distil(dataclasses.replace(config, **{**changes, "settings": settings}), quiet=True)
+    assert "\n" not in str(raised.value)
+    assert listing(tmp_path) == before
+
+
+def stopped(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped after all its releases."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_bundle", stop)
+        with pytest.raises(KeyboardInterrupt):
+            distil(config, quiet=True)
+
+
+def test_the_state_of_another_configuration(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(tiny(), monkeypatch)
+    before = listing(tmp_path)
+    assert "out.state/vault/key" in before
+    assert (tmp_path / "out.state").stat().st_mode & 0o077 == 0
+    for other in (tiny(seed=1), tiny(settings={"steps": 5}), tiny(budget=9.0, seed=1)):
+        with pytest.raises(ConfigError, match="belongs to a run with other settings"):
+            distil(other, quiet=True)
+    assert listing(tmp_path) == before
+    (tmp_path / "out.state" / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match="belongs to a run with other settings"):
+        distil(tiny(), quiet=True)
+    (tmp_path / "out.state" / "run.json").write_bytes(before["out.state/run.json"])
+    assert verify(distil(tiny(), quiet=True)).ok
+    assert the_ledger(tmp_path).read_bytes().startswith(before[str(the_ledger(tmp_path).relative_to(tmp_path))])
+    assert not (tmp_path / "out.state").exists()
+
+
+@pytest.mark.parametrize("lost", ["key", "seed", "ledger"])
+def test_checkpoints_of_another_key_or_ledger_are_not_used(
+    lost: str, tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images fitted to releases that another run or ledger was charged for must not slip into this certificate."""
+    config = tiny("ndpdc", budget=9.0, ledger=str(tmp_path / "a.jsonl"))
+    if lost == "seed":
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "write_bundle", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                distil(config, quiet=True, insecure_seed=1)
+    else:
+        stopped(config, monkeypatch)
+    assert list((tmp_path / "out.state" / "work").rglob("ndpdc.safetensors"))
+    if lost == "key":
+        shutil.rmtree(tmp_path / "out.state" / "vault")
+    if lost == "ledger":
+        config = dataclasses.replace(config, ledger=str(tmp_path / "b.jsonl"))
+    asked = []
+    load = pipeline.FolderWorkspace.load
+    monkeypatch.setattr(
+        pipeline.FolderWorkspace, "load", lambda self, name: asked.append(load(self, name)) or asked[-1]
+    )
+    out = distil(config, quiet=True)
+    assert asked == [None]
+    assert verify(out).ok
+
+
+def test_a_method_that_asks_for_other_than_it_planned(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ndpdc = METHODS["ndpdc"]
+
+    def run(config: Any, public: Any, private: Any, plan: Any, workspace: Any) -> Any:
+        private.reserve(plan[0].query, 1)  # one too many
+        return ndpdc.run(config, public, private, plan, workspace)
+
+    liar = SimpleNamespace(Config=ndpdc.Config, plan=ndpdc.plan, run=run)
+    monkeypatch.setitem(METHODS, "ndpdc", liar)
+    with pytest.raises(LedgerError, match="other releases than it planned"):
+        distil(tiny("ndpdc", budget=9.0), quiet=True)
+    assert not (tmp_path / "out").exists()
+    assert len(ledgers.parts(ledgers.parse(the_ledger(tmp_path).read_bytes()))) == 2  # what was charged stays charged
+
+
+def test_noise_from_a_seed_says_so(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    out = distil(tiny(), quiet=True, insecure_seed=1)
+    verdict = verify(out)
+    assert not verdict.ok
+    assert verdict.guarantee is None
+    assert any("NOT PRIVATE" in problem for problem in verdict.problems)
+    for name in ("README.md", "report.html"):
+        assert "NOT PRIVATE" in (out / name).read_text()
+    assert json.loads((out / "certificate.json").read_text())["guarantee"]["basis"] == "none"
+    other = distil(tiny(out=str(tmp_path / "out2"), ledger=str(tmp_path / "l")), quiet=True, insecure_seed=1)
+    same = [(f / "dataset" / "synthetic.safetensors").read_bytes() for f in (out, other)]
+    # The noise is bound to the ledger line too, and another ledger has another name in its first line.
+    assert same[0] != same[1]
+
+
+def test_neighbours_are_told_apart_by_released_values_only(
+    tmp_path: Path, tiny: Callable[..., RunConfig], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """N and N + 1 records, the same seed for the noise, a ledger of the same name: the same bytes in the ledger and on the terminal.
+
+    By design random, and therefore fixed here: the run's name and key (by the seed) and the data set's name in the ledger's first line.
+    """
+    seen = []
+    for n in (N, N + 1):
+        place = tmp_path / str(n)
+        data = save(place / "private.npz", n)
+        Ledger.open(place / "ledger.jsonl", cap=(1.0, 1e-5), data="toy").close()
+        config = tiny(data=str(data), out=str(place / "out"), ledger=str(place / "ledger.jsonl"))
+        distil(config, insecure_seed=5)
+        printed, logged = capfd.readouterr()
+        times = re.sub(r"\d+:\d\d:\d\d", "TIME", logged)
+        files = {name: raw for name, raw in listing(place).items() if name not in ("private.npz", "ledger.jsonl")}
+        seen.append(((place / "ledger.jsonl").read_bytes(), printed, times, sorted(files), files["out/config.toml"]))
+        certificate = json.loads(files["out/certificate.json"])
+        for of_values in ("checks",):
+            certificate.pop(of_values)
+        seen[-1] += (certificate,)
+    assert "feature means" in seen[0][2]
+    assert seen[0] == seen[1]
+    images = [(tmp_path / str(n) / "out/dataset/synthetic.safetensors").read_bytes() for n in (N, N + 1)]
+    assert len(images[0]) == len(images[1])
+    assert images[0] != images[1]  # the one thing that may differ
+
+
+def test_the_plan_reads_no_data(tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "load_images", lambda *_, **__: 1 / 0)
+    for method in METHODS:
+        plan = make_plan(tiny(method), (1, 12, 12), ("a", "b", "c"))
+        assert 0.998 < plan.epsilon <= 1.0 < plan.epsilon_replace_one
+        assert hashlib.sha256(plan.toml.encode()).hexdigest() == pipeline.config_hash(plan.toml)
+
+
+def test_a_finished_run_whose_state_was_not_removed(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_forget", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            distil(tiny(), quiet=True)
+    key = tmp_path / "out.state" / "vault" / "key"
+    assert key.exists()
+    before = listing(tmp_path / "out"), the_ledger(tmp_path).read_bytes()
+    overwritten = []
+    erase = Vault.erase
+    monkeypatch.setattr(Vault, "erase", lambda self: overwritten.append(self.folder / "key") or erase(self))
+    distil(tiny(), quiet=True)
+    assert overwritten == [key]
+    assert not (tmp_path / "out.state").exists()
+    assert (listing(tmp_path / "out"), the_ledger(tmp_path).read_bytes()) == before
