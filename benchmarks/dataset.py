@@ -25,8 +25,10 @@ from dpdistill.config import build
 from dpdistill.data import LabelledImages, procedural_images, to_unit
 from dpdistill.evaluation import Training, accuracy, evaluate
 from dpdistill.mechanisms import PrivateData, Vault
+from dpdistill.mechanisms import private as private_module
 from dpdistill.methods import METHODS, Public
 from dpdistill.methods import dpsgd as dpsgd_method
+from dpdistill.methods import joint as joint_module
 from dpdistill.privacy import Ledger, calibrate
 from dpdistill.workspace import FolderWorkspace
 
@@ -62,6 +64,25 @@ def public_of(folder: Path, dataset: str, records: LabelledImages, seed: int) ->
     )
 
 
+class Stopwatch:
+    """Adds up the seconds spent in a few functions: where the time goes, and what exactness costs."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def watch(self, owner: Any, name: str, part: str) -> None:
+        inner = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.monotonic()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - started
+
+        setattr(owner, name, timed)
+
+
 def one(args: argparse.Namespace) -> dict[str, Any]:
     """One release and its evaluation: the row of one run."""
     dataset, name, per_class, epsilon = args.one.split(":")
@@ -88,6 +109,15 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
         records = LabelledImages(
             images=records.images[:0], labels=records.labels[:0], class_names=records.class_names, source="none"
         )
+    watch = Stopwatch()
+    for owner, function in (
+        (private_module, "clip_to_grid"),
+        (private_module, "rounded_gaussian"),
+        (Ledger, "_append"),
+    ):
+        watch.watch(owner, function, "door")
+    watch.watch(PrivateData, "release_reserved", "private passes, door included")
+    watch.watch(joint_module, "match_pool", "fit")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
@@ -122,6 +152,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
         "device": args.device,
         "note": protocol,
         "seed": args.seed,
+        "profile": {part: round(value, 2) for part, value in watch.seconds.items()},
     }
 
 
@@ -166,6 +197,7 @@ def table() -> None:
         where = f"| {row['dataset']} | {row['setting']} | {row['epsilon']:g} | {row['method']} "
         what = f"| {100 * row['mean']:.1f} | {spread} | {row['releases']} | {row['seconds'] / 60:.1f} | {row['peak_gib']:.1f} "
         text.append(where + what + f"| {row['note']} |")
+    text += profile_lines()
     text += ["", "Published, ε = 1 (10 / 50 images per class), and the aim of this project:", ""]
     text += ["| method | MNIST | Fashion-MNIST | CIFAR-10 |", "|---|---|---|---|"]
     show = lambda pair: " / ".join("–" if v is None else f"{v:.1f}" for v in pair)  # noqa: E731
@@ -174,6 +206,24 @@ def table() -> None:
             f"| {name} | {show(figures['mnist'])} | {show(figures['fashion_mnist'])} | {show(figures['cifar10'])} |"
         )
     (DOCS / "dataset.md").write_text("\n".join(text) + "\n")
+
+
+def profile_lines() -> list[str]:
+    """Where the time to the images goes, for each run that has it."""
+    lines = ["", "Where the time goes (seconds; `door` is clipping, exact noise and ledger together):", ""]
+    lines += [
+        "| data | method | to the images | private passes | of that, door | door's share of all | fit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in runs():
+        parts = run.get("profile")
+        if parts:
+            door, passes, fit = (parts.get(key, 0.0) for key in ("door", "private passes, door included", "fit"))
+            share = 100 * door / run["seconds"]
+            lines.append(
+                f"| {run['dataset']} | {run['method']} | {run['seconds']:.0f} | {passes:.0f} | {door:.1f} | {share:.1f} % | {fit:.0f} |"
+            )
+    return lines
 
 
 def main() -> None:

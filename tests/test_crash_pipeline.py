@@ -142,7 +142,7 @@ def test_killed_at_every_point_and_resumed(begun: Callable[[str], Path]) -> None
 
 
 def test_poisson_samples_and_reservations_too(begun: Callable[[str], Path]) -> None:
-    rooms = ("ledger: ", "vault: ", "door: ", "workspace: ")  # what comes after is the same for every method
+    rooms = ("ledger: ", "door: ", "workspace: ")  # the rest is the same for every method
     names = kill_everywhere(begun, lambda place: config(place, NDPDC, "ndpdc"), rooms)
     assert names.count("ledger: line on disk") == 3  # run, one charge for all, final
     assert names.count("door: summed") == 3

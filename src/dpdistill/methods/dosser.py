@@ -1,6 +1,6 @@
 """Dosser, the paper's recipe made sound: draw all noisy signals first, then optimise images against them freely.
 
-Source: Dosser (ICCV 2025, arXiv 2508.01749), sections 3.2 to 3.4 and its published code. DOS = decoupled
+Source: Dosser (ICCV 2025, arXiv 2508.01749), section 3. DOS = decoupled
 optimisation and sampling, SER = subspace error reduction, PEA = parts.
 Proof: docs/privacy/gaussian_sum.md, composed `sampling_steps` times.
 Private: `sampling_steps` Poisson-sampled sums of clipped features, by class. The second stage reads released sums only.

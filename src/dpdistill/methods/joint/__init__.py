@@ -142,18 +142,18 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     prior = torch.cat([mass * own, torch.full((len(seen), k), (1 - mass) / max(1, len(seen)))])
     # 3. Class means of joint random features.
     shape = public.image_shape
-    nets = [
-        ConvNet(shape, 1, width=config.feature_width, generator=workspace.generator("network", i)).requires_grad_(False)
-        for i in range(config.networks)
-    ]
+    nets = []
+    for i in range(config.networks):
+        net = ConvNet(shape, 1, width=config.feature_width, generator=workspace.generator("network", i))
+        nets.append(net.requires_grad_(False).to(workspace.device))
     z = measure.coordinates(nets, pool, config.feature_dims)
     with workspace.passing("private pass 4 of 4: feature means") as progress:
-        sums = private.release(queries[3], lambda x, y: z(x.cpu()), progress=progress)  # private
+        sums = private.release(queries[3], lambda x, y: z(x), progress=progress)  # private
     # 4. The measure.
     noise = queries[3].noise_multiplier
     means, counts = measure.class_means(sums, noise)
     with torch.no_grad():
-        features = torch.cat([z(x) for x in pool.split(250)])
+        features = torch.cat([z(x.to(workspace.device)).cpu() for x in pool.split(250)])
     weights = measure.signed_weights(features, prior, means, counts, noise)
     # 5. The images.
     start = packed(draw(m * parts**2, "start"), parts)
@@ -195,7 +195,7 @@ def _fit_mixture(
 ) -> mix.Mixture:
     d = space.basis.shape[1]
     with workspace.passing("private pass 1 of 4: moments") as progress:
-        total = private.release(queries[0], lambda x, y: mix.moments(space, x.cpu()), progress=progress)  # private
+        total = private.release(queries[0], lambda x, y: mix.moments(space, x), progress=progress)  # private
     count, mean, covariance = mix.read_moments(total, d, queries[0].noise_multiplier)
     centres = mix.first_centres(mean, covariance, config.components, workspace.generator("centres"))
     weights = torch.ones(centres.shape[:2])
@@ -204,7 +204,7 @@ def _fit_mixture(
             fixed = centres  # the record function must not change under the loop
 
             def nearest(x: Tensor, y: Tensor, fixed: Tensor = fixed) -> Tensor:
-                return mix.local_means(space, fixed, x.cpu(), y.cpu())
+                return mix.local_means(space, fixed, x, y)
 
             total = private.release(query, nearest, progress=progress)  # private
         centres, weights = mix.refine_centres(total, centres, mean, query.noise_multiplier)

@@ -29,9 +29,10 @@ class Coordinates:
 
     def __call__(self, x_BCHW: Tensor) -> Tensor:
         """Record function: [B, C, H, W] -> [B, D + 1], of norm at most 1: coordinates and a constant."""
-        z = (joint_features(self.networks, x_BCHW) - self.centre) @ self.basis
+        features = joint_features(self.networks, x_BCHW)
+        z = (features - self.centre.to(features.device)) @ self.basis.to(features.device)
         z = z / z.norm(dim=1, keepdim=True).clamp_min(1.0)
-        return torch.cat([_UNIT * z, torch.full((len(z), 1), CONSTANT, device=z.device)], dim=1)
+        return torch.cat([_UNIT * z, z.new_full((len(z), 1), CONSTANT)], dim=1)
 
 
 def joint_features(networks: Sequence[ConvNet], x_BCHW: Tensor) -> Tensor:
@@ -41,7 +42,8 @@ def joint_features(networks: Sequence[ConvNet], x_BCHW: Tensor) -> Tensor:
 def coordinates(networks: Sequence[ConvNet], reference_ACHW: Tensor, dims: int) -> Coordinates:
     """Learns centre and axes from images that are public or derive from released values; λ^(-1/4) on each axis evens out the noise."""
     with torch.no_grad():
-        features = torch.cat([joint_features(networks, x) for x in reference_ACHW.split(250)])
+        device = next(networks[0].parameters()).device
+        features = torch.cat([joint_features(networks, x.to(device)).cpu() for x in reference_ACHW.split(250)])
     centre = features.mean(dim=0)
     _, singular, vectors = torch.linalg.svd(features - centre, full_matrices=False)
     kept = min(dims, int((singular > 1e-4 * singular[0]).sum()))

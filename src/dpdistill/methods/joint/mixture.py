@@ -26,7 +26,8 @@ class PixelSpace:
 
     def coordinates(self, x_BCHW: Tensor) -> Tensor:
         """Returns [B, d] of norm at most 1: each image by itself."""
-        z = (x_BCHW.flatten(1) - self.centre) @ self.basis / self.radius
+        centre, basis, radius = (t.to(x_BCHW.device) for t in (self.centre, self.basis, self.radius))
+        z = (x_BCHW.flatten(1) - centre) @ basis / radius
         return z / z.norm(dim=1, keepdim=True).clamp_min(1.0)
 
     def images(self, z_BD: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
@@ -50,18 +51,18 @@ def n_moments(dims: int) -> int:
 def moments(space: PixelSpace, x_BCHW: Tensor) -> Tensor:
     """Record function: coordinates, their products, and a constant, of norm at most 1: [B, n_moments(d)]."""
     z = space.coordinates(x_BCHW)
-    i, j = torch.triu_indices(z.shape[1], z.shape[1])
+    i, j = torch.triu_indices(z.shape[1], z.shape[1], device=z.device)
     # off the diagonal by sqrt 2, so that the norm is ‖zzᵀ‖ = ‖z‖² <= 1
     products = z[:, i] * z[:, j] * torch.where(i == j, 1.0, math.sqrt(2))
-    return torch.cat([FIRST * z, _SECOND * products, torch.full((len(z), 1), COUNT)], dim=1)
+    return torch.cat([FIRST * z, _SECOND * products, z.new_full((len(z), 1), COUNT)], dim=1)
 
 
 def local_means(space: PixelSpace, centres_KJD: Tensor, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
     """Record function: coordinates and a constant in the block of the nearest centre of the record's class: [B, J·(d+1)]."""
     z = space.coordinates(x_BCHW)
     j = centres_KJD.shape[1]
-    nearest = (z[:, None] - centres_KJD[y_B]).square().sum(dim=2).argmin(dim=1)
-    unit = torch.cat([math.sqrt(1 - _LOCAL_COUNT**2) * z, torch.full((len(z), 1), _LOCAL_COUNT)], dim=1)
+    nearest = (z[:, None] - centres_KJD.to(z.device)[y_B]).square().sum(dim=2).argmin(dim=1)
+    unit = torch.cat([math.sqrt(1 - _LOCAL_COUNT**2) * z, z.new_full((len(z), 1), _LOCAL_COUNT)], dim=1)
     return (torch.nn.functional.one_hot(nearest, j).to(unit)[:, :, None] * unit[:, None]).flatten(1)
 
 

@@ -1,0 +1,285 @@
+"""The pieces of `joint`: norms of the record functions, the mixture, the measure, and the fit. The whole is in test_contract.
+
+B records, K classes, d pixel dims, D feature dims, J components, P pool images.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpdistill.errors import ConfigError
+from dpdistill.methods.base import Public
+from dpdistill.methods.joint import Config, _public_images, measure, plan
+from dpdistill.methods.joint import mixture as mix
+from dpdistill.methods.joint.matching import match_pool, packed
+from dpdistill.models import ConvNet, Dsa, expand
+from dpdistill.workspace import FolderWorkspace
+
+SHAPE = (1, 8, 8)
+
+
+def images(n: int, seed: int = 0, shape: tuple[int, int, int] = SHAPE) -> torch.Tensor:
+    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def extremes() -> torch.Tensor:
+    """Images far from the public ones: corners, single pixels, checks, and values that no image has."""
+    pixel = torch.zeros(1, *SHAPE)
+    pixel[..., 3, 3] = 1
+    board = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
+    plain = [torch.ones(1, *SHAPE), -torch.ones(1, *SHAPE), torch.zeros(1, *SHAPE), pixel, board.view(1, *SHAPE)]
+    return torch.cat([*plain, 1e-30 * images(1), 1e6 * images(1), 1e15 * images(1)])
+
+
+@pytest.fixture
+def space() -> mix.PixelSpace:
+    return mix.pixel_space(images(60) * 0.3, 7)
+
+
+@pytest.fixture
+def nets() -> list[ConvNet]:
+    makers = [torch.Generator().manual_seed(i) for i in range(2)]
+    return [ConvNet(SHAPE, 1, width=4, generator=g).requires_grad_(False) for g in makers]
+
+
+def test_record_vectors_are_no_longer_than_one(space: mix.PixelSpace, nets: list[ConvNet]) -> None:
+    x = torch.cat([extremes(), images(50), space.images(torch.eye(7) * 5, SHAPE)])
+    y = torch.arange(len(x)) % 3
+    centres = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(0))
+    z = measure.coordinates(nets, images(40, 1), 12)
+    for vectors, dim in (
+        (mix.moments(space, x), mix.n_moments(7)),
+        (mix.local_means(space, centres, x, y), 4 * 8),
+        (z(x), 13),
+    ):
+        assert vectors.shape == (len(x), dim)
+        assert (vectors.double().norm(dim=1) <= 1 + 1e-6).all()
+        assert vectors.isfinite().all()
+        # Long records come to the bound: the shares of the unit vector are all used.
+        assert vectors.norm(dim=1).max() > 0.999
+
+
+def test_moments_are_those_of_the_coordinates(space: mix.PixelSpace) -> None:
+    x = images(500)
+    z = space.coordinates(x)
+    total = mix.moments(space, x).sum(dim=0, keepdim=True)
+    count, mean, covariance = mix.read_moments(total, 7, 1e-9)
+    assert count.item() == pytest.approx(500, rel=1e-4)
+    assert torch.allclose(mean[0], z.mean(dim=0), atol=1e-4)
+    assert torch.allclose(covariance[0], torch.cov(z.T, correction=0), atol=1e-4)
+
+
+def test_local_means_fill_the_block_of_the_nearest_centre(space: mix.PixelSpace) -> None:
+    x, y = images(30), torch.arange(30) % 2
+    centres = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)) * 0.3
+    blocks = mix.local_means(space, centres, x, y).view(30, 3, 8)
+    z = space.coordinates(x)
+    for i in range(30):
+        nearest = (z[i] - centres[y[i]]).norm(dim=1).argmin()
+        assert (blocks[i].norm(dim=1) > 0).nonzero().flatten().tolist() == [nearest]
+        assert torch.allclose(blocks[i, nearest, :7], math.sqrt(1 - 0.3**2) * z[i], atol=1e-6)
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1.0, 1e6])
+def test_noise_alone_makes_a_mixture_that_can_be_sampled(noise: float) -> None:
+    """An empty class: all sums are noise, small, usual, or huge."""
+    k, d, j = 3, 6, 4
+    g = torch.Generator().manual_seed(0)
+    total = torch.randn(k, mix.n_moments(d), generator=g) * noise
+    count, mean, covariance = mix.read_moments(total, d, noise)
+    assert (count >= 4 * noise + 1).all()
+    centres = mix.first_centres(mean, covariance, j, g)
+    assert centres.shape == (k, j, d)
+    for _ in range(2):
+        local = torch.randn(k, j * (d + 1), generator=g) * noise
+        centres, weights = mix.refine_centres(local, centres, mean, noise)
+        assert (weights > 0).all()
+    fitted = mix.mixture(count, mean, covariance, centres, weights)
+    assert torch.allclose(fitted.weights.sum(dim=1), torch.ones(k))
+    z = fitted.sample(11, g)
+    assert z.shape == (k, 11, d)
+    assert z.isfinite().all()
+    shown = mix.pixel_space(images(30), d).images(z.flatten(0, 1), SHAPE)
+    assert shown.shape == (33, *SHAPE)
+    assert shown.abs().max() <= 1
+
+
+def test_centres_stay_where_noise_is_all_there_is() -> None:
+    centres = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
+    few = torch.zeros(2, 3 * 6)  # a count of 0: nothing to move to
+    moved, _ = mix.refine_centres(few, centres, centres.mean(dim=1), 1.0)
+    assert torch.equal(moved, centres)
+    exact = torch.cat([math.sqrt(1 - 0.3**2) * 100 * (centres + 1), torch.full((2, 3, 1), 30.0)], dim=2)
+    moved, weights = mix.refine_centres(exact.flatten(1), centres, centres.mean(dim=1), 1e-6)
+    assert torch.allclose(moved, centres + 1, atol=1e-3)
+    assert torch.allclose(weights, torch.full((2, 3), 100.0))
+
+
+def test_a_mixture_sampled_has_its_moments() -> None:
+    d = 3
+    mean = torch.tensor([[0.1, -0.2, 0.3]])
+    centres = mean[:, None] + torch.tensor([[[0.3, 0, 0], [-0.3, 0, 0]]])
+    covariance = torch.diag(torch.tensor([0.13, 0.05, 0.02]))[None]
+    fitted = mix.mixture(torch.tensor([9.0]), mean, covariance, centres, torch.ones(1, 2))
+    z = fitted.sample(40_000, torch.Generator().manual_seed(0))[0]
+    assert z.shape == (40_000, d)
+    assert torch.allclose(z.mean(dim=0), mean[0], atol=0.01)
+    assert torch.allclose(torch.cov(z.T), covariance[0], atol=0.01)
+
+
+def weights_for(noise: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights for class means that no prior has, at a noise level: pool features, prior, means, weights."""
+    g = torch.Generator().manual_seed(0)
+    pool = torch.cat([0.3 * torch.randn(60, 8, generator=g), torch.full((60, 1), measure.CONSTANT)], dim=1)
+    prior = torch.full((60, 2), 1 / 60)
+    true = torch.softmax(torch.randn(60, 2, generator=g), dim=0)
+    sums = 100 * true.T @ pool
+    means, counts = measure.class_means(sums, noise)
+    return pool, prior, means, measure.signed_weights(pool, prior, means, counts, noise)
+
+
+def test_weights_reproduce_the_means_without_noise() -> None:
+    pool, _, means, weights = weights_for(1e-7)
+    assert weights.shape == (60, 2)
+    assert torch.allclose(weights.T @ pool, means, atol=1e-5)
+    assert torch.allclose(weights.sum(dim=0), torch.ones(2), atol=1e-4)
+
+
+def test_weights_are_the_prior_where_noise_drowns_the_means() -> None:
+    _, prior, _, weights = weights_for(1e6)
+    assert torch.allclose(weights, prior, atol=1e-3)
+
+
+def test_weights_between_leave_what_the_noise_explains() -> None:
+    pool, prior, means, weights = weights_for(1.0)
+    left = (weights.T @ pool - means).norm(dim=1)
+    assert (left <= math.sqrt(9) * (1 / 100) * 1.01).all()
+    assert not torch.allclose(weights, prior, atol=1e-4)
+
+
+def test_coordinates_keep_what_the_plan_promised(nets: list[ConvNet]) -> None:
+    """Fewer directions than coordinates, and none at all: zeros, never NaN."""
+    for reference in (images(5), images(1).expand(20, -1, -1, -1), torch.zeros(20, *SHAPE)):
+        z = measure.coordinates(nets, reference, 30)
+        vectors = z(images(6, 2))
+        assert vectors.shape == (6, 31)
+        assert vectors.isfinite().all()
+        assert (vectors.norm(dim=1) <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 16, 24)])
+def test_packed_is_undone_by_expand(shape: tuple[int, int, int]) -> None:
+    rows, columns = torch.linspace(-1, 1, shape[1])[:, None], torch.linspace(-1, 1, shape[2])
+    g = torch.Generator().manual_seed(0)
+    a, b, c = torch.rand(3, 12, shape[0], 1, 1, generator=g)
+    smooth = (a - 0.5) * rows + (b - 0.5) * columns + (c - 0.5)  # what survives being made smaller
+    stored = packed(smooth, 2)
+    assert stored.shape == (3, *shape)
+    back = expand(stored, 2)
+    assert back.shape == smooth.shape
+    inner = (back - smooth)[:, :, 2:-2, 2:-2]
+    assert inner.abs().max() < 0.02
+    assert torch.equal(packed(smooth, 1), smooth)
+
+
+def fit(
+    folder: Path, steps: int = 9, repeats: int = 4, parts: int = 1, save_every: int = 50, **changes
+) -> torch.Tensor:
+    pool = changes.get("pool", images(20, 1))
+    weights = torch.softmax(images(len(pool), 2)[:, 0, 0, :2] * 3, dim=0)
+    return match_pool(
+        pool,
+        weights,
+        images(4, 3).view(2, 2, *SHAPE),
+        parts=parts,
+        steps=steps,
+        repeats=repeats,
+        lr=0.05,
+        width=4,
+        dsa=Dsa(strategy="crop_scale_rotate"),
+        workspace=FolderWorkspace(folder, quiet=True),
+        save_every=save_every,
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_fit_stays_in_range_and_repeats_itself(tmp_path: Path, parts: int) -> None:
+    first = fit(tmp_path / "a", parts=parts)
+    assert first.shape == (2, 2, *SHAPE)
+    assert first.abs().max() <= 1
+    assert torch.equal(fit(tmp_path / "b", parts=parts), first)
+    assert not torch.equal(first, images(4, 3).view(2, 2, *SHAPE))
+
+
+@pytest.mark.parametrize("save_every", range(1, 9))
+def test_the_fit_goes_on_from_any_step(tmp_path: Path, save_every: int) -> None:
+    """Also from the middle of what one network serves."""
+    whole = fit(tmp_path / "a")
+    assert torch.equal(fit(tmp_path / "b", save_every=save_every), whole)
+    assert FolderWorkspace(tmp_path / "b").load("matching") is not None
+    assert torch.equal(fit(tmp_path / "b", save_every=save_every), whole)  # from the last checkpoint
+
+
+def test_a_pool_of_equal_images_gives_no_nan(tmp_path: Path) -> None:
+    assert fit(tmp_path, pool=torch.zeros(20, *SHAPE)).isfinite().all()
+
+
+def test_the_shares_are_of_one_budget() -> None:
+    public = Public(image_shape=SHAPE, class_names=("a", "b"), auxiliary=images(4))
+    asked = plan(Config(pixel_dims=999), public, 3.0)
+    assert sum(1 / planned.query.noise_multiplier**2 for planned in asked) == pytest.approx(1 / 9)
+    assert {(p.query.sampling_prob, p.query.n_classes, p.count) for p in asked} == {(1.0, 2, 1)}
+    assert asked[0].query.dim == mix.n_moments(64)  # no more coordinates than pixels
+    for wrong in (
+        {"share_means": 0.5},
+        {"share_local": 0.0, "share_means": 0.8},
+        {"share_moments": -0.2, "share_means": 0.8},
+        {"share_means": float("nan")},
+    ):
+        with pytest.raises(ConfigError, match="shares"):
+            Config(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"parts": 3},
+        {"parts": -1},
+        {"pixel_prior": 1.1},
+        {"procedural": float("nan")},
+        {"per_class": 50, "pool_mixture": 12},
+        {"components": 1501},
+        {"components": 0},
+        {"networks": 0},
+        {"pool_public": 0},
+        {"repeats": 0},
+        {"steps": -1},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+    ],
+    ids=str,
+)
+def test_settings_that_would_fail_after_the_charge(wrong: dict) -> None:
+    with pytest.raises(ConfigError, match=r"Expected .*got"):
+        Config(**wrong)
+
+
+def test_public_images_are_mixed_by_their_share(tmp_path: Path) -> None:
+    workspace = FolderWorkspace(tmp_path, quiet=True)
+    own, made_up = torch.full((50, *SHAPE), 0.5), torch.full((9000, *SHAPE), -0.5)
+
+    def shares(shape: tuple[int, int, int], **settings: object) -> tuple[int, int]:
+        own_images, others = (x.expand(-1, shape[0], -1, -1) for x in (own, made_up))
+        public = Public(image_shape=shape, class_names=("a",), auxiliary=own_images, procedural=others)
+        mixed = _public_images(Config(**settings), public, workspace)
+        return int((mixed[:, 0, 0, 0] > 0).sum()), int((mixed[:, 0, 0, 0] < 0).sum())
+
+    assert shares((1, 8, 8)) == (50, 3000)
+    assert shares((3, 8, 8)) == (50, 0)
+    assert shares((3, 8, 8), procedural=1.0) == (0, 6000)
+    alone = _public_images(Config(), Public(image_shape=SHAPE, class_names=("a",), auxiliary=made_up), workspace)
+    assert len(alone) == 6000
+    assert np.isclose(float(alone.mean()), -0.5)

@@ -1,0 +1,214 @@
+"""The verbs, as a person types them: exit codes, one line on stderr, and nothing spent by looking. One process, but for the imports."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpdistill import cli, pipeline
+from dpdistill.verification import verify
+
+TINY = [
+    "steps=4",
+    "networks=1",
+    "feature_width=4",
+    "feature_dims=6",
+    "pixel_dims=4",
+    "components=2",
+    "pool_mixture=4",
+    "pool_public=12",
+    "width=4",
+]
+SETTINGS = [word for name in TINY for word in ("--set", name)]
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def dp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """dp("verify", "out") -> exit code, stdout, stderr; in a folder with private.npz and test.npz."""
+    monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 40)
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, n in (("private", 13), ("test", 6)):
+        images = rng.integers(0, 256, (n, 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=np.arange(n) % 2, classes=np.array(["a", "b"]))
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dpdistill", *map(str, words)])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_a_release_from_first_look_to_page(dp: Cli, tmp_path: Path) -> None:
+    """plan, dry run, dataset, the same again, verify, evaluate, report, and a flipped byte."""
+    code, out, err = dp("plan", "--shape", "1,8,8", "--classes", 2, "--per-class", 1, *SETTINGS)
+    assert (code, err) == (0, "")
+    assert "joint-moments" in out
+    assert "planned: ε = " in out
+    command = ["dataset", "--data", "private.npz", "--out", "out", "--per-class", 1, *SETTINGS]
+    code, dry, err = dp(*command, "--dry-run")
+    assert (code, err) == (0, "")
+    assert dry == out  # the plan needs no data
+    assert names(tmp_path) == ["private.npz", "test.npz"]  # not even a home
+    code, out, err = dp(*command)
+    assert code == 0
+    assert "record-level" in out or "ε" in out
+    assert "release: out" in out
+    assert "feature means" in err
+    assert "Traceback" not in err
+    ledger = next((tmp_path / "home" / "ledgers").iterdir())
+    before = ledger.read_bytes()
+    assert dp(*command)[:2] == (0, out)
+    assert dp(*command, "--dry-run")[0] == 0
+    assert ledger.read_bytes() == before
+
+    code, out, err = dp("verify", "out")
+    assert (code, err) == (0, "")
+    assert out.startswith("PASS")
+    code, out, _ = dp("evaluate", "out", "--data", "test.npz", "--epochs", 2, "--seeds", 2, "--out", "e.json")
+    assert code == 0
+    assert "not covered by the guarantee" in out
+    assert len(json.loads((tmp_path / "e.json").read_text())["accuracies"]) == 2
+    code, out, err = dp("report", "out", "--out", "page.html", "--evaluation", "e.json")
+    assert (code, err) == (0, "")
+    assert "accuracies" in (tmp_path / "page.html").read_text()
+    for wrong in (
+        ("evaluate", "out", "--data", "test.npz", "--out", "out/e.json"),
+        ("evaluate", "out", "--data", "test.npz", "--out", "none/e.json"),
+        ("evaluate", "out", "--data", "test.npz", "--resize", 16),
+        ("evaluate", "none", "--data", "test.npz"),
+        ("report", "out", "--out", "out/page.html"),
+        ("report", "out", "--evaluation", "private.npz"),
+    ):
+        code, out, err = dp(*wrong)
+        assert (code, out) == (2, ""), wrong
+        assert err.startswith("dpdistill: "), wrong
+        assert err.count("\n") == 1, wrong
+    assert verify(tmp_path / "out").ok  # nothing was put into it
+    pages = tmp_path / "out" / "report.html"
+    pages.write_bytes(pages.read_bytes().replace(b"a", b"b", 1))
+    code, out, err = dp("verify", "out")
+    assert (code, err) == (1, "")
+    assert out.startswith("FAIL  report.html")
+    assert dp("verify", "none")[0] == 1
+
+
+def test_a_file_of_settings(dp: Cli, tmp_path: Path) -> None:
+    text = 'data = "private.npz"\nclasses = 2\nper_class = 1\nepsilon = 9.0\n[settings]\nsteps = 3\n'
+    (tmp_path / "c.toml").write_text(text)
+    code, out, _ = dp("plan", "--shape", "1,8,8", "--config", "c.toml", "--epsilon", 2)
+    assert code == 0
+    assert "epsilon = 2.0" in out
+    assert "steps = 3" in out
+    assert "2 × " in out  # the file's two classes
+    assert dp("dataset", "--config", "c.toml", "--dry-run", *SETTINGS)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dataset", "--data", "none.npz"], "none.npz: does not exist"),
+        (["dataset", "--data", ""], ""),
+        (["dataset"], "missing: data"),
+        (["dataset", "--data", "private.npz", "--method", "joined"], "unknown method 'joined'; known: joint"),
+        (["dataset", "--data", "private.npz", "--set", "stepz=3"], "did you mean settings.steps?"),
+        (["dataset", "--data", "private.npz", "--set", "epsilonn=3"], "did you mean epsilon?"),
+        (["dataset", "--data", "private.npz", "--set", "steps"], "expected name=value"),
+        (["dataset", "--data", "private.npz", "--set", "steps=x"], "settings.steps = 'x': expected int"),
+        (["dataset", "--data", "private.npz", "--set", "epsilon=nan"], "epsilon = 'nan': expected float"),
+        (["dataset", "--data", "private.npz", "--epsilon", "-1"], "epsilon > 0"),
+        (["dataset", "--data", "private.npz", "--seed", "-1"], "seed in 0.."),
+        (["dataset", "--data", "private.npz", "--device", "tpu"], "cpu or cuda"),
+        (["dataset", "--data", "private.npz", "--config", "none.toml"], "none.toml: not readable"),
+        (["dataset", "--data", "private.npz", "--epsilon", "2", "--budget", "1"], "budget of at least"),
+        (["dataset", "--data", "private.npz", "--out", "private.npz"], "choose another --out"),
+        (["dataset", "--data", "private.npz", "--out", "private.npz/x", *SETTINGS], "choose another --out"),
+        (["plan", "--shape", "1,28"], "--shape 1,28: expected channels,height,width"),
+        (["plan", "--shape", "a,b,c"], "--shape a,b,c"),
+        (["plan", "--shape", "2,28,28"], "1 or 3 channels"),
+        (["plan", "--shape", "1,4,28"], "8 to 64"),
+        (["plan", "--shape", "3,-9,9999999"], "8 to 64"),
+        (["plan", "--classes", "0"], "at least one class"),
+        (["plan", "--method", "dosser"], "expected_records_per_class"),
+    ],
+    ids=lambda value: " ".join(value[:6]) if isinstance(value, list) else "",
+)
+def test_an_error_is_one_line_with_the_way_out(words: list[str], message: str, dp: Cli) -> None:
+    code, out, err = dp(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("dpdistill: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert message in err
+
+
+def test_a_wrong_flag_has_exit_code_2(dp: Cli) -> None:
+    for words in (["dataset", "--epsilon", "much"], ["dataset", "--nonsense"], ["nonsense"], ["evaluate", "o"]):
+        code, _, err = dp(*words)
+        assert code == 2
+        assert "Traceback" not in err
+
+
+def test_a_disk_that_does_not_take_it(dp: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(pipeline, "distil", full)
+    assert dp("dataset", "--data", "private.npz") == (2, "", "dpdistill: somewhere: No space left on device\n")
+
+
+def test_ctrl_c_says_how_to_go_on(dp: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["dataset", "--data", "private.npz", "--out", "out", "--per-class", 1, *SETTINGS]
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_bundle", stop)
+        code, _, err = dp(*command)
+    assert code == 130
+    assert err.endswith("dpdistill: stopped; the same command goes on from here\n")
+    assert "Traceback" not in err
+    assert names(tmp_path) == ["home", "out.state", "private.npz", "test.npz"]
+    ledger = next((tmp_path / "home" / "ledgers").iterdir())
+    charges = ledger.read_bytes().count(b'"type":"intent"')
+    assert dp(*command)[0] == 0
+    assert ledger.read_bytes().count(b'"type":"intent"') == charges == 4
+    assert names(tmp_path) == ["home", "out", "private.npz", "test.npz"]
+
+
+def test_help_and_verify_need_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom dpdistill import cli\n"
+        "for words in (['--help'], ['verify', 'none'], ['dataset', '--help']):\n"
+        "    sys.argv = ['dpdistill', *words]\n"
+        "    try:\n        cli.main()\n"
+        "    except SystemExit as stop:\n        print('exit', stop.code)\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert [line for line in done.stdout.splitlines() if line.startswith("exit")] == ["exit 0", "exit 1", "exit 0"]
+    assert done.stdout.splitlines()[-1] == "False"
+    for verb in ("plan", "dataset", "verify", "evaluate", "report"):
+        assert verb in done.stdout
