@@ -135,7 +135,7 @@ def test_a_file_of_settings(dp: Cli, tmp_path: Path) -> None:
         (["dataset", "--data", "private.npz", "--set", "steps"], "expected name=value"),
         (["dataset", "--data", "private.npz", "--set", "steps=x"], "settings.steps = 'x': expected int"),
         (["dataset", "--data", "private.npz", "--set", "epsilon=nan"], "epsilon = 'nan': expected float"),
-        (["dataset", "--data", "private.npz", "--epsilon", "-1"], "epsilon > 0"),
+        (["dataset", "--data", "private.npz", "--epsilon", "-1"], "epsilon of at least"),
         (["dataset", "--data", "private.npz", "--seed", "-1"], "seed in 0.."),
         (["dataset", "--data", "private.npz", "--device", "tpu"], "cpu or cuda"),
         (["dataset", "--data", "private.npz", "--config", "none.toml"], "none.toml: not readable"),

@@ -55,8 +55,8 @@ class RunConfig:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (0 < self.epsilon < math.inf):
-            raise ConfigError(f"Expected a finite epsilon > 0, got {self.epsilon}.")
+        if not (1e-3 <= self.epsilon < math.inf):
+            raise ConfigError(f"Expected a finite epsilon of at least 0.001, got {self.epsilon}.")
         if not (0 < self.delta < 1):
             raise ConfigError(f"Expected delta in (0, 1), got {self.delta}; 1e-5 is usual.")
         if not (1 <= self.per_class <= 1000):

@@ -49,7 +49,7 @@ def resolve_classes(
         raise InputError(path, "class_names is one string", "pass a list of names")
     if in_file is None and class_names is None:
         if n_classes is None:
-            raise InputError(path, "does not list its classes", f"pass n_classes or class_names: {WHY_DECLARED}")
+            raise InputError(path, "does not list its classes", f"give --classes K (from Python: n_classes or class_names): {WHY_DECLARED}")
         if not isinstance(n_classes, int) or not 1 <= n_classes <= limits.max_classes:
             raise InputError(path, f"n_classes must be a whole number in 1..{limits.max_classes}")
         return tuple(str(k) for k in range(n_classes))
@@ -80,6 +80,6 @@ def check_labels(path: object, labels: np.ndarray, n_images: int, n_classes: int
     if labels.dtype.kind == "f" and not np.array_equal(labels, np.trunc(labels)):  # NaN differs from itself
         raise InputError(path, "labels must be whole numbers", "store them as int64")
     if len(labels) and not (labels.min() >= 0 and labels.max() < n_classes):
-        hint = f"labels are 0..{n_classes - 1}; check n_classes, and whether they count from 0"
+        hint = f"labels are 0..{n_classes - 1}; check --classes (n_classes), and whether they count from 0"
         raise InputError(path, "has a label outside the class list", hint)
     return labels.astype(np.int64)
