@@ -6,6 +6,7 @@ Noise is off where a sum is compared (`silent`), and sums are then exact integer
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -579,3 +580,18 @@ def test_uint8_and_float_records_give_the_same(open_door: Door, toy_records: Rec
     rough = open_door(toy_records(9, K), "a").release(query(grid_bits=8), pixels)
     fine = open_door(toy_records(9, K, dtype="float32"), "b").release(query(grid_bits=8), pixels)
     assert torch.equal(rough, fine)
+
+
+def test_a_small_gradient_is_not_refused_for_its_own_rounding(open_door: Any, toy_records: Any) -> None:
+    """A record that is fitted well has a tiny gradient, whose rounding is large only against itself: a long private training must not
+    be refused half-way, with its budget charged."""
+    door = open_door(toy_records())
+    query = GaussianSum(name="gradient", dim=2, noise_multiplier=1.0, clip_norm=1.0)
+
+    def rounded(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return 1e-5 * x.flatten(1)[:, :2] + (1e-7 if len(x) > 1 else 0.0)
+
+    door.check(query, rounded)
+    small = replace(query, clip_norm=1e-5)
+    with pytest.raises(RecordwiseError):  # the same difference counts where the clip is as small
+        door.check(small, rounded)

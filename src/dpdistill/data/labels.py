@@ -49,7 +49,11 @@ def resolve_classes(
         raise InputError(path, "class_names is one string", "pass a list of names")
     if in_file is None and class_names is None:
         if n_classes is None:
-            raise InputError(path, "does not list its classes", f"give --classes K (from Python: n_classes or class_names): {WHY_DECLARED}")
+            raise InputError(
+                path,
+                "does not list its classes",
+                f"give --classes K (from Python: n_classes or class_names): {WHY_DECLARED}",
+            )
         if not isinstance(n_classes, int) or not 1 <= n_classes <= limits.max_classes:
             raise InputError(path, f"n_classes must be a whole number in 1..{limits.max_classes}")
         return tuple(str(k) for k in range(n_classes))

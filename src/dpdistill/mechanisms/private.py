@@ -70,9 +70,11 @@ class PrivateData:
         """Raises RecordwiseError unless `fn` treats records alone. Reads no record, charges nothing."""
         if query.n_classes not in (1, self.n_classes):
             raise ConfigError(f"query {query.name!r} has {query.n_classes} rows for {self.n_classes} classes")
-        worst = check_recordwise(
-            lambda x, y: fn(x.to(self.device), y.to(self.device)), self.image_shape, self.n_classes, query.dim
-        )
+
+        def placed(x: Tensor, y: Tensor) -> Tensor:
+            return fn(x.to(self.device), y.to(self.device))
+
+        worst = check_recordwise(placed, self.image_shape, self.n_classes, query.dim, query.clip_norm)
         self.checks[query.name] = max(worst, self.checks.get(query.name, 0.0))
 
     def reserve(self, query: GaussianSum, count: int = 1) -> Reservation:

@@ -26,14 +26,20 @@ def probe(image_shape: tuple[int, int, int], n_classes: int, n: int = 5) -> tupl
     return images.clamp(-1, 1), torch.arange(n) % n_classes
 
 
-def check_recordwise(fn: RecordFunction, image_shape: tuple[int, int, int], n_classes: int, dim: int) -> float:
-    """Returns the largest relative difference between `fn` of a batch and of one record at a time.
+def check_recordwise(
+    fn: RecordFunction, image_shape: tuple[int, int, int], n_classes: int, dim: int, clip_norm: float
+) -> float:
+    """Returns the largest difference between `fn` of a batch and of one record at a time, relative to what a row counts for.
+
+    That is its norm, or `clip_norm` where the norm is below it: the gradient of a record that is fitted well is small, and its rounding
+    large only against itself.
 
     Args:
       fn: maps images [B, C, H, W] and labels [B] to vectors [B, dim].
+      clip_norm: what the rows are clipped to afterwards.
 
     Raises:
-      RecordwiseError: the rows differ by more than 1e-4 of their norm, depend on the other rows, or have another shape.
+      RecordwiseError: the rows differ by more than 1e-4, depend on the other rows, or have another shape.
     """
     x, y = probe(image_shape, n_classes)
     raw = fn(x.clone(), y.clone())  # clones: a function may write into its arguments
@@ -43,7 +49,7 @@ def check_recordwise(fn: RecordFunction, image_shape: tuple[int, int, int], n_cl
             f"a record function returned shape {tuple(batch.shape)} for {len(x)} records, wanted {(len(x), dim)}"
         )
     single = torch.cat([fn(x[i : i + 1].clone(), y[i : i + 1].clone()) for i in range(len(x))]).detach().double().cpu()
-    scale = single.norm(dim=1).clamp_min(1e-12)
+    scale = single.norm(dim=1).clamp_min(clip_norm)
     worst = float(((batch - single).norm(dim=1) / scale).max())
     mixing = 0.0
     for kept in (0, len(x) - 1):
