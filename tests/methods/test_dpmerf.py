@@ -1,70 +1,33 @@
 """DP-MERF, end to end behind the door on made-up images of 12x12."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from behind_the_door import Stop, Stopping, made_up_public, made_up_records, run_method
 from dpdistill.data.images import LabelledImages
-from dpdistill.mechanisms import PrivateData, Vault
 from dpdistill.methods import dpmerf
 from dpdistill.methods.base import Public
 from dpdistill.models.generator import Generator
-from dpdistill.privacy import Ledger
-from dpdistill.privacy import ledger as ledgers
-from dpdistill.workspace import FolderWorkspace
 
 CONFIG = dpmerf.Config(per_class=3, n_frequencies=200, steps=9, batch=8, width=8, checkpoint_steps=2)
 
 
-class Stop(Exception):
-    pass
-
-
-class Stopping(FolderWorkspace):
-    """Stops after n steps."""
-
-    def __init__(self, folder: Path, n: int) -> None:
-        super().__init__(folder, quiet=True)
-        self.n = n
-
-    def track(self, steps: Sequence[int], description: str) -> Iterator[int]:
-        for done, step in enumerate(steps):
-            if done == self.n:
-                raise Stop
-            yield step
-
-
 @pytest.fixture
 def records() -> LabelledImages:
-    """Three classes: one large, one small, one with no records."""
-    rng = np.random.default_rng(0)
-    labels = np.array([0] * 40 + [1] * 15, np.int64)
-    images = rng.integers(0, 90, (55, 1, 12, 12), dtype=np.uint8)
-    images[labels == 0, :, : 12 // 2] += 150
-    images[labels == 1, :, 12 // 2 :] += 150
-    return LabelledImages(images=images, labels=labels, class_names=("top", "bottom", "none"), source="made up")
+    return made_up_records(1, 12)
 
 
 @pytest.fixture
 def public() -> Public:
-    auxiliary = torch.rand(40, 1, 12, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return Public(image_shape=(1, 12, 12), class_names=("top", "bottom", "none"), auxiliary=auxiliary)
+    return made_up_public(1, 12)
 
 
-def go(folder: Path, records: LabelledImages, public: Public, config, workspace=None, sigma: float = 1.0):
-    """Runs behind the door; returns the result and the ledger's parts, which must be the planned ones."""
-    plan = dpmerf.plan(config, public, sigma)
-    with Ledger.open(folder / "l.jsonl", cap=(1e7, 1e-5), data="toy") as ledger:
-        private = PrivateData(records, ledger, Vault.open(folder / "v", insecure_seed=1), micro_batch=64)
-        result = dpmerf.run(config, public, private, plan, workspace or FolderWorkspace(folder / "w", quiet=True))
-        parts = ledgers.parts(ledger.lines)
-    assert parts == [planned.part for planned in plan]
-    assert max(private.checks.values()) < 1e-4
-    return result, parts
+def go(*args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+    return run_method(dpmerf, *args, **kwargs)
 
 
 def test_end_to_end(tmp_path: Path, records: LabelledImages, public: Public) -> None:
