@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dpdistill import RunConfig, distil, verify
+from dpdistill.bundle.release import read_bundle
 from dpdistill.data import load_images
 from dpdistill.errors import DpdistillError
 from dpdistill.evaluation import Training, accuracy, evaluate, train_on_real
-from dpdistill.release import read_bundle
 
 OUT = Path("out/demo")
 PRIVATE = RunConfig(data="digits:train", out=str(OUT / "release"), ledger=str(OUT / "ledger.jsonl"), epsilon=3.0)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpdistill import cli, pipeline
-from dpdistill.verification import verify
+from dpdistill.bundle.verification import verify
 
 TINY = [
     "steps=4",

@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from dpdistill import pipeline
+from dpdistill.bundle.verification import verify
 from dpdistill.config import RunConfig
 from dpdistill.mechanisms import Vault
 from dpdistill.methods import joint
 from dpdistill.pipeline import distil
 from dpdistill.privacy import Ledger, accounting, faults, queries
-from dpdistill.verification import verify
 
 # Two checkpoints of the fit, both in the middle of what one network serves.
 JOINT = {

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from dpdistill import pipeline
+from dpdistill.bundle.verification import verify
 from dpdistill.config import RunConfig
 from dpdistill.errors import BudgetError, ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
 from dpdistill.mechanisms import Vault
@@ -25,7 +26,6 @@ from dpdistill.methods import METHODS
 from dpdistill.pipeline import distil, make_plan
 from dpdistill.privacy import Ledger, accounting
 from dpdistill.privacy import ledger as ledgers
-from dpdistill.verification import verify
 
 TINY: dict[str, dict[str, Any]] = {
     "joint": {

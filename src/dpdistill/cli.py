@@ -128,7 +128,7 @@ def dataset(
 
 
 def _tell(folder: Path) -> None:
-    from .verification import verify
+    from .bundle.verification import verify
 
     verdict = verify(folder)
     console.print(f"[bold]{verdict.guarantee}[/bold]" if verdict.guarantee else "no guarantee")
@@ -140,7 +140,7 @@ def _tell(folder: Path) -> None:
 @app.command()
 def verify(release: Release) -> None:
     """Recomputes ε from the release's ledger and checks every file. Exit code 0 only if all holds."""
-    from .verification import verify as run
+    from .bundle.verification import verify as run
 
     verdict = run(release)
     for problem in verdict.problems:
@@ -166,10 +166,10 @@ def evaluate(
     resize: Resize = None,
 ) -> None:
     """Trains fresh networks on a release and tests them on your test images. The result stays outside the release."""
+    from .bundle.release import read_bundle
     from .data import load_images
     from .errors import InputError
     from .evaluation import Training, evaluate
-    from .release import read_bundle
     from .workspace import passing
 
     _check_outside(out, release)
@@ -195,7 +195,7 @@ def report(
     evaluation: Annotated[Path | None, typer.Option(help="Result of `evaluate`, to be shown on the page.")] = None,
 ) -> None:
     """Writes the page of a release anew, with the utility you measured if you name it."""
-    from .report import write_report
+    from .bundle.report import write_report
 
     write_report(release, out, _read_evaluation(evaluation) if evaluation else None)
     console.print(f"page: {out}", markup=False)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .bundle import BundleFacts, write_bundle
 from .config import RunConfig, build, config_hash, public_toml
 from .data import LabelledImages, Limits, load_images, procedural_images, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError
@@ -27,7 +28,6 @@ from .methods import METHODS, Method, Public
 from .privacy import Ledger, Planned, accounting, calibrate
 from .privacy import ledger as ledgers
 from .privacy.faults import point
-from .release import BundleFacts, write_bundle
 from .workspace import FolderWorkspace
 
 N_PROCEDURAL = 4000

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from dpdistill import verification as verifier
+from dpdistill.bundle import verification as verifier
+from dpdistill.bundle.release import BundleFacts, write_bundle
 from dpdistill.methods.base import Synthetic
 from dpdistill.privacy import GaussianSum, Ledger
 from dpdistill.privacy import ledger as ledgers
-from dpdistill.release import BundleFacts, write_bundle
 
 RUN = "run-0123456789abcdef"
 NAMES = ("cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lion")

@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dpdistill import contents, png, release, tensors
+from dpdistill.bundle import contents, png, release, tensors
+from dpdistill.bundle.release import read_bundle, write_bundle
+from dpdistill.bundle.verification import SIZES, verify
 from dpdistill.errors import ReleaseError
 from dpdistill.models.augment import expand
-from dpdistill.release import read_bundle, write_bundle
-from dpdistill.verification import SIZES, verify
 
 
 def all_bytes(folder: Path) -> dict[str, bytes]:
@@ -59,7 +59,7 @@ def test_a_release_verifies_and_reads_back(kit: Any, tmp_path: Path, options: di
 def test_the_bytes_depend_on_the_arguments_alone(kit: Any, pristine: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import conftest as kit\n"
-        "from dpdistill.release import write_bundle\n"
+        "from dpdistill.bundle.release import write_bundle\n"
         "made, place = kit.synthetic(), Path(sys.argv[2])\n"
         "write_bundle(place / 'elsewhere', made, kit.facts(place, made))"
     )

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from dpdistill.bundle.release import write_bundle
+from dpdistill.bundle.report import write_report
+from dpdistill.bundle.verification import verify
 from dpdistill.errors import ReleaseError
-from dpdistill.release import write_bundle
-from dpdistill.report import write_report
-from dpdistill.verification import verify
 
 VOID = {"meta", "img", "link", "br", "hr", "input", "rect"}
 

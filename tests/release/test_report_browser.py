@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from dpdistill.release import write_bundle
-from dpdistill.report import write_report
+from dpdistill.bundle.release import write_bundle
+from dpdistill.bundle.report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpdistill import report, tensors
-from dpdistill import verification as verifier
-from dpdistill.release import write_bundle
-from dpdistill.verification import SIZES, verify
+from dpdistill.bundle import report, tensors
+from dpdistill.bundle import verification as verifier
+from dpdistill.bundle.release import write_bundle
+from dpdistill.bundle.verification import SIZES, verify
 
 
 def problems(folder: Path) -> str:
@@ -55,7 +55,7 @@ def test_sha256sum_agrees(pristine: Path) -> None:
 
 def test_verifying_imports_no_torch(pristine: Path) -> None:
     code = (
-        "import sys\nfrom dpdistill.verification import verify\nassert verify(sys.argv[1]).ok\n"
+        "import sys\nfrom dpdistill.bundle.verification import verify\nassert verify(sys.argv[1]).ok\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code, str(pristine)], check=True)

@@ -15,11 +15,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import ConfigError, ReleaseError
+from ..privacy import Guarantee, accounting
+from ..privacy import ledger as ledgers
+from ..privacy.guarantee import shown as rounded_up
 from .contents import Contents
-from .errors import ConfigError, ReleaseError
-from .privacy import Guarantee, accounting
-from .privacy import ledger as ledgers
-from .privacy.guarantee import shown as rounded_up
 
 FORMAT = "dpdistill-certificate-1"
 

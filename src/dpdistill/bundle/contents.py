@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import ReleaseError
 from . import png, tensors
-from .errors import ReleaseError
 
 MAX_PARTS = 16
 

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ..data.limits import DEFAULT_LIMITS
+from ..data.parquet_check import check_parquet
+from ..errors import ReleaseError
 from . import png
-from .data.limits import DEFAULT_LIMITS
-from .data.parquet_check import check_parquet
-from .errors import ReleaseError
 
 _LAYOUT = {
     "compression": "none",

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import DpdistillError, ReleaseError
+from ..privacy import Guarantee
+from ..privacy import ledger as ledgers
+from ..privacy.guarantee import shown
 from . import certificate as certificates
 from . import contents, png, report, table
 from .certificate import BundleFacts, Figures, decimal
 from .contents import Contents, one_line
-from .errors import DpdistillError, ReleaseError
 from .ledger_check import check_ledger
-from .privacy import Guarantee
-from .privacy import ledger as ledgers
-from .privacy.guarantee import shown
 from .tensors import parse_json
 
 SIZES = {  # the only files of a release, and the most bytes each may have

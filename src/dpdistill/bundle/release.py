@@ -10,16 +10,16 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import ReleaseError
+from ..privacy.faults import point
+from ..privacy.ledger import sync_directory
 from . import certificate as certificates
 from . import contents, png, report, table, verification
 from .certificate import BundleFacts
 from .contents import Contents, one_line, printable_names
-from .errors import ReleaseError
-from .privacy.faults import point
-from .privacy.ledger import sync_directory
 
 if TYPE_CHECKING:
-    from .methods.base import Synthetic
+    from ..methods.base import Synthetic
 
 __all__ = ["BundleFacts", "read_bundle", "write_bundle"]
 
@@ -125,7 +125,7 @@ def read_bundle(path: str | os.PathLike[str]) -> "Synthetic":
     """
     import torch
 
-    from .methods.base import Synthetic
+    from ..methods.base import Synthetic
 
     held = contents.unpack(verification.read_file(Path(path), "dataset/synthetic.safetensors"))
 

@@ -14,10 +14,10 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from ..errors import ReleaseError
+from ..privacy.guarantee import shown
 from . import png
 from .contents import Contents, one_line
-from .errors import ReleaseError
-from .privacy.guarantee import shown
 
 _TEMPLATES = Path(__file__).parent / "templates"
 ACROSS = 10  # images shown per class

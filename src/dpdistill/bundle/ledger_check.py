@@ -7,12 +7,12 @@ compute in reasonable time.
 import hashlib
 import re
 
+from ..errors import ConfigError, LedgerError
+from ..privacy import accounting
+from ..privacy import ledger as ledgers
+from ..privacy.ledger import Line
 from . import certificate as certificates
 from .certificate import BundleFacts
-from .errors import ConfigError, LedgerError
-from .privacy import accounting
-from .privacy import ledger as ledgers
-from .privacy.ledger import Line
 
 MAX_EPSILON = 1000.0  # by Rényi DP; beyond it a loss distribution takes memory without bound and protects nobody
 MAX_SAMPLED = 64  # different subsampled mechanisms, each seconds of work

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ReleaseError
+from ..errors import ReleaseError
 
 MAX_HEADER = 2**20
 MAX_TENSORS = 64

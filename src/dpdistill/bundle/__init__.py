@@ -1,0 +1,8 @@
+"""The release folder: written whole or not at all, read, checked by a stranger, shown to a person. Nothing here needs torch to verify."""
+
+from .certificate import BundleFacts
+from .release import read_bundle, write_bundle
+from .report import write_report
+from .verification import Verdict, verify
+
+__all__ = ["BundleFacts", "Verdict", "read_bundle", "verify", "write_bundle", "write_report"]
