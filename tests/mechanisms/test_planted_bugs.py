@@ -701,7 +701,7 @@ MUTANTS = [
     bug(
         "M19 a tolerance that lets faint mixing through",
         check_recordwise,
-        (RECORDWISE, 'MIXING_TOLERANCE if device == "cpu" else TOLERANCE', "TOLERANCE"),
+        (RECORDWISE, 'MIXING_TOLERANCE if device == "cpu" else MIXING_TOLERANCE_GPU', "TOLERANCE"),
     ),
     bug(
         "M19 only the first row is tried",

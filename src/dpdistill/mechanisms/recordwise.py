@@ -12,10 +12,13 @@ from torch import Tensor
 from ..errors import RecordwiseError
 
 RecordFunction = Callable[[Tensor, Tensor], Tensor]
-TOLERANCE = 1e-4  # batch against one record: other kernels, other rounding
-MIXING_TOLERANCE = (
-    2e-6  # the same row among other rows, in a batch of the same shape: the same arithmetic, so bit-equal on a CPU
-)
+# A batch against one record at a time: is it the right function? Other kernels round otherwise, and a trained network's normalisation
+# of an almost constant map blows that up (1e-3 seen); wrong gradient engines are off by 0.07 and more.
+TOLERANCE = 2e-2
+# The same row among other rows: does it depend on them? That is what sensitivity rests on. In batches of one shape the arithmetic is the
+# same, so a CPU gives the same bits.
+MIXING_TOLERANCE = 2e-6
+MIXING_TOLERANCE_GPU = 1e-4
 
 
 def probe(image_shape: tuple[int, int, int], n_classes: int, n: int = 5) -> tuple[Tensor, Tensor]:
@@ -39,7 +42,7 @@ def check_recordwise(
       clip_norm: what the rows are clipped to afterwards.
 
     Raises:
-      RecordwiseError: the rows differ by more than 1e-4, depend on the other rows, or have another shape.
+      RecordwiseError: the rows differ by more than rounding, depend on the other rows, or have another shape.
     """
     x, y = probe(image_shape, n_classes)
     raw = fn(x.clone(), y.clone())  # clones: a function may write into its arguments
@@ -57,7 +60,7 @@ def check_recordwise(
         x_other[kept], y_other[kept] = x[kept], y[kept]
         apart = float((fn(x_other, y_other).detach().double().cpu()[kept] - batch[kept]).norm() / scale[kept])
         mixing = apart if not (apart <= mixing) else mixing  # keeps NaN, where max() may lose it
-    if not (worst <= TOLERANCE and mixing <= (MIXING_TOLERANCE if device == "cpu" else TOLERANCE)):
+    if not (worst <= TOLERANCE and mixing <= (MIXING_TOLERANCE if device == "cpu" else MIXING_TOLERANCE_GPU)):
         raise RecordwiseError(
             f"a record function gives other rows in a batch than one record at a time (relative difference {worst:.1e}, "
             f"of which {mixing:.1e} from the other rows; rounding is at most {TOLERANCE:.0e} and {MIXING_TOLERANCE:.0e}); "
