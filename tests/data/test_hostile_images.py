@@ -249,7 +249,7 @@ def test_every_cap_holds(tmp_path, limit):
         ("digits", {"n_classes": 9}),
         ("digits", {"class_names": "0123456789"}),
         ("digits", {"channels": 3}),
-        ("/work/x.mat", {}),
+        ("/folder/x.mat", {}),
         ("/dev/null", {}),
     ],
 )
