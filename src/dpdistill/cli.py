@@ -38,11 +38,11 @@ Assignments = Annotated[list[str] | None, typer.Option("--set", help="name=value
 Release = Annotated[Path, typer.Argument(help="A release folder.")]
 
 
-def _config(**flags: Any) -> Any:
+def _config(kind: str = "RunConfig", **flags: Any) -> Any:
     from . import config
 
     file, assignments = flags.pop("config"), flags.pop("assignments") or []
-    return config.read(file, flags, assignments)
+    return config.read(file, flags, assignments, getattr(config, kind))
 
 
 def _show_plan(plan: Any, config: Any) -> None:
@@ -51,7 +51,7 @@ def _show_plan(plan: Any, config: Any) -> None:
     for planned in plan.releases:
         q = planned.query
         table.add_row(
-            q.name, str(planned.count), f"{q.n_classes} × {q.dim}", f"{q.sampling_prob:g}", f"{q.noise_multiplier:.4f}"
+            q.name, str(planned.count), f"{q.rows} × {q.dim}", f"{planned.part[0]:g}", f"{q.noise_multiplier:.4f}"
         )
     console.print(table)
     console.print(
@@ -71,8 +71,7 @@ def plan(
     assignments: Assignments = None,
 ) -> None:
     """Shows what a run would ask of the door and cost, without any data."""
-    from .errors import ConfigError
-    from .pipeline import make_plan
+    from .pipeline import make_plan, parse_shape
 
     chosen = _config(
         data="",
@@ -84,14 +83,8 @@ def plan(
         config=config,
         assignments=assignments,
     )
-    try:
-        channels, height, width = (int(side) for side in shape.split(","))
-    except ValueError:
-        raise ConfigError(f"--shape {shape}: expected channels,height,width such as 3,32,32") from None
-    if channels not in (1, 3) or not (8 <= min(height, width) and max(height, width) <= 64):
-        raise ConfigError(f"--shape {shape}: expected 1 or 3 channels and sides of 8 to 64 pixels, such as 3,32,32")
     names = tuple(str(k) for k in range(chosen.classes or 10))
-    _show_plan(make_plan(chosen, (channels, height, width), names), chosen)
+    _show_plan(make_plan(chosen, parse_shape(shape), names), chosen)
 
 
 @app.command()
@@ -127,11 +120,86 @@ def dataset(
     _tell(folder)
 
 
+@app.command()
+def model(
+    data: Data = None,
+    out: Out = None,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
+    shards: Annotated[
+        int | None, typer.Option(help="Train K teachers on disjoint parts of --data, and let them vote.")
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="Array of the .npz that says whose record each is: the guarantee is then per id.")
+    ] = None,
+    teachers: Annotated[str | None, typer.Option(help="Folder of models of many owners, to vote.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="One model: .onnx, .safetensors with --architecture, or a release of ours.")
+    ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="module:callable that makes a .safetensors file's network.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="channels,height,width a teacher expects, where its file does not say.")
+    ] = None,
+    input_low: Annotated[float | None, typer.Option(help="Pixel value that a teacher takes as black.")] = None,
+    input_high: Annotated[float | None, typer.Option(help="Pixel value that a teacher takes as white.")] = None,
+    attested_epsilon: Annotated[
+        float | None, typer.Option(help="ε of the teacher's training, by its supplier's word.")
+    ] = None,
+    attested_delta: Annotated[
+        float | None, typer.Option(help="δ of the teacher's training, by its supplier's word.")
+    ] = None,
+    attested_unit: Annotated[str | None, typer.Option(help="Whose presence the supplier says is hidden.")] = None,
+    accept_no_record_guarantee: Annotated[
+        bool | None,
+        typer.Option(
+            "--accept-no-record-guarantee", help="The paper's way with an opaque teacher: no guarantee for its records."
+        ),
+    ] = None,
+    per_class: PerClass = None,
+    auxiliary: Auxiliary = None,
+    classes: Classes = None,
+    resize: Resize = None,
+    budget: Budget = None,
+    ledger: LedgerPath = None,
+    seed: Seed = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the input, show settings and planned ε, and stop.")
+    ] = False,
+) -> None:
+    """Makes a private student model without showing it a real image. What is given decides the way; stopped, it goes on."""
+    chosen = _config("ModelConfig", **{name: value for name, value in locals().items() if name != "dry_run"})
+    from . import conversion, pipeline
+
+    if not chosen.teacher:
+        if dry_run or chosen.way == "votes":
+            source = pipeline.open_source(chosen)
+            planned = pipeline.make_plan(chosen, source.image_shape, source.class_names, source.models)
+            for line in planned.advice:
+                console.print(line, markup=False)
+        if dry_run:
+            _show_plan(planned, chosen)
+            return
+    elif dry_run:
+        found = conversion.bring(chosen)
+        console.print(
+            f"way: {chosen.way}; {len(found.class_names)} classes of {found.image_shape}; nothing will be charged"
+        )
+        return
+    folder = conversion.convert(chosen)
+    _tell(folder)
+
+
 def _tell(folder: Path) -> None:
     from .bundle.verification import verify
 
     verdict = verify(folder)
-    console.print(f"[bold]{verdict.guarantee}[/bold]" if verdict.guarantee else "no guarantee")
+    said = verdict.guarantee or " ".join(verdict.problems) or "no guarantee"
+    console.print(str(said), style="bold" if verdict.guarantee else "bold red", markup=False)
     console.print(
         f"release: {folder}   page: {folder / 'report.html'}   check: dpdistill verify {folder}", markup=False
     )
@@ -165,27 +233,35 @@ def evaluate(
     classes: Classes = None,
     resize: Resize = None,
 ) -> None:
-    """Trains fresh networks on a release and tests them on your test images. The result stays outside the release."""
-    from .bundle.release import read_bundle
+    """Tests a release on your images: a student as it is, synthetic images by networks trained on them. The result stays outside."""
+    from .bundle.release import load_student, read_bundle
     from .data import load_images
     from .errors import InputError
-    from .evaluation import Training, evaluate
+    from .evaluation import Training, accuracy, evaluate
     from .workspace import passing
 
     _check_outside(out, release)
     synthetic = read_bundle(release)
+    student = load_student(release) if (release / "model").is_dir() else None
     test = load_images(data, n_classes=classes, resize=resize)
     if test.images.shape[1:] != synthetic.images.shape[1:] or int(synthetic.labels.max()) >= test.n_classes:
         wanted, k = tuple(synthetic.images.shape[1:]), int(synthetic.labels.max()) + 1
         raise InputError(
             data, f"does not fit the release, of {k} classes of {wanted} images", "see --classes and --resize"
         )
+    if student is not None:
+        right = accuracy(student, test.images, test.labels, value_range=test.value_range)
+        out.write_text(json.dumps({"mean": right, "images": len(test.images)}, indent=2) + "\n")
+        console.print(
+            f"accuracy {100 * right:.2f} %; about the test data, so not covered by the guarantee; written to {out}"
+        )
+        return
     training = Training() if epochs is None else Training(epochs=epochs)
     with passing("training on the release") as progress:
         result = evaluate(synthetic, test, training, seeds=range(seeds), progress=progress)
     out.write_text(json.dumps(result, indent=2) + "\n")
-    accuracy = f"accuracy {100 * result['mean']:.2f} % ± {100 * result['std']:.2f} over {seeds} networks"
-    console.print(f"{accuracy}; about the test data, so not covered by the guarantee; written to {out}", markup=False)
+    said = f"accuracy {100 * result['mean']:.2f} % ± {100 * result['std']:.2f} over {seeds} networks"
+    console.print(f"{said}; about the test data, so not covered by the guarantee; written to {out}", markup=False)
 
 
 @app.command()

@@ -71,6 +71,83 @@ class RunConfig:
             raise ConfigError(f"Expected a device of cpu or cuda, got {self.device!r}.")
 
 
+WAYS = ("teacher", "votes", "conversion", "opaque")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(RunConfig):
+    """One student model. What is given decides the way: `data` alone trains a private teacher, `shards` or `teachers` vote, `teacher`
+    is converted as it comes.
+
+    Attributes:
+      data: private images, where a private teacher or voting teachers are to be trained from them.
+      method: a name in MODEL_METHODS, or empty: the way that fits what is given.
+      per_class: images of the generator to release with the student, per class.
+      shards: K, disjoint shards of `data` with one voting teacher each.
+      id_column: array of the .npz that says whose record each is; one person is in one shard, and the guarantee is per id.
+      teachers: folder with one model of every owner, to vote.
+      teacher: a model (.onnx, .safetensors with `architecture`), or a release folder of ours.
+      architecture: module:callable that makes the network of a .safetensors file.
+      shape: channels,height,width of a teacher's images, where the file does not say.
+      input_low, input_high: pixel range that a teacher expects.
+      attested_epsilon, attested_delta, attested_unit: what the teacher's supplier says about its training.
+      accept_no_record_guarantee: go on with a teacher of which nothing is known, the paper's way.
+    """
+
+    data: str = ""
+    method: str = ""
+    shards: int | None = None
+    id_column: str | None = None
+    teachers: str | None = None
+    teacher: str | None = None
+    architecture: str | None = None
+    shape: str | None = None
+    input_low: float = 0.0
+    input_high: float = 1.0
+    attested_epsilon: float | None = None
+    attested_delta: float | None = None
+    attested_unit: str = "record"
+    accept_no_record_guarantee: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("data", "teachers", "teacher") if getattr(self, name)]
+        if len(given) != 1:
+            raise ConfigError(
+                "give one of --data (private images), --teachers (a folder of models that vote), --teacher (one model)"
+                + (f"; got {' and '.join('--' + name for name in given)}" if given else "")
+            )
+        if (self.shards is not None or self.id_column) and not self.data:
+            raise ConfigError("--shards and --id-column cut --data; give the images with --data")
+        if self.id_column and self.shards is None:
+            raise ConfigError("--id-column needs --shards K: only voting teachers keep one person's records together")
+        if self.shards is not None and not (2 <= self.shards <= 100_000):
+            raise ConfigError(f"Expected shards in 2..100000, got {self.shards}.")
+        attested = (self.attested_epsilon, self.attested_delta)
+        if any(value is not None for value in attested):
+            if None in attested or not self.teacher:
+                raise ConfigError("--attested-epsilon and --attested-delta go together, with --teacher")
+            if not (0 < float(self.attested_epsilon or 0) < math.inf and 0 < float(self.attested_delta or 0) < 1):
+                raise ConfigError("Expected an attested epsilon > 0 and an attested delta in (0, 1).")
+            if self.accept_no_record_guarantee:
+                raise ConfigError("a teacher is attested or has no guarantee, not both")
+        if not (self.attested_unit.isascii() and self.attested_unit.isalpha() and len(self.attested_unit) <= 30):
+            raise ConfigError(f"Expected attested_unit as one word, such as record, got {self.attested_unit!r}.")
+        if not (-1e6 < self.input_low < self.input_high < 1e6):
+            raise ConfigError("Expected input_low below input_high.")
+        if self.method and self.method != self.way:
+            raise ConfigError(f"--method {self.method}: what is given calls for {self.way}; leave --method out")
+
+    @property
+    def way(self) -> str:
+        """Which of WAYS fits what is given. A release folder of ours and an attested teacher are converted alike."""
+        if self.data:
+            return "teacher" if self.shards is None else "votes"
+        if self.teachers:
+            return "votes"
+        return "opaque" if self.accept_no_record_guarantee else "conversion"
+
+
 def _convert(name: str, value: Any, wanted: Any) -> Any:
     """`value` as the annotated type: numbers and booleans may come as text; a number has to be finite."""
     options = (
@@ -136,7 +213,9 @@ def build(kind: type[Any], values: Mapping[str, Any], where: str = "", others: I
     return kind(**{key: _convert(where + key, value, hints[key]) for key, value in values.items()})
 
 
-def read(file: Path | None, flags: Mapping[str, Any], assignments: list[str]) -> RunConfig:
+def read(
+    file: Path | None, flags: Mapping[str, Any], assignments: list[str], kind: type[RunConfig] = RunConfig
+) -> RunConfig:
     """Returns the configuration of a TOML file, overridden by flags (where not None) and by `name=value` assignments.
 
     A bare name in an assignment, or one under `settings.`, is a setting of the method; `epsilon=2` and the like also work.
@@ -153,7 +232,7 @@ def read(file: Path | None, flags: Mapping[str, Any], assignments: list[str]) ->
     settings = values.pop("settings", {})
     if not isinstance(settings, dict):
         raise ConfigError("settings: expected a table, such as [settings] with a line steps = 100")
-    known = {f.name for f in dataclasses.fields(RunConfig)} - {"settings"}
+    known = {f.name for f in dataclasses.fields(kind)} - {"settings"}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
@@ -161,7 +240,7 @@ def read(file: Path | None, flags: Mapping[str, Any], assignments: list[str]) ->
         name = name.removeprefix("settings.")
         target = values if name in known else settings
         target[name] = text
-    return typing.cast(RunConfig, build(RunConfig, {**values, "settings": settings}))
+    return typing.cast(RunConfig, build(kind, {**values, "settings": settings}))
 
 
 def _toml(value: Any) -> str:

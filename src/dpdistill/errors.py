@@ -38,3 +38,7 @@ class ReleaseError(DpdistillError):
 
 class RecordwiseError(DpdistillError):
     """A function handed to the door mixes records, so its sensitivity is unknown. Nothing was read."""
+
+
+class TeacherError(DpdistillError):
+    """A teacher does not behave as one: other shapes than promised, or answers that are no numbers."""

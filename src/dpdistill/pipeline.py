@@ -11,24 +11,28 @@ import hmac
 import json
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from .bundle import BundleFacts, write_bundle
-from .config import RunConfig, build, config_hash, public_toml
+from .bundle import BundleFacts, product_of, write_bundle
+from .config import ModelConfig, RunConfig, build, config_hash, public_toml
 from .data import LabelledImages, Limits, load_images, procedural_images, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError
-from .mechanisms import PrivateData, Vault
+from .mechanisms import Door, Ensemble, PrivateData, Vault
 from .mechanisms.vault import write_atomically
-from .methods import METHODS, Method, Public
+from .methods import METHODS, MODEL_METHODS, Method, Public, Student, Synthetic
 from .privacy import Ledger, Planned, accounting, calibrate
 from .privacy import ledger as ledgers
 from .privacy.faults import point
 from .workspace import FolderWorkspace
+
+if TYPE_CHECKING:
+    from .models.teachers import Teacher
 
 N_PROCEDURAL = 4000
 
@@ -40,6 +44,7 @@ class Plan:
     Attributes:
       epsilon, epsilon_replace_one: of the calibrated releases.
       toml: the public configuration.
+      advice: what to expect, a line each.
     """
 
     method: Method
@@ -50,6 +55,7 @@ class Plan:
     epsilon: float
     epsilon_replace_one: float
     toml: str
+    advice: tuple[str, ...] = ()
 
 
 def public_facts(config: RunConfig, image_shape: tuple[int, int, int], class_names: tuple[str, ...]) -> Public:
@@ -83,21 +89,37 @@ def _load_auxiliary(spec: str, resize: int | None) -> LabelledImages:
     return load_images(spec, resize=resize, n_classes=Limits().max_classes)  # public labels: any will do
 
 
-def make_plan(config: RunConfig, image_shape: tuple[int, int, int], class_names: tuple[str, ...]) -> Plan:
-    """Calibrates the method to the asked (ε, δ): from public facts only."""
-    if config.method not in METHODS:
+def make_plan(
+    config: RunConfig, image_shape: tuple[int, int, int], class_names: tuple[str, ...], models: int = 0
+) -> Plan:
+    """Calibrates the method to the asked (ε, δ): from public facts only.
+
+    Args:
+      models: how many models vote, where owners brought them.
+    """
+    config = with_way(config)
+    method: Any
+    given: dict[str, Any] = {"per_class": config.per_class}
+    if isinstance(config, ModelConfig):
+        method = MODEL_METHODS[config.method]
+        if config.method == "votes":
+            given |= {"models": models or config.shards, "unit_moves": 2 if config.data and not config.id_column else 1}
+    elif config.method in METHODS:
+        method = METHODS[config.method]
+    else:
         raise ConfigError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
-    method = METHODS[config.method]
-    if "per_class" in config.settings:
-        raise ConfigError(
-            "settings.per_class: per_class belongs to the run, not to the method; move it out of [settings]"
-        )
-    others = [item.name for item in dataclasses.fields(RunConfig)]
-    settings = build(method.Config, {"per_class": config.per_class, **config.settings}, "settings.", others)
+    for name in given:
+        if name in config.settings:
+            raise ConfigError(
+                f"settings.{name}: {name} belongs to the run, not to the method; move it out of [settings]"
+            )
+    others = [item.name for item in dataclasses.fields(type(config))]
+    settings = build(method.Config, {**given, **config.settings}, "settings.", others)
     public = public_facts(config, image_shape, class_names)
     sigma = calibrate(lambda value: method.plan(settings, public, value), config.epsilon, config.delta)
     releases = method.plan(settings, public, sigma)
     parts = [planned.part for planned in releases]
+    exchanged = [planned.part_replace_one for planned in releases]
     return Plan(
         method=method,
         settings=settings,
@@ -105,9 +127,17 @@ def make_plan(config: RunConfig, image_shape: tuple[int, int, int], class_names:
         releases=releases,
         noise_multiplier=sigma,
         epsilon=accounting.epsilon(parts, config.delta),
-        epsilon_replace_one=accounting.epsilon(parts, config.delta, "replace_one"),
+        epsilon_replace_one=accounting.epsilon(exchanged, config.delta, "replace_one"),
         toml=public_toml(config, settings, sigma),
+        advice=tuple(method.advice(settings, public, config.epsilon, config.delta))
+        if hasattr(method, "advice")
+        else (),
     )
+
+
+def with_way(config: RunConfig) -> RunConfig:
+    """The configuration with its method named."""
+    return dataclasses.replace(config, method=config.way) if isinstance(config, ModelConfig) else config
 
 
 def home() -> Path:
@@ -117,14 +147,19 @@ def home() -> Path:
 
 def default_ledger(records: LabelledImages) -> Path:
     """The ledger of these very records, wherever their file lies: named by a keyed hash, so that the name tells nothing about them."""
+    facts = repr((records.images.shape, str(records.images.dtype))).encode()
+    return ledger_of(facts, np.ascontiguousarray(records.images).data, np.ascontiguousarray(records.labels).data)
+
+
+def ledger_of(*contents: bytes | memoryview) -> Path:
+    """The ledger that goes by these contents."""
     folder = home()
     try:
         digest = hmac.new(_home_key(folder), digestmod=hashlib.sha256)
     except OSError as error:
         raise LedgerError(f"{folder}: no place for ledgers ({error.strerror}); name one with --ledger") from error
-    digest.update(repr((records.images.shape, str(records.images.dtype))).encode())
-    digest.update(np.ascontiguousarray(records.images).data)
-    digest.update(np.ascontiguousarray(records.labels).data)
+    for content in contents:
+        digest.update(content)
     return folder / "ledgers" / f"{digest.hexdigest()[:32]}.jsonl"
 
 
@@ -141,25 +176,117 @@ def _home_key(folder: Path) -> bytes:
 
 
 def load_private(config: RunConfig) -> LabelledImages:
-    return load_images(config.data, n_classes=config.classes, resize=config.resize)
+    ids = config.id_column if isinstance(config, ModelConfig) else None
+    return load_images(config.data, n_classes=config.classes, resize=config.resize, id_column=ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where private things come from: records of one person, or models of many owners.
+
+    Attributes:
+      unit: whose presence the ledger counts by.
+      ledger: the file to charge.
+      handle: makes the one handle that a method gets.
+      models: how many owners brought one, or 0.
+    """
+
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    unit: str
+    ledger: Path
+    handle: Callable[[Ledger, Vault], Door]
+    models: int = 0
+
+
+def owners(config: ModelConfig) -> Source:
+    """The models of many owners, one file each, that vote: changing everything of one owner changes one model."""
+    folder = Path(str(config.teachers))
+    try:
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".onnx", ".safetensors"))
+    except OSError as error:
+        raise InputError(
+            folder, f"not a readable folder ({error.strerror})", "--teachers is a folder of models"
+        ) from None
+    if len(files) < 2:
+        raise InputError(
+            folder, f"holds {len(files)} models (.onnx or .safetensors)", "voting needs one of every owner"
+        )
+    first = read_teacher(config, files[0])
+    # Each is opened by itself and checked against the first's facts, never against another's answers.
+    teachers = [first, *(read_teacher(config, path, first.image_shape, first.n_classes) for path in files[1:])]
+    names = tuple(str(k) for k in range(first.n_classes))
+    path = named_ledger(config) if config.ledger else ledger_of(*sorted(t.sha256.encode() for t in teachers))
+    return Source(
+        image_shape=first.image_shape,
+        class_names=names,
+        unit="owner",
+        ledger=path,
+        handle=lambda ledger, vault: Ensemble.of_models([t.outputs for t in teachers], len(names), ledger, vault),
+        models=len(teachers),
+    )
+
+
+def read_teacher(
+    config: ModelConfig, path: Path, image_shape: tuple[int, int, int] | None = None, n_classes: int | None = None
+) -> "Teacher":
+    """Reads one teacher's file with the settings of the run."""
+    from .models.teachers import load_teacher
+
+    shape = image_shape or (parse_shape(config.shape) if config.shape else None)
+    return load_teacher(
+        path,
+        architecture=config.architecture,
+        image_shape=shape,
+        n_classes=n_classes or config.classes,
+        value_range=(config.input_low, config.input_high),
+    )
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """ "3,32,32" as numbers. Raises ConfigError unless they are 1 or 3 channels and sides of 8 to 64."""
+    try:
+        channels, height, width = (int(side) for side in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--shape {text}: expected channels,height,width such as 3,32,32") from None
+    if channels not in (1, 3) or not (8 <= min(height, width) and max(height, width) <= 64):
+        raise ConfigError(f"--shape {text}: expected 1 or 3 channels and sides of 8 to 64 pixels, such as 3,32,32")
+    return channels, height, width
+
+
+def open_source(config: RunConfig) -> Source:
+    """Reads what is private, without looking at what it says."""
+    if isinstance(config, ModelConfig) and config.teachers:
+        return owners(config)
+    records = load_private(config)
+    return Source(
+        image_shape=records.image_shape,
+        class_names=records.class_names,
+        unit="id" if records.ids is not None else "record",
+        ledger=_ledger_path(config, records),
+        handle=lambda ledger, vault: PrivateData(records, ledger, vault, device=config.device),
+    )
 
 
 def _ledger_path(config: RunConfig, records: LabelledImages) -> Path:
     """The ledger to charge. Data scaled to another size is the same data: its ledger goes by the images as they are, or by 64 × 64."""
     if config.ledger is not None:
-        path = Path(config.ledger)
-        for place in (config.out, f"{Path(config.out)}.state"):
-            if path.resolve().is_relative_to(Path(place).resolve()):
-                raise ConfigError(
-                    f"--ledger {path} lies in {place}; it outlives every release, so choose a place outside"
-                )
-        return path
+        return named_ledger(config)
     if config.resize is not None:
         try:
             records = load_images(config.data, n_classes=config.classes)
         except InputError:  # mixed or large images: they cannot be read without a size
             records = load_images(config.data, n_classes=config.classes, resize=64)
     return default_ledger(records)
+
+
+def named_ledger(config: RunConfig) -> Path:
+    """The ledger that --ledger names, if it lies outside what the run makes and removes."""
+    path = Path(str(config.ledger))
+    for place in (config.out, f"{Path(config.out)}.state"):
+        if path.resolve().is_relative_to(Path(place).resolve()):
+            raise ConfigError(f"--ledger {path} lies in {place}; it outlives every release, so choose a place outside")
+    return path
 
 
 def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None = None) -> Path:
@@ -178,30 +305,29 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
     """
     out = Path(config.out)
     state = Path(f"{out}.state")  # of the path, not of the text: "dir/" would have it inside the release
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: this machine or this build of torch has none; leave --device out")
-    records = load_private(config)
-    plan = make_plan(config, records.images.shape[1:], records.class_names)
-    ledger_path = _ledger_path(config, records)
+    config = with_way(config)
+    check_device(config)
+    source = open_source(config)
+    plan = make_plan(config, source.image_shape, source.class_names, source.models)
     if os.path.lexists(out):
-        return _already_there(out, state, plan, ledger_path)
-    _same_run(state, plan)
-    with Ledger.open(ledger_path, cap=(config.budget or config.epsilon, config.delta)) as ledger:
+        return _already_there(out, state, plan, source.ledger)
+    _same_run(state, plan.toml)
+    with Ledger.open(source.ledger, cap=(config.budget or config.epsilon, config.delta), unit=source.unit) as ledger:
         if config.budget is not None:
             ledger.raise_cap((config.budget, ledger.cap[1]))
         asked = [planned.part for planned in plan.releases]
         if not state.exists():
             ledger.check_affordable(asked)  # first, so that a refused run leaves nothing behind
-        _begin(state, plan)
+        _begin(state, plan.toml)
         vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
         if not ledgers.parts(ledger.lines, vault.run):
             ledger.check_affordable(asked)
         # Checkpoints derive from releases of one key on one ledger: with another of either, they would bring in what it did not charge.
         work = state / "work" / f"{vault.run}-{ledger.lines[0]['hash'][:16]}"
         ledger.start(vault.run, config.method, config_hash(plan.toml))
-        private = PrivateData(records, ledger, vault, device=config.device)
-        workspace = FolderWorkspace(work, seed=config.seed, device=config.device, quiet=quiet, checks=private.checks)
-        synthetic = plan.method.run(plan.settings, plan.public, private, plan.releases, workspace)
+        handle = source.handle(ledger, vault)
+        workspace = FolderWorkspace(work, seed=config.seed, device=config.device, quiet=quiet, checks=handle.checks)
+        made = plan.method.run(plan.settings, plan.public, handle, plan.releases, workspace)
         planned = [(p.query.describe(), p.count) for p in plan.releases]
         charged = [(line["query"], line["count"]) for line in ledger.intents(vault.run) if not line["again"]]
         if planned != charged:
@@ -213,32 +339,49 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
             method=config.method,
             run=vault.run,
             delta=config.delta,
-            class_names=records.class_names,
-            image_shape=private.image_shape,
+            class_names=source.class_names,
+            image_shape=source.image_shape,
             per_class=config.per_class,
             config_toml=plan.toml,
-            ledger_raw=ledger_path.read_bytes(),
-            checks=private.checks,
-            auxiliary="procedural"
-            if config.auxiliary == "none"
-            else f"{Path(config.auxiliary).name}, public by the user's word",
+            ledger_raw=source.ledger.read_bytes(),
+            checks=handle.checks,
+            auxiliary=auxiliary_of(config),
             insecure=vault.insecure,
             seed=config.seed,
         )
-        write_bundle(out, synthetic, facts)
+        write_result(out, made, facts)
         _forget(state, vault)  # under the ledger's lock: the same command, given twice, must not begin in its remains
     return out
 
 
-def _identity(plan: Plan) -> bytes:
-    return json.dumps({"config": config_hash(plan.toml)}).encode()
+def check_device(config: RunConfig) -> None:
+    """Raises ConfigError where the asked device is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: this machine or this build of torch has none; leave --device out")
 
 
-def _same_run(state: Path, plan: Plan) -> None:
+def auxiliary_of(config: RunConfig) -> str:
+    """Where the public images come from, as a sentence for the certificate."""
+    return "procedural" if config.auxiliary == "none" else f"{Path(config.auxiliary).name}, public by the user's word"
+
+
+def write_result(out: Path, made: Synthetic | Student, facts: BundleFacts) -> Path:
+    """Writes what a method made."""
+    if isinstance(made, Synthetic):
+        return write_bundle(out, made, facts)
+    facts = dataclasses.replace(facts, figures=made.figures)
+    return write_bundle(out, made.images, facts, product_of(made, facts.class_names))
+
+
+def _identity(toml: str) -> bytes:
+    return json.dumps({"config": config_hash(toml)}).encode()
+
+
+def _same_run(state: Path, toml: str) -> None:
     """Refuses to go on in a state folder that another configuration began. Writes nothing."""
     path = state / "run.json"
     try:
-        same = not path.exists() or path.read_bytes() == _identity(plan)
+        same = not path.exists() or path.read_bytes() == _identity(toml)
     except OSError:
         same = False
     if not same:
@@ -247,12 +390,12 @@ def _same_run(state: Path, plan: Plan) -> None:
         )
 
 
-def _begin(state: Path, plan: Plan) -> None:
+def _begin(state: Path, toml: str) -> None:
     """Makes the state folder and says whose it is, if it is new."""
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not (state / "run.json").exists():
-            write_atomically(state / "run.json", _identity(plan))
+            write_atomically(state / "run.json", _identity(toml))
     except OSError as error:
         raise ConfigError(f"{state}: cannot be written ({error.strerror}); choose another --out") from error
 

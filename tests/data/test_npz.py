@@ -1,5 +1,7 @@
 """npz round trips in every layout, byte order and compression."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -109,3 +111,64 @@ def test_resize_of_arrays(tmp_path, write, dtype):
     data = load_images(write.npz(tmp_path / "x.npz", images=images), resize=32)
     assert data.images.shape == (6, 3, 32, 32)
     np.testing.assert_allclose(data.images, 200, rtol=1e-5)
+
+
+IDS = {
+    "numbers": np.array([7, 7, 2**40, -1]),
+    "small": np.array([1, 2, 3, 3], np.uint8),
+    "text": np.array(["anna", "ben", "", "\u00e9"]),
+}
+BAD_IDS = {
+    "fractions": np.array([1.0, 2.0, 3.0, 4.0]),
+    "one short": np.arange(3),
+    "a table": np.zeros((4, 1), np.int64),
+    "one for all": np.array(5),
+}
+
+
+def _save(path: Path, **arrays: np.ndarray) -> None:
+    images = np.zeros((4, 8, 8), np.uint8)
+    np.savez(path, images=images, labels=np.arange(4) % 2, classes=np.array(["a", "b"]), **arrays)
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_ids_come_as_they_are_and_go_back(name: str, tmp_path: Path) -> None:
+    _save(tmp_path / "x.npz", patient=IDS[name])
+    data = load_images(tmp_path / "x.npz", id_column="patient")
+    assert data.ids is not None
+    assert data.ids.tolist() == IDS[name].tolist()
+    assert load_images(tmp_path / "x.npz").ids is None
+    write_npz(tmp_path / "y.npz", data)
+    again = load_images(tmp_path / "y.npz", id_column="ids")
+    assert again.ids is not None
+    assert again.ids.tolist() == IDS[name].tolist()
+    assert "anna" not in repr(data)
+
+
+@pytest.mark.parametrize("name", BAD_IDS)
+def test_ids_of_another_kind_or_number_are_refused(name: str, tmp_path: Path) -> None:
+    _save(tmp_path / "x.npz", patient=BAD_IDS[name])
+    with pytest.raises(InputError, match="not one whole number or text for each image"):
+        load_images(tmp_path / "x.npz", id_column="patient")
+
+
+def test_ids_that_are_no_text_are_refused_without_being_quoted(tmp_path: Path) -> None:
+    broken = np.array(["anna"] * 4)
+    broken.view(np.uint32)[5] = 0x110000
+    _save(tmp_path / "x.npz", patient=broken)
+    with pytest.raises(InputError) as raised:
+        load_images(tmp_path / "x.npz", id_column="patient")
+    assert "anna" not in str(raised.value)
+    assert "110000" not in str(raised.value)
+
+
+@pytest.mark.parametrize("column", ["images", "labels", "classes", "", "nobody"])
+def test_a_column_that_holds_no_ids_is_refused(column: str, tmp_path: Path) -> None:
+    _save(tmp_path / "x.npz")
+    with pytest.raises(InputError):
+        load_images(tmp_path / "x.npz", id_column=column)
+
+
+def test_only_an_npz_has_ids(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot hold a column of ids"):
+        load_images("digits", id_column="patient")

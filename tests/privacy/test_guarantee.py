@@ -67,3 +67,11 @@ def test_no_figure_that_is_no_number(field: str, bad: float) -> None:
 def test_delta_in_range(delta: float) -> None:
     with pytest.raises(ValueError):
         _guarantee(delta=delta)
+
+
+@pytest.mark.parametrize("unit", ["record", "id", "owner"])
+def test_an_exchange_is_of_what_the_unit_holds(unit: str) -> None:
+    """An id stays when all under it is exchanged: one id for another would be two changes, and cost more."""
+    text = str(_guarantee(unit=unit))
+    assert ("exchanging one record:" in text) == (unit == "record")
+    assert (f"exchanging everything of one {unit}:" in text) == (unit != "record")

@@ -96,6 +96,7 @@ def test_privacy_imports_no_torch() -> None:
 
 
 INSIDE = {"_records", "_ledger", "_vault", "_pending", "_exact_sum", "_attempts", "_check_charged", "_name", "_key"}
+INSIDE |= {"_noisy", "_rows", "_features", "_models", "_make", "_count"}
 
 
 def test_nobody_else_looks_behind_the_door() -> None:
@@ -200,7 +201,7 @@ def test_the_code_test_sees_it(source: str) -> None:
 
 def test_noise_and_coins_come_from_the_stream_alone() -> None:
     """The door's files name no generator of torch or numpy; the probe of made-up images has one of its own."""
-    for name in ("private.py", "noise.py", "vault.py", "clipping.py", "gradients.py"):
+    for name in ("private.py", "noise.py", "vault.py", "clipping.py", "gradients.py", "features.py", "answers.py"):
         source = (ROOT / "mechanisms" / name).read_text()
         for word in ("randn", "torch.rand", "torch.normal", "np.random", "default_rng", "Generator"):
             assert word not in source, (name, word)

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpdistill.errors import ConfigError
-from dpdistill.privacy import GaussianSum, Planned, accounting, calibrate
-from dpdistill.privacy.queries import WASTE
+from dpdistill.privacy import GaussianSum, NoisyVotes, Planned, accounting, calibrate
+from dpdistill.privacy.queries import SIGMA_GRID, WASTE, parse_query
 
 BAD = [
     {"noise_multiplier": math.nan},
@@ -30,7 +30,7 @@ BAD = [
     {"n_classes": 0},
     {"n_classes": 2.0},
     {"grid_bits": 7},
-    {"grid_bits": 25},
+    {"grid_bits": 31},
     {"grid_bits": 20.5},
     {"dim": 257, "grid_bits": 8},
     {"name": 3},
@@ -47,11 +47,11 @@ _queries = st.builds(
     GaussianSum,
     name=st.text(max_size=20),
     dim=st.integers(1, 60000),
-    noise_multiplier=st.floats(1e-3, 1e6),
+    noise_multiplier=st.floats(1e-3, 3e4),
     n_classes=st.integers(1, 1000),
     clip_norm=st.floats(1e-30, 1e30),
     sampling_prob=st.floats(1e-9, 1),
-    grid_bits=st.integers(12, 24),
+    grid_bits=st.integers(12, 30),
 )
 
 
@@ -134,3 +134,108 @@ def test_a_plan_that_cannot_be_afforded_says_so() -> None:
 
     with pytest.raises(ConfigError, match="fewer steps"):
         calibrate(fixed, 1.0, 1e-5)
+
+
+# Votes: H + N(0, σ²·2Q I), where one unit moves H by √(2Q) at most.
+
+VOTES = {"name": "v", "n_queries": 200, "n_classes": 10, "n_models": 40, "noise_multiplier": 3.0}
+BAD_VOTES: list[dict[str, object]] = [
+    *({"noise_multiplier": bad} for bad in (math.nan, math.inf, 0, -1.0, 6e8, 1e-9)),
+    *({name: bad} for name in ("n_queries", "n_classes", "n_models") for bad in (0, -1, 1.0, True, math.nan, 2**41)),
+    *({"unit_moves": bad} for bad in (0, 3, 1.0, True)),
+    {"n_queries": 2**30, "n_classes": 2**11},
+    {"n_queries": 10**11, "noise_multiplier": 5e8},  # more grid steps than the noise can be drawn at
+    {"name": 3},
+]
+
+
+def votes(**change: object) -> NoisyVotes:
+    return NoisyVotes(**VOTES | change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", BAD_VOTES, ids=str)
+def test_bad_fact_of_votes_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        votes(**change)
+
+
+_votes = st.builds(
+    NoisyVotes,
+    name=st.text(max_size=20),
+    n_queries=st.integers(1, 10**6),
+    n_classes=st.integers(1, 1000),
+    n_models=st.integers(1, 10**6),
+    noise_multiplier=st.floats(1e-3, 1e4),
+    unit_moves=st.integers(1, 2),
+)
+
+
+@given(st.one_of(_votes, _queries))
+def test_any_description_reads_back_exactly(query: GaussianSum | NoisyVotes) -> None:
+    assert parse_query(query.describe()) == query
+    assert SIGMA_GRID[0] <= query.sigma_steps <= SIGMA_GRID[1]
+    assert query.part(3) == (getattr(query, "sampling_prob", 1.0), query.noise_multiplier, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mechanism": "gaussian_sum"},
+        {"mechanism": "laplace"},
+        {"noise_multiplier": "3"},
+        {"queries": 200},
+        {"queries": "0200"},
+        {"queries": "٢"},
+        {"unit_moves": "3"},
+        {"extra": "1"},
+        {"name": 1},
+    ],
+    ids=str,
+)
+def test_votes_described_in_any_other_form_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises((ValueError, KeyError, ConfigError)):
+        parse_query(votes().describe() | change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("missing", sorted(votes().describe()))
+def test_votes_with_a_field_missing_are_refused(missing: str) -> None:
+    description = votes().describe()
+    del description[missing]
+    with pytest.raises(KeyError):
+        parse_query(description)
+
+
+@pytest.mark.parametrize(("epsilon", "s"), [(1.0, 3.7306), (3.0, 1.3906), (10.0, 0.4999)])
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_the_noise_of_votes_in_closed_form(epsilon: float, s: float, rounds: int) -> None:
+    """σ_votes = √(2Q)·s(ε), in votes, where Q is the number of all queries of all rounds together."""
+
+    def plan(sigma: float) -> list[Planned]:
+        return [Planned(votes(noise_multiplier=sigma * math.sqrt(rounds)), rounds)]
+
+    query = plan(calibrate(plan, epsilon, 1e-5))[0].query
+    assert query.sigma_steps / query.unit_steps == pytest.approx(math.sqrt(2 * 200 * rounds) * s, rel=2e-3)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_exchange_of_one_unit_of_votes(count: int) -> None:
+    """A unit that keeps its id touches one shard: the same ε. Where its content is its id it touches two: twice the distance."""
+    for moves, factor in ((1, 1.0), (2, 2.0)):
+        planned = Planned(votes(unit_moves=moves, noise_multiplier=20.0), count)
+        once = accounting.epsilon([planned.part], 1e-5)
+        exchanged = accounting.epsilon([planned.part_replace_one], 1e-5, "replace_one")
+        assert once == pytest.approx(accounting.gaussian_epsilon(20 / math.sqrt(count), 1e-5), rel=1e-3)
+        assert exchanged == pytest.approx(accounting.gaussian_epsilon(20 / factor / math.sqrt(count), 1e-5), rel=1e-3)
+        assert exchanged >= once
+
+
+def test_votes_beside_a_sampled_sum() -> None:
+    """One ledger with both: under exchange the sum counts twice, the votes of a unit that keeps its id once."""
+    both = [Planned(votes(noise_multiplier=2.0)), Planned(GaussianSum(name="s", dim=1, noise_multiplier=9.0))]
+    exchanged = accounting.epsilon([p.part_replace_one for p in both], 1e-5, "replace_one")
+    assert exchanged == pytest.approx(accounting.gaussian_epsilon((1 / 4 + 4 / 81) ** -0.5, 1e-5), rel=1e-3)
+    sampled = Planned(GaussianSum(name="s", dim=1, noise_multiplier=9.0, sampling_prob=0.2), 10)
+    mixed = [both[0].part_replace_one, sampled.part_replace_one]
+    value = accounting.epsilon(mixed, 1e-5, "replace_one")
+    alone = accounting.epsilon([both[0].part], 1e-5)
+    assert alone < value < accounting.gaussian_epsilon((1 / 4 + 40 / 81) ** -0.5, 1e-5)

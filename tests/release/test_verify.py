@@ -137,7 +137,7 @@ LIES = {
     "ε a number": (_set("guarantee", "epsilon", value=1.287), "not what it has to be"),
     "ε in other words": (_set("guarantee", "epsilon", value="1.2870"), "not a number of ours"),
     "a statement": (_set("statement", value="Perfectly private."), "statement is not"),
-    "a basis": (_set("guarantee", "basis", value="attested"), "a field is missing or of another kind"),
+    "a basis": (_set("guarantee", "basis", value="attested"), "a basis that its claim does not give"),
     "a unit": (_set("guarantee", "unit", value="hospital"), "guarantee.unit"),
     "a relation": (_set("guarantee", "relation", value="replace_one"), "guarantee.relation"),
     "fewer assumptions": (lambda c: c["assumptions"].pop(), "assumptions is not"),

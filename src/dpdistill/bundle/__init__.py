@@ -1,8 +1,17 @@
 """The release folder: written whole or not at all, read, checked by a stranger, shown to a person. Nothing here needs torch to verify."""
 
 from .certificate import BundleFacts
-from .release import read_bundle, write_bundle
+from .release import load_student, product_of, read_bundle, write_bundle
 from .report import write_report
 from .verification import Verdict, verify
 
-__all__ = ["BundleFacts", "Verdict", "read_bundle", "verify", "write_bundle", "write_report"]
+__all__ = [
+    "BundleFacts",
+    "Verdict",
+    "load_student",
+    "product_of",
+    "read_bundle",
+    "verify",
+    "write_bundle",
+    "write_report",
+]

@@ -6,20 +6,24 @@ builds it again, and any difference is a problem: no field can be added, left ou
 ε epsilon, δ delta, M synthetic images, K classes.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import math
 import platform
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError, ReleaseError
 from ..privacy import Guarantee, accounting
 from ..privacy import ledger as ledgers
+from ..privacy.guarantee import Basis
 from ..privacy.guarantee import shown as rounded_up
 from .contents import Contents
+from .product import Product
 
 FORMAT = "dpdistill-certificate-1"
 
@@ -33,6 +37,10 @@ ASSUMPTIONS = {
     "rounding": "The rounding of a record's vector does not depend on the other records (docs/known-limits.md).",
     "side-channels": "Nobody watched time, memory or power while it ran.",
 }
+MODEL_ASSUMPTIONS = {
+    "attested": "What the teacher's supplier says about how it was trained is true; nobody checked it here.",
+    "disjoint": "The voting models share nothing private: no normalisation, hyperparameter or early stopping from pooled data.",
+}
 LIMITS = (  # what it does not cover
     "What is true of a whole class or of the whole data set: showing that is what the images are for.",
     "The class names, the image size, the number of synthetic images, and every setting: these are public.",
@@ -40,6 +48,55 @@ LIMITS = (  # what it does not cover
     "Whether the input could be read at all: a file that cannot be decoded stops a run before it begins.",
     "How good, or how fair, a model trained on these images will be.",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attested:
+    """A teacher's guarantee by the word of whoever supplied it: repeated, never proved. There is no ledger behind it.
+
+    Attributes:
+      teacher: SHA-256 of the teacher's file, or a name for a Python callable.
+    """
+
+    epsilon: float
+    delta: float
+    unit: str
+    teacher: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nominal:
+    """The paper's way with one opaque teacher: what its ε covers (one answer), and what one record costs at worst.
+
+    Attributes:
+      steps, batch, sigma: answers of `batch` queries in each of `steps` steps; each row, of norm at most 1, with noise of sigma / batch,
+        as the published code adds it. 0 is no noise.
+    """
+
+    steps: int
+    batch: int
+    sigma: float
+    delta: float
+    teacher: str
+
+    @property
+    def epsilon_query(self) -> float:
+        """ε about the teacher's answer to one query, as the paper counts: a sum of rows in which one moves by 2."""
+        return (
+            accounting.gaussian_epsilon(self.sigma / (2 * math.sqrt(self.steps)), self.delta)
+            if self.sigma
+            else math.inf
+        )
+
+    @property
+    def epsilon_worst(self) -> float:
+        """ε about a training record, which can turn every row of every step: the exact Gaussian, or above ε = 100 its Rényi bound."""
+        if not self.sigma:
+            return math.inf
+        mu = 2 * math.sqrt(self.steps * self.batch) * self.batch / self.sigma
+        if mu > 12:
+            return mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / self.delta))
+        return accounting.gaussian_epsilon(1 / mu, self.delta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +115,9 @@ class BundleFacts:
       auxiliary: one sentence on where the public images come from.
       insecure: the noise came from a given seed: the release says NOT PRIVATE.
       seed: of everything public.
+      claim: what a release without a ledger of ours rests on; then `ledger_raw` is empty and `run` only a name.
+      conversion_toml: settings of a conversion that came after the run; empty where there was none.
+      figures: numbers from public or released things only, to be shown, such as how often teacher and student agree.
     """
 
     method: str
@@ -72,6 +132,22 @@ class BundleFacts:
     auxiliary: str
     insecure: bool
     seed: int
+    claim: Attested | Nominal | None = None
+    conversion_toml: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def basis(self) -> Basis:
+        if self.insecure or isinstance(self.claim, Nominal):
+            return "none"
+        return "attested" if self.claim else "proved"
+
+    @property
+    def unit(self) -> str:
+        """Whose presence is hidden."""
+        if self.claim is not None:
+            return self.claim.unit if isinstance(self.claim, Attested) else "record"
+        return str(ledgers.parse(self.ledger_raw)[0]["unit"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +197,10 @@ def epsilons(lines: list[ledgers.Line], run: str, delta: float) -> dict[str, flo
 
 def figures(facts: BundleFacts) -> Figures:
     """What a new certificate shows; nothing for a release that is not private."""
-    if facts.insecure:
+    if isinstance(facts.claim, Attested):
+        # Nothing is known of other runs, and group privacy for two is no figure at the same δ.
+        return dataclasses.replace(NO_FIGURES, epsilon=rounded_up(facts.claim.epsilon))
+    if facts.basis == "none":
         return NO_FIGURES
     values = epsilons(ledgers.parse(facts.ledger_raw), facts.run, facts.delta)
     return Figures(**{name: rounded_up(value) for name, value in values.items()})
@@ -144,16 +223,28 @@ def software() -> dict[str, str]:
     return versions
 
 
-def guarantee(facts: BundleFacts, found: Figures, unit: str) -> Guarantee:
-    """The promise as an object; `str` of it is the statement."""
+def guarantee(facts: BundleFacts, found: Figures) -> Guarantee:
+    """The promise as an object."""
     return Guarantee(
         epsilon=float(found.epsilon),
         delta=facts.delta,
         epsilon_replace_one=float(found.epsilon_replace_one),
         epsilon_all_runs=float(found.epsilon_all_runs),
-        basis="none" if facts.insecure else "proved",
-        unit=unit,
+        basis=facts.basis,
+        unit=facts.unit,
     )
+
+
+def statement(facts: BundleFacts, found: Figures) -> str:
+    """The promise as a sentence: generated, never typed."""
+    if isinstance(facts.claim, Nominal) and not facts.insecure:
+        claim = facts.claim
+        return (
+            "NO differential-privacy guarantee for the teacher's training records: one of them can change every answer (worst case of this "
+            f"run: ε = {rounded_up(claim.epsilon_worst)}). Noise limits only what the answer to one single query tells (query-level "
+            f"ε = {rounded_up(claim.epsilon_query)}, δ = {claim.delta!r})."
+        )
+    return str(guarantee(facts, found))
 
 
 def _discretisation() -> str:
@@ -174,8 +265,15 @@ def _mechanisms(lines: list[ledgers.Line], run: str) -> list[dict[str, Any]]:
     return [{**json.loads(query), "count": count} for query, count in sorted(counts.items())]
 
 
+def shape(mechanism: dict[str, Any]) -> tuple[int, int]:
+    """Rows and coordinates of a release: classes × dimensions of a sum, queries × classes of votes."""
+    votes = mechanism["mechanism"] == "noisy_votes"
+    rows, columns = ("queries", "classes") if votes else ("classes", "dim")
+    return int(mechanism[rows]), int(mechanism[columns])
+
+
 def _randomness(mechanisms: list[dict[str, Any]], insecure: bool) -> dict[str, Any]:
-    coordinates = sum(int(m["dim"]) * int(m["classes"]) * m["count"] for m in mechanisms)
+    coordinates = sum(math.prod(shape(m)) * m["count"] for m in mechanisms)
     distance = math.nextafter(coordinates * 2.0**-127, math.inf) if coordinates else 0.0
     return {
         "source": "a given seed, for tests: anyone can draw the same noise"
@@ -189,7 +287,12 @@ def _randomness(mechanisms: list[dict[str, Any]], insecure: bool) -> dict[str, A
 
 
 def build(
-    facts: BundleFacts, found: Figures, contents: Contents, versions: dict[str, str], pages: str
+    facts: BundleFacts,
+    found: Figures,
+    contents: Contents,
+    versions: dict[str, str],
+    pages: str,
+    product: Product | None = None,
 ) -> dict[str, Any]:
     """Returns the certificate as a JSON object.
 
@@ -197,19 +300,22 @@ def build(
       found: from `figures`, or read from a certificate under check.
       versions: from `software`, or read from a certificate under check.
       pages: fingerprint of the templates that wrote README.md and report.html.
+      product: what is released beside the images.
     """
-    lines = ledgers.parse(facts.ledger_raw)
+    basis, lines = facts.basis, [] if facts.claim else ledgers.parse(facts.ledger_raw)
     mechanisms = _mechanisms(lines, facts.run)
-    cap_epsilon, cap_delta = cap(lines)
-    proved = not facts.insecure
+    kept = basis != "none"
 
     def shown(value: str) -> str | None:  # a release that is not private shows no ε that could be taken for a promise
-        return value if proved else None
+        return value if kept and value != "inf" else None
 
+    made = {} if product is None else product.describe()
+    if facts.conversion_toml:
+        made["conversion_sha256"] = hashlib.sha256(facts.conversion_toml.encode()).hexdigest()
     return {
         "format": FORMAT,
         "release": {
-            "kind": "dataset",
+            "kind": "dataset" if product is None else product.KIND,
             "method": facts.method,
             "run": facts.run,
             "class_names": list(facts.class_names),
@@ -221,40 +327,84 @@ def build(
             "training_images": len(contents.images) * contents.parts**2,
             "seed": facts.seed,
             "config_sha256": hashlib.sha256(facts.config_toml.encode()).hexdigest(),
+            **made,
         },
         "guarantee": {
-            "basis": "proved" if proved else "none",
+            "basis": basis,
             "epsilon": shown(found.epsilon),
             "delta": shown(decimal(facts.delta)),
-            "unit": lines[0]["unit"],
-            "relation": lines[0]["relation"],
+            "unit": facts.unit,
+            "relation": lines[0]["relation"] if lines else "add_or_remove_one",
             "epsilon_replace_one": shown(found.epsilon_replace_one),
             "epsilon_all_runs": shown(found.epsilon_all_runs),
         },
-        "statement": str(guarantee(facts, found, lines[0]["unit"])),
-        "limits": list(LIMITS) if proved else [],
-        "assumptions": [{"id": key, "text": text} for key, text in ASSUMPTIONS.items()] if proved else [],
+        "statement": statement(facts, found),
+        "limits": list(LIMITS) if kept else [],
+        "assumptions": _assumptions(facts, mechanisms) if kept else [],
         "mechanisms": mechanisms,
-        "accountant": {
-            "name": accounting.ACCOUNTANT,
-            "version": versions["dp-accounting"],
-            "discretisation": _discretisation(),
-            "rdp_epsilon": shown(found.rdp),
-        },
-        "randomness": _randomness(mechanisms, facts.insecure),
+        "claim": _claim(facts),
+        "figures": {name: decimal(value) for name, value in facts.figures.items()},
+        "accountant": _accountant(versions, shown(found.rdp)) if lines else None,
+        "randomness": _randomness(mechanisms, facts.insecure) if lines else None,
         "checks": {name: decimal(value) for name, value in facts.checks.items()},
         "auxiliary": facts.auxiliary,
-        "ledger": {
-            "data": lines[0]["data"],
-            "head": lines[-1]["hash"],
-            "lines": len(lines),
-            "sha256": hashlib.sha256(facts.ledger_raw).hexdigest(),
-            "cap_epsilon": shown(decimal(cap_epsilon)),
-            "cap_delta": shown(decimal(cap_delta)),
-            "spent_epsilon": shown(found.spent),
-        },
+        "ledger": _book(facts, lines, shown, found.spent) if lines else None,
         "software": versions,
         "pages": pages,
+    }
+
+
+def _assumptions(facts: BundleFacts, mechanisms: list[dict[str, Any]]) -> list[dict[str, str]]:
+    texts = dict(ASSUMPTIONS)
+    if facts.claim is not None:
+        texts = {key: texts[key] for key in ("code", "public-inputs")}
+        texts["attested"] = MODEL_ASSUMPTIONS["attested"]
+    if any(mechanism["mechanism"] == "noisy_votes" for mechanism in mechanisms):
+        texts["disjoint"] = MODEL_ASSUMPTIONS["disjoint"]
+    return [{"id": key, "text": text} for key, text in sorted(texts.items())]
+
+
+def _claim(facts: BundleFacts) -> dict[str, Any] | None:
+    """What a release without a ledger rests on, in a form that reads back."""
+    claim = facts.claim
+    if claim is None:
+        return None
+    if isinstance(claim, Attested):
+        facts_of = {"epsilon": decimal(claim.epsilon), "delta": decimal(claim.delta), "unit": claim.unit}
+        return {"kind": "attested", **facts_of, "teacher": claim.teacher}
+    return {
+        "kind": "nominal",
+        "steps": claim.steps,
+        "batch": claim.batch,
+        "sigma": decimal(claim.sigma),
+        "delta": decimal(claim.delta),
+        "teacher": claim.teacher,
+        "query_level_epsilon": rounded_up(claim.epsilon_query),
+        "worst_case_record_epsilon": rounded_up(claim.epsilon_worst),
+    }
+
+
+def _accountant(versions: dict[str, str], rdp: str | None) -> dict[str, Any]:
+    return {
+        "name": accounting.ACCOUNTANT,
+        "version": versions["dp-accounting"],
+        "discretisation": _discretisation(),
+        "rdp_epsilon": rdp,
+    }
+
+
+def _book(
+    facts: BundleFacts, lines: list[ledgers.Line], shown: Callable[[str], str | None], spent: str
+) -> dict[str, Any]:
+    cap_epsilon, cap_delta = cap(lines)
+    return {
+        "data": lines[0]["data"],
+        "head": lines[-1]["hash"],
+        "lines": len(lines),
+        "sha256": hashlib.sha256(facts.ledger_raw).hexdigest(),
+        "cap_epsilon": shown(decimal(cap_epsilon)),
+        "cap_delta": shown(decimal(cap_delta)),
+        "spent_epsilon": shown(spent),
     }
 
 

@@ -17,19 +17,24 @@ from . import certificate as certificates
 from . import contents, png, report, table, verification
 from .certificate import BundleFacts
 from .contents import Contents, one_line, printable_names
+from .product import ModelProduct, Product, Weights
 
 if TYPE_CHECKING:
-    from ..methods.base import Synthetic
+    import torch
 
-__all__ = ["BundleFacts", "read_bundle", "write_bundle"]
+    from ..methods.base import Student, Synthetic
+    from ..models.convnet import ConvNet
+
+__all__ = ["BundleFacts", "load_student", "product_of", "read_bundle", "write_bundle"]
 
 
-def write_bundle(out: Path, synthetic: "Synthetic", facts: BundleFacts) -> Path:
-    """Writes the release of a distilled data set, wholly or not at all.
+def write_bundle(out: Path, synthetic: "Synthetic", facts: BundleFacts, product: Product | None = None) -> Path:
+    """Writes a release, wholly or not at all.
 
     Args:
       out: the folder to make. A `<out>.partial` beside it, left by a crash, is replaced.
       synthetic: the images; class names are made printable.
+      product: what is released beside them.
       facts: the rest. The ledger must hold the run's `final` line, and its `run` line the SHA-256 of `config_toml`.
 
     Returns:
@@ -42,13 +47,13 @@ def write_bundle(out: Path, synthetic: "Synthetic", facts: BundleFacts) -> Path:
     if os.path.lexists(out):
         raise ReleaseError(f"{out} exists; choose another --out or remove it")
     point("release: before the folder")
-    files = bundle_files(synthetic, facts)
+    files = bundle_files(synthetic, facts, product)
     partial = out.with_name(out.name + ".partial")
     try:
         _fresh(partial)
         for name, raw in files.items():
             _write(partial / name, raw)
-        for folder in (partial / "dataset", partial):
+        for folder in (*(path for path in sorted(partial.iterdir()) if path.is_dir()), partial):
             sync_directory(folder)
         point("release: written beside, not yet checked")
         verification.inspect(partial)
@@ -64,7 +69,7 @@ def write_bundle(out: Path, synthetic: "Synthetic", facts: BundleFacts) -> Path:
     return out
 
 
-def bundle_files(synthetic: "Synthetic", facts: BundleFacts) -> dict[str, bytes]:
+def bundle_files(synthetic: "Synthetic", facts: BundleFacts, product: Product | None = None) -> dict[str, bytes]:
     """Returns every file of a release by its path, SHA256SUMS last."""
     if facts.class_names != printable_names(facts.class_names) or facts.auxiliary != one_line(facts.auxiliary):
         names = printable_names(facts.class_names)
@@ -72,10 +77,12 @@ def bundle_files(synthetic: "Synthetic", facts: BundleFacts) -> dict[str, bytes]
     held = from_torch(synthetic, facts.class_names)
     found = certificates.figures(facts)
     pages = report.fingerprint()
-    certificate = certificates.build(facts, found, held, certificates.software(), pages)
+    certificate = certificates.build(facts, found, held, certificates.software(), pages, product)
     pixels = held.pixels
     files = {
-        "ledger.jsonl": facts.ledger_raw,
+        **({} if facts.claim else {"ledger.jsonl": facts.ledger_raw}),
+        **({"conversion.toml": facts.conversion_toml.encode()} if facts.conversion_toml else {}),
+        **({} if product is None else product.files()),
         "config.toml": facts.config_toml.encode(),
         "dataset/synthetic.safetensors": held.pack(),
         "dataset/train.parquet": table.write(pixels, held.labels, held.soft_labels, held.class_names),
@@ -98,6 +105,7 @@ def _fresh(folder: Path) -> None:
 
 
 def _write(path: Path, raw: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
     with open(path, "wb") as file:
         file.write(raw)
         file.flush()
@@ -115,6 +123,52 @@ def from_torch(synthetic: "Synthetic", class_names: tuple[str, ...]) -> Contents
         parts=synthetic.parts,
         class_names=class_names,
     )
+
+
+def product_of(student: "Student", class_names: tuple[str, ...]) -> ModelProduct:
+    """Returns a method's student and generator as checked arrays."""
+
+    def arrays(module: "torch.nn.Module") -> Weights:
+        return {name: value.detach().cpu().float().contiguous().numpy() for name, value in module.state_dict().items()}
+
+    return ModelProduct(
+        student=arrays(student.model),
+        config=student.model.config,
+        generator=arrays(student.generator),
+        generator_config=student.generator.config,
+        class_names=printable_names(class_names),
+    )
+
+
+def load_student(path: str | os.PathLike[str]) -> "ConvNet":
+    """Returns the student of a release as a torch module: images [B, C, H, W] in [-1, 1] to logits [B, K].
+
+    Raises:
+      ReleaseError: the release is not what it says, or holds no model. One without a guarantee is read as well: ask `verify`.
+    """
+    product = verification.inspect(Path(path)).product
+    if not isinstance(product, ModelProduct):
+        raise ReleaseError(f"{path}: a release of images, not of a model; see `read_bundle`")
+    return student_of(product)
+
+
+def student_of(product: ModelProduct) -> "ConvNet":
+    """The network of checked arrays."""
+    import torch
+
+    from ..models.convnet import ConvNet
+
+    config = product.config
+    channels, height, width = config["image_shape"]
+    model = ConvNet(
+        (channels, height, width),
+        config["n_classes"],
+        width=config["width"],
+        depth=config["depth"],
+        groups=config["groups"],
+    )
+    model.load_state_dict({name: torch.tensor(array) for name, array in product.student.items()})
+    return model.eval()
 
 
 def read_bundle(path: str | os.PathLike[str]) -> "Synthetic":

@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import ReleaseError
 from ..privacy.guarantee import shown
 from . import png
+from .certificate import shape
 from .contents import Contents, one_line
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -124,12 +125,15 @@ def render_report(certificate: dict[str, Any], held: Contents, evaluation: dict[
       held: the images.
       evaluation: utility figures to show beside the guarantee, not covered by it; of any keys.
     """
-    proved = certificate["guarantee"]["basis"] == "proved"
+    basis = certificate["guarantee"]["basis"]
     return _environment().get_template("report.html").render(
         c=certificate,
-        proved=proved,
+        proved=basis == "proved",
+        kept=basis != "none",
+        model=certificate["release"]["kind"] == "model",
+        shape=shape,
         strips=_strips(held),
-        bars=_bars(certificate) if proved else [],
+        bars=_bars(certificate) if basis == "proved" else [],
         short=_short,
         evaluation=_figures(evaluation) if evaluation else [],
         accuracy=_accuracy(evaluation) if evaluation else "",
@@ -137,14 +141,16 @@ def render_report(certificate: dict[str, Any], held: Contents, evaluation: dict[
 
 
 def render_card(certificate: dict[str, Any]) -> str:
-    """Returns README.md: a Hugging Face data set card."""
-    release = certificate["release"]
+    """Returns README.md: a Hugging Face data set card, or a model card."""
+    release, basis = certificate["release"], certificate["guarantee"]["basis"]
+    if release["kind"] == "model":
+        return _environment().get_template("card_model.md").render(c=certificate, kept=basis != "none")
     _, height, width = release["image_shape"]
     parts, images = release["parts"], release["images"]
     sizes = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"))
     return _environment().get_template("card.md").render(
         c=certificate,
-        proved=certificate["guarantee"]["basis"] == "proved",
+        proved=basis == "proved",
         size=next((name for top, name in sizes if images < top), "100K<n<1M"),
         simple_tiles=parts == 2 or (height % parts == 0 and width % parts == 0),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from ..privacy import ledger as ledgers
 from ..privacy.guarantee import shown
 from . import certificate as certificates
 from . import contents, png, report, table
-from .certificate import BundleFacts, Figures, decimal
+from .certificate import Attested, BundleFacts, Figures, Nominal, decimal
 from .contents import Contents, one_line
 from .ledger_check import check_ledger
+from .product import PRODUCTS, Product
 from .tensors import parse_json
 
-SIZES = {  # the only files of a release, and the most bytes each may have
+SIZES = {  # the only files of a data set's release, and the most bytes each may have; a `Product` has more
     "SHA256SUMS": 2**16,
     "certificate.json": 2**22,
     "config.toml": 2**20,
@@ -44,6 +45,10 @@ UNCHECKED = (
     "that the ledger is complete: that no release was made from this data outside it, and none was deleted",
     "who made this release: hashes show that files belong together, not whose they are",
 )
+_MORE: dict[str, int] = {"conversion.toml": 2**20}  # where a release was converted from another
+for _kind in PRODUCTS.values():
+    _MORE |= _kind.SIZES
+_ATTESTED = "what the supplier of the teacher says about its training, and that this teacher was used"
 _OTHER_PAGES = "what README.md and report.html say: another version of dpdistill wrote them; trust certificate.json"
 _CHECK_LIMIT = 1e-4
 
@@ -70,7 +75,10 @@ class Checked:
     """A release that is what it says, whether or not it is private."""
 
     certificate: dict[str, Any]
+    facts: BundleFacts
     contents: Contents
+    product: Product | None
+    files: dict[str, bytes]
     guarantee: Guarantee
     unchecked: tuple[str, ...]
 
@@ -82,7 +90,7 @@ def verify(path: str | os.PathLike[str]) -> Verdict:
     try:
         checked = inspect(Path(path))
         if checked.guarantee.basis == "none":
-            problems.append("NOT PRIVATE: the noise came from a given seed, so this release carries no guarantee")
+            problems.append(_no_guarantee(checked.certificate))
     except DpdistillError as error:
         problems += str(error).split("\n")
     except Exception as error:  # a hostile folder must not get past as a crash
@@ -102,28 +110,50 @@ def inspect(root: Path) -> Checked:
     _check_hashes(files)
     certificate = _read_certificate(files["certificate.json"])
     facts, claimed = _claims(certificate, files)
-    lines = ledgers.parse(facts.ledger_raw)
-    problems = check_ledger(lines, facts)
-    _raise(problems)
-    problems += _compare_figures(claimed, lines, facts)
-    problems += _check_config(files["config.toml"])
+    lines: list[ledgers.Line] = []
+    if facts.claim is None:
+        lines = ledgers.parse(facts.ledger_raw)
+        _raise(check_ledger(lines, facts))
+    problems = _compare_figures(claimed, lines, facts)
+    problems += _check_config(files, "config.toml") + _check_config(files, "conversion.toml")
     held = contents.unpack(files["dataset/synthetic.safetensors"])
-    rebuilt = certificates.build(facts, claimed, held, certificate["software"], certificate["pages"])
+    made = _product(certificate, files, facts)
+    rebuilt = certificates.build(facts, claimed, held, certificate["software"], certificate["pages"], made)
     problems += [f"certificate.json: {where}" for where in differences(certificate, rebuilt)]
     problems += _check_contents(held, facts, lines)
     _raise(problems)
     problems += _check_pictures(files, held)
-    unchecked: tuple[str, ...] = UNCHECKED
+    unchecked: tuple[str, ...] = UNCHECKED if facts.claim is None else (_ATTESTED, *UNCHECKED[3:])
     if certificate["pages"] == report.fingerprint():
         pages = {"README.md": report.render_card(certificate), "report.html": report.render_report(certificate, held)}
         problems += [
             f"{name}: not the page of this certificate" for name, text in pages.items() if files[name] != text.encode()
         ]
     else:
-        unchecked = (*UNCHECKED, _OTHER_PAGES)
+        unchecked = (*unchecked, _OTHER_PAGES)
     _raise(problems)
-    promise = certificates.guarantee(facts, claimed, lines[0]["unit"])
-    return Checked(certificate=certificate, contents=held, guarantee=promise, unchecked=unchecked)
+    promise = certificates.guarantee(facts, claimed)
+    return Checked(
+        certificate=certificate,
+        facts=facts,
+        contents=held,
+        product=made,
+        files=files,
+        guarantee=promise,
+        unchecked=unchecked,
+    )
+
+
+def _product(certificate: dict[str, Any], files: dict[str, bytes], facts: BundleFacts) -> Product | None:
+    """What is released beside the images, checked; None for a data set."""
+    kind = certificate["release"]["kind"]
+    return None if kind == "dataset" else PRODUCTS[kind].unpack(files, facts.class_names)
+
+
+def _no_guarantee(certificate: dict[str, Any]) -> str:
+    if certificate["claim"] is not None:
+        return f"NOT PRIVATE: {certificate['statement']}"
+    return "NOT PRIVATE: the noise came from a given seed, so this release carries no guarantee"
 
 
 def _raise(problems: list[str]) -> None:
@@ -133,30 +163,51 @@ def _raise(problems: list[str]) -> None:
 
 def read_files(root: Path) -> dict[str, bytes]:
     """Returns every file of a release. Raises ReleaseError on one too many, too few or too large, a link, a device."""
+    sizes = SIZES | _MORE
+    folders = sorted({name.split("/")[0] for name in sizes if "/" in name})
     found: set[str] = set()
-    problems: list[str] = []
     try:
-        for folder, prefix in ((root, ""), (root / "dataset", "dataset/")):
-            if prefix and folder.is_symlink():
-                break
-            with os.scandir(folder) as entries:
+        for folder in ("", *folders):
+            if folder and (not (root / folder).is_dir() or (root / folder).is_symlink()):
+                continue
+            with os.scandir(root / folder) as entries:
                 for entry in entries:
-                    if entry.name == "dataset" and not prefix and entry.is_dir(follow_symlinks=False):
+                    if not folder and entry.name in folders and entry.is_dir(follow_symlinks=False):
                         continue
-                    found.add(prefix + entry.name)
+                    found.add(f"{folder}/{entry.name}".lstrip("/"))
                     if len(found) > 100:
-                        raise ReleaseError(f"{root} holds over 100 files; a release has {len(SIZES)}")
+                        raise ReleaseError(f"{root} holds over 100 files; a release has at most {len(sizes)}")
     except OSError as error:
         raise ReleaseError(f"{root}: not a release folder ({error.strerror})") from None
-    problems += [f"{name}: not a file of a release" for name in sorted(found - set(SIZES))]
-    problems += [f"{name}: missing" for name in sorted(set(SIZES) - found)]
+    _raise([f"{name}: not a file of a release" for name in sorted(found - set(sizes))])
+    if "certificate.json" not in found:
+        raise ReleaseError("certificate.json: missing")
+    wanted = _files_of(read_file(root, "certificate.json"))
+    problems = [f"{name}: not a file of a release" for name in sorted(found - wanted)]
+    problems += [f"{name}: missing" for name in sorted(wanted - found)]
     _raise(problems)
-    return {name: read_file(root, name) for name in SIZES}
+    return {name: read_file(root, name) for name in sorted(wanted)}
+
+
+def _files_of(raw: bytes) -> set[str]:
+    """The names of the files that a certificate's kind of release has; those of a data set if it cannot be read."""
+    wanted = set(SIZES)
+    try:
+        certificate = parse_json(raw)
+        if certificate["release"]["kind"] in PRODUCTS:
+            wanted |= set(PRODUCTS[certificate["release"]["kind"]].SIZES)
+        if "conversion_sha256" in certificate["release"]:
+            wanted.add("conversion.toml")
+        if certificate["claim"] is not None:
+            wanted.discard("ledger.jsonl")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass  # `_read_certificate` says what is wrong
+    return wanted
 
 
 def read_file(root: Path, name: str) -> bytes:
     """Returns one file of a release. Raises ReleaseError on a link, a device, or more bytes than it may have."""
-    limit = SIZES[name]
+    limit = (SIZES | _MORE)[name]
     try:
         # No link is followed, and a pipe does not block.
         with open(os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -229,7 +280,8 @@ def _claims(certificate: dict[str, Any], files: dict[str, bytes]) -> tuple[Bundl
         shape = tuple(
             _expect(side, int, "image_shape") for side in _expect(release["image_shape"], list, "image_shape")
         )
-        insecure = {"proved": False, "none": True}[promise["basis"]]
+        claim = _claim_of(certificate["claim"])
+        insecure = {"proved": False, "attested": False, "none": claim is None}[promise["basis"]]
         checks = {
             name: _number(text, "a check") for name, text in _expect(certificate["checks"], dict, "checks").items()
         }
@@ -244,19 +296,29 @@ def _claims(certificate: dict[str, Any], files: dict[str, bytes]) -> tuple[Bundl
         facts = BundleFacts(
             method=_expect(release["method"], str, "method", _ID.fullmatch(str(release["method"])) is not None),
             run=_expect(release["run"], str, "run", _ID.fullmatch(str(release["run"])) is not None),
-            delta=1e-5 if insecure else _number(promise["delta"], "delta"),
+            delta=1e-5 if promise["basis"] == "none" else _number(promise["delta"], "delta"),
             class_names=names,
             image_shape=shape,  # compared with the tensors below
             per_class=_expect(release["per_class"], int, "per_class"),
             config_toml=files["config.toml"].decode("utf-8"),
-            ledger_raw=files["ledger.jsonl"],
+            ledger_raw=files.get("ledger.jsonl", b""),
             checks=checks,
             auxiliary=_expect(auxiliary, str, "auxiliary", one_line(auxiliary) == auxiliary),
             insecure=insecure,
             seed=_expect(release["seed"], int, "seed"),
+            claim=claim,
+            conversion_toml=files.get("conversion.toml", b"").decode("utf-8"),
+            figures={
+                _expect(name, str, "a figure", _ID.fullmatch(name) is not None): _number(text, "a figure")
+                for name, text in _expect(certificate["figures"], dict, "figures").items()
+            },
         )
-        if insecure:
-            return facts, certificates.NO_FIGURES
+        if isinstance(claim, Nominal) and facts.delta != claim.delta:
+            facts = replace(facts, delta=claim.delta)
+        if facts.basis != promise["basis"]:
+            raise ReleaseError("certificate.json: a basis that its claim does not give")
+        if insecure or claim is not None:
+            return facts, certificates.figures(facts)
         claimed = {name: promise[name] for name in ("epsilon", "epsilon_replace_one", "epsilon_all_runs")}
         claimed |= {"spent": book["spent_epsilon"], "rdp": certificate["accountant"]["rdp_epsilon"]}
         for name, text in claimed.items():
@@ -270,10 +332,31 @@ def _claims(certificate: dict[str, Any], files: dict[str, bytes]) -> tuple[Bundl
     return facts, Figures(**claimed)
 
 
+def _claim_of(value: Any) -> Attested | Nominal | None:
+    """The claim of a release without a ledger. Raises ReleaseError or KeyError on one that is not ours."""
+    if value is None:
+        return None
+    kind = _expect(value, dict, "claim")["kind"]
+    teacher = _expect(value["teacher"], str, "teacher", _ID.fullmatch(str(value["teacher"])) is not None)
+    delta = _number(value["delta"], "delta")
+    if not (0 < delta < 1):
+        raise ReleaseError("certificate.json: delta is not in (0, 1)")
+    if kind == "attested":
+        unit = _expect(value["unit"], str, "unit", value["unit"].isascii() and value["unit"].isalpha())
+        return Attested(epsilon=_number(value["epsilon"], "epsilon"), delta=delta, unit=unit, teacher=teacher)
+    if kind != "nominal":
+        raise ReleaseError("certificate.json: a claim of no known kind")
+    steps, batch = (_expect(value[name], int, name, 1 <= value[name] <= 2**40) for name in ("steps", "batch"))
+    sigma = _number(value["sigma"], "sigma")
+    if 0 < sigma < 1e-6:
+        raise ReleaseError("certificate.json: sigma is none")
+    return Nominal(steps=steps, batch=batch, sigma=sigma, delta=delta, teacher=teacher)
+
+
 def _compare_figures(claimed: Figures, lines: list[ledgers.Line], facts: BundleFacts) -> list[str]:
     """A claimed ε may not be below the recomputed one (beyond the last bits), nor idly above it."""
-    if facts.insecure:
-        return []
+    if facts.insecure or facts.claim is not None:
+        return []  # rebuilt from the claim, and compared with the rest
     problems = []
     for name, value in certificates.epsilons(lines, facts.run, facts.delta).items():
         claim = float(getattr(claimed, name))
@@ -282,11 +365,11 @@ def _compare_figures(claimed: Figures, lines: list[ledgers.Line], facts: BundleF
     return problems
 
 
-def _check_config(raw: bytes) -> list[str]:
+def _check_config(files: dict[str, bytes], name: str) -> list[str]:
     try:
-        tomllib.loads(raw.decode("utf-8"))
+        tomllib.loads(files.get(name, b"").decode("utf-8"))
     except (ValueError, RecursionError):
-        return ["config.toml: not readable"]
+        return [f"{name}: not readable"]
     return []
 
 

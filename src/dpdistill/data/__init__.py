@@ -18,7 +18,7 @@ from dpdistill.data.digits import NAMES, read_digits
 from dpdistill.data.files import check_name, list_folder, one_error_type
 from dpdistill.data.folder import read_folder
 from dpdistill.data.idx import IMAGES_NAME, first_file, read_idx
-from dpdistill.data.images import LabelledImages, check_value_range, to_unit
+from dpdistill.data.images import LabelledImages, check_value_range, to_unit, valid_ids
 from dpdistill.data.labels import check_labels, resolve_classes
 from dpdistill.data.limits import DEFAULT_LIMITS, Limits
 from dpdistill.data.npz import read_npz, to_nchw, write_npz
@@ -38,6 +38,7 @@ def load_images(
     n_classes: int | None = None,
     image_column: str = "image",
     label_column: str = "label",
+    id_column: str | None = None,
     split: str | None = None,
     value_range: tuple[float, float] = (0.0, 1.0),
     resize: int | None = None,
@@ -60,6 +61,7 @@ def load_images(
       n_classes: the number of classes, named '0', '1', …, where the file has no list.
       image_column: of a table.
       label_column: of a table.
+      id_column: array of an npz that says whose record each is, as whole numbers or text.
       split: which part, where there are several. Default: `train`, or the only one.
       value_range: of float images. Public; never inferred from the pixels.
       resize: side of the square that every image is cropped and scaled to. Default: sizes stay, and must agree.
@@ -77,11 +79,16 @@ def load_images(
         check_arguments(source, value_range, resize, channels, limits)
         kind = kind_of(spec, limits)
         in_file: Sequence[object] | None = None
+        ids: np.ndarray | None = None
+        if id_column is not None and kind != "npz":
+            raise InputError(source, "cannot hold a column of ids", "write images, labels and the ids to an .npz")
+        if id_column in ("images", "labels", "classes"):
+            raise InputError(source, f"'{id_column}' says nothing of whose record each is", "name an array of ids")
         if kind == "digits":
             images, labels = read_digits(source, split)
             in_file = NAMES
         elif kind == "npz":
-            images, labels, in_file = read_npz(spec, limits)
+            images, labels, in_file, ids = read_npz(spec, limits, id_column)
             images = to_nchw(source, images)
         elif kind == "idx":
             images, labels = read_idx(spec, split, limits)
@@ -102,9 +109,16 @@ def load_images(
         names = resolve_classes(source, in_file, class_names, n_classes, limits)
         labels = check_labels(source, labels, len(images), len(names))
         images = check_images(source, images, resize, channels, limits)
+        if ids is not None and not (valid_ids(ids) and ids.shape == (len(images),)):
+            raise InputError(source, f"array {id_column!r} is not one whole number or text for each image")
         low, high = value_range
         return LabelledImages(
-            images=images, labels=labels, class_names=names, value_range=(float(low), float(high)), source=source
+            images=images,
+            labels=labels,
+            class_names=names,
+            value_range=(float(low), float(high)),
+            source=source,
+            ids=ids,
         )
 
 

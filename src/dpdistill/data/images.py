@@ -20,6 +20,7 @@ class LabelledImages:
       class_names: K names. Public: declared by a file, a folder or the user, never collected from `labels`.
       value_range: of float images. Public: declared, never inferred from the pixels.
       source: how the user named the data.
+      ids: [N], integers or text, or None: whose record each is (a person, a patient), where one may have several. Private.
 
     Raises:
       ValueError: shapes, dtypes or facts do not fit. The message holds no value taken from a record.
@@ -30,6 +31,7 @@ class LabelledImages:
     class_names: tuple[str, ...]
     value_range: tuple[float, float] = (0.0, 1.0)
     source: str
+    ids: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         dtype, shape = self.images.dtype, self.images.shape
@@ -43,6 +45,8 @@ class LabelledImages:
             raise ValueError("Expected class_names to be distinct, and at least one.")
         if self.labels.size and (self.labels.min() < 0 or self.labels.max() >= len(self.class_names)):
             raise ValueError("Expected every label in 0..K-1, where K is the number of class_names.")
+        if self.ids is not None and not (valid_ids(self.ids) and self.ids.shape == shape[:1]):
+            raise ValueError("Expected ids of whole numbers or text and of shape [N], one for each image.")
         check_value_range(self.value_range)
 
     def __repr__(self) -> str:
@@ -64,6 +68,13 @@ class LabelledImages:
     def to_unit(self) -> np.ndarray:
         """Returns the images as float32 in [-1, 1]; see `to_unit`."""
         return to_unit(self.images, self.value_range)
+
+
+def valid_ids(ids: np.ndarray) -> bool:
+    """Whether ids are whole numbers, or text of characters that exist: the door must not find out on one record."""
+    if ids.dtype.kind != "U":
+        return ids.dtype.kind in "iu"
+    return ids.dtype.isnative and bool((np.ascontiguousarray(ids).view(np.uint32) < 0x110000).all())
 
 
 def check_value_range(value_range: tuple[float, float]) -> None:

@@ -61,8 +61,10 @@ def check_members(archive: zipfile.ZipFile, path: object) -> dict[str, zipfile.Z
     return members
 
 
-def read_npz(path: str | Path, limits: Limits) -> tuple[np.ndarray, np.ndarray, list[str] | None]:
-    """Reads `images`, `labels` and `classes` (None if absent). Other members are not unpacked.
+def read_npz(
+    path: str | Path, limits: Limits, id_column: str | None = None
+) -> tuple[np.ndarray, np.ndarray, list[str] | None, np.ndarray | None]:
+    """Reads `images`, `labels`, `classes` (None if absent) and, if it is named, the array of ids. Other members are not unpacked.
 
     Raises:
       InputError: anything wrong with the archive or with an array in it.
@@ -71,11 +73,12 @@ def read_npz(path: str | Path, limits: Limits) -> tuple[np.ndarray, np.ndarray, 
         check_archive(file, size, path)
         with zipfile.ZipFile(file) as archive:
             members = check_members(archive, path)
-            for name in ("images", "labels"):
+            wanted = {"images", "labels"} | ({id_column} if id_column is not None else set())
+            for name in sorted(wanted):
                 if name not in members:
                     raise InputError(path, f"has no array '{name}'", "save it with numpy.savez(path, images=, labels=)")
             arrays = {}
-            for name in sorted({"images", "labels", "classes"} & set(members)):
+            for name in sorted((wanted | {"classes"}) & set(members)):
                 info = members[name]
                 if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
                     raise InputError(path, "declares two sizes for one member", "write it with numpy.savez")
@@ -84,7 +87,8 @@ def read_npz(path: str | Path, limits: Limits) -> tuple[np.ndarray, np.ndarray, 
                     arrays[name] = read_array(
                         stream, f"{path}:{name}", stored_bytes=info.file_size, packed_bytes=packed, limits=limits
                     )
-    return arrays["images"], arrays["labels"], as_names(path, arrays.get("classes"))
+    ids = arrays[id_column] if id_column is not None else None
+    return arrays["images"], arrays["labels"], as_names(path, arrays.get("classes")), ids
 
 
 def as_names(path: object, classes: np.ndarray | None) -> list[str] | None:
@@ -124,9 +128,10 @@ def to_nchw(path: object, images: np.ndarray) -> np.ndarray:
 
 
 def write_npz(path: str | Path, data: LabelledImages) -> None:
-    """Writes images, labels and class names so that `load_images` reads them back equal.
+    """Writes images, labels, class names and, where there are any, `ids` so that `load_images` reads them back equal.
 
     The declared range of float images is not in the file: pass `value_range` again when loading.
     """
     with open(path, "wb") as file:
-        np.savez_compressed(file, images=data.images, labels=data.labels, classes=np.array(data.class_names, "U"))
+        arrays = {"images": data.images, "labels": data.labels, "classes": np.array(data.class_names, "U")}
+        np.savez_compressed(file, **arrays, **({} if data.ids is None else {"ids": data.ids}))

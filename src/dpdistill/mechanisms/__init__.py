@@ -1,7 +1,9 @@
 """The only code that sees private records or draws privacy noise."""
 
+from .answers import noisy_rows
+from .ensemble import Ensemble
 from .gradients import per_record_gradient
-from .private import PrivateData
+from .private import Door, PrivateData
 from .vault import Vault
 
-__all__ = ["PrivateData", "Vault", "per_record_gradient"]
+__all__ = ["Door", "Ensemble", "PrivateData", "Vault", "noisy_rows", "per_record_gradient"]

@@ -9,6 +9,9 @@ are integers: the same bytes in any order. Proof: docs/privacy/gaussian_sum.md.
 import torch
 from torch import Tensor
 
+MAX_BITS = 24
+UNIT_BITS = 14  # of a unit vector: its entries fit int16
+
 
 def _sum_rows(s_BD: Tensor) -> Tensor:
     """Row sums [B, 1], added in an order fixed by D alone: a library's own order may change with B, threads and device, in the last bit."""
@@ -31,6 +34,8 @@ def clip_to_grid(v_BD: Tensor, clip_norm: float, grid_bits: int) -> Tensor:
     Returns:
       [B, D] int64.
     """
+    if grid_bits > MAX_BITS:
+        raise ValueError(f"Expected {grid_bits=} of at most {MAX_BITS}: above, the norm is not checked exactly.")
     limit = float(2**grid_bits)
     v = v_BD.detach().to(torch.float64)
     finite = torch.isfinite(v).all(dim=1, keepdim=True)
@@ -44,3 +49,46 @@ def clip_to_grid(v_BD: Tensor, clip_norm: float, grid_bits: int) -> Tensor:
     grid = torch.round(unit * steps)
     fits = (grid.abs() <= limit).all(dim=1, keepdim=True) & ((grid * grid).sum(dim=1, keepdim=True) <= limit * limit)
     return torch.where(finite & fits, grid, torch.zeros_like(grid)).to(torch.int64)
+
+
+def unit_grid(v_BD: Tensor) -> Tensor:
+    """Returns the rows scaled to norm 1, in steps of 2**-14, as int16 [B, D]. Rows with NaN, infinity or no length become zero."""
+    v = v_BD.detach().to(torch.float64)
+    finite = torch.isfinite(v).all(dim=1, keepdim=True)
+    v = torch.where(finite, v, torch.zeros_like(v))
+    unit = v / v.abs().amax(dim=1, keepdim=True).clamp_min(1e-300)
+    norm = _sum_rows(unit * unit).sqrt().clamp_min(1e-300)
+    return torch.round(unit / norm * 2**UNIT_BITS).to(torch.int16)
+
+
+def clip_left(v_BK: Tensor, right_BD: Tensor, clip_norm: float, grid_bits: int) -> Tensor:
+    """Returns rows of whole numbers l such that l ⊗ right has norm at most 2**grid_bits, checked in exact integers.
+
+    One step of l ⊗ right is clip_norm / 2**grid_bits, and one of `right` 2**-14: l is v in steps of clip_norm / 2**(grid_bits - 14).
+
+    Args:
+      v_BK: left factors, any float type. Rows that hold NaN or infinity count as zero.
+      right_BD: right factors: whole numbers of `unit_grid`, as float64.
+
+    Returns:
+      [B, K] float64, whole numbers.
+    """
+    limit = 2**grid_bits
+    v = v_BK.detach().to(torch.float64)
+    finite = torch.isfinite(v).all(dim=1, keepdim=True)
+    v = torch.where(finite, v, torch.zeros_like(v))
+    squares = (right_BD * right_BD).sum(dim=1, keepdim=True)  # whole, below 2**53: exact in any order
+    largest = v.abs().amax(dim=1, keepdim=True).clamp_min(1e-300)
+    unit = v / largest  # at most 1, so that squares cannot overflow
+    norm = _sum_rows(unit * unit).sqrt().clamp_min(1e-300)
+    reach = (
+        limit / squares.sqrt().clamp_min(1.0) - v.shape[1] ** 0.5 / 2 - 1
+    )  # rounding moves a row by at most sqrt(K)/2 steps
+    steps = torch.minimum(largest * (2.0 ** (grid_bits - UNIT_BITS) / clip_norm), reach / norm).clamp_min(0.0)
+    grid = torch.round(unit * steps)
+    whole, wide = grid.to(torch.int64), squares.to(torch.int64)
+    own = (whole * whole).sum(dim=1, keepdim=True)
+    # Exact: |grid| <= 2**17 keeps `own` from wrapping, and a product that wraps is one that float64 sees beyond 2**62.
+    fits = (grid.abs() <= 2.0 ** (grid_bits - UNIT_BITS) * 2).all(dim=1, keepdim=True)
+    fits &= (own.to(torch.float64) * squares < 2.0**62) & (own * wide <= limit * limit)
+    return torch.where(finite & fits, grid, torch.zeros_like(grid))

@@ -1,13 +1,14 @@
-"""The door. Private records live behind it; a method holds the handle and asks for `release(query, fn)`.
+"""The door. Private records live behind it; a method holds a handle and asks for a release.
 
 B micro-batch, N records (never told), D coordinates, K classes. The order is the guarantee: check `fn` on made-up images → charge
 the ledger, on disk → read, clip, sum as integers → bind the sum → add noise → keep the noisy sum. Proof: docs/privacy/gaussian_sum.md.
 """
 
 import json
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -18,11 +19,15 @@ from ..data.images import LabelledImages, to_unit
 from ..errors import ConfigError, LedgerError, RecordwiseError
 from ..privacy.faults import point
 from ..privacy.ledger import Ledger
-from ..privacy.queries import GaussianSum
-from .clipping import clip_to_grid
+from ..privacy.queries import GaussianSum, Query
+from .clipping import MAX_BITS, clip_to_grid
 from .noise import rounded_gaussian
 from .recordwise import RecordFunction, check_recordwise
 from .vault import Vault
+
+if TYPE_CHECKING:
+    from .ensemble import Ensemble, Trainer
+    from .features import PrivateFeatures
 
 
 class Progress(Protocol):
@@ -35,55 +40,45 @@ class Progress(Protocol):
 class Reservation:
     """Releases already charged: `count` of `query`, on ledger line `line`."""
 
-    query: GaussianSum
+    query: Query
     count: int
     line: int
 
 
-class PrivateData:
-    """A handle on private records: their public facts, and the one way to learn anything else about them.
+class Door(ABC):
+    """What every handle shares: charge first, bind the sum, add noise, keep what was released.
 
     Attributes:
-      image_shape: (C, H, W), public.
-      n_classes: K, public.
       checks: for each query name the largest relative difference the record-wise check saw.
+      unit: whose presence the handle's releases hide; the ledger's unit is the same, or its ε would be about something else.
     """
 
-    def __init__(
-        self, records: LabelledImages, ledger: Ledger, vault: Vault, *, device: str = "cpu", micro_batch: int = 256
-    ) -> None:
-        if micro_batch < 1:
-            raise ValueError(f"Expected {micro_batch=} of at least 1.")
-        channels, height, width = records.images.shape[1:]
-        self.image_shape: tuple[int, int, int] = (channels, height, width)
-        self.n_classes = len(records.class_names)
-        self.device, self.micro_batch = device, micro_batch
+    def __init__(self, ledger: Ledger, vault: Vault, unit: str) -> None:
+        if ledger.lines and ledger.lines[0]["unit"] != unit:
+            raise LedgerError(
+                f"this ledger counts by {ledger.lines[0]['unit']!r}, and these releases would protect one {unit}; name another ledger"
+            )
         self.checks: dict[str, float] = {}
-        self._records, self._ledger, self._vault = records, ledger, vault
+        self.unit, self._ledger, self._vault = unit, ledger, vault
         self._pending = [
             (index, line)
             for index, line in enumerate(ledger.lines)
             if line["type"] == "intent" and line["run"] == vault.run and not line["again"]
         ]
 
-    def check(self, query: GaussianSum, fn: RecordFunction) -> None:
-        """Raises RecordwiseError unless `fn` treats records alone. Reads no record, charges nothing."""
-        if query.n_classes not in (1, self.n_classes):
-            raise ConfigError(f"query {query.name!r} has {query.n_classes} rows for {self.n_classes} classes")
+    @abstractmethod
+    def _fits(self, query: Query) -> None:
+        """Raises ConfigError unless this handle can answer the query. Reads no record."""
 
-        def placed(x: Tensor, y: Tensor) -> Tensor:
-            return fn(x.to(self.device), y.to(self.device))
-
-        worst = check_recordwise(placed, self.image_shape, self.n_classes, query.dim, query.clip_norm)
-        self.checks[query.name] = max(worst, self.checks.get(query.name, 0.0))
-
-    def reserve(self, query: GaussianSum, count: int = 1) -> Reservation:
+    def reserve(self, query: Query, count: int = 1) -> Reservation:
         """Charges `count` releases of `query` at once; a resumed run finds what it charged before.
 
         Raises:
+          ConfigError: this handle does not answer such queries. Nothing was charged.
           BudgetError: the cap would be passed. Nothing was charged or read.
           LedgerError: the resumed run asks for another release than it did the first time.
         """
+        self._fits(query)
         if self._pending:
             index, line = self._pending.pop(0)
             if line["query"] != query.describe() or line["count"] != count:
@@ -92,6 +87,96 @@ class PrivateData:
                 )
             return Reservation(query, count, index)
         return Reservation(query, count, self._ledger.reserve(self._vault.run, query, count))
+
+    def _noisy(self, held: Reservation, index: int, exact_sum: Callable[[str], NDArray[np.int64]]) -> Tensor:
+        """The noisy sum of release number `index` of a charged reservation, in the query's units; from the vault if it is there."""
+        query, name = held.query, self._name(held.line, index)
+        noisy = self._vault.load(name)
+        if noisy is None:
+            for attempt in self._attempts(held, index):
+                total = exact_sum(attempt)
+                point("door: summed")
+                # Another sum than before a crash (other data, or arithmetic that does not repeat) is another release: charged anew.
+                if self._vault.binds(attempt, total):
+                    break
+            stream = self._vault.noise_stream(attempt, json.dumps(query.describe(), sort_keys=True).encode(), total)
+            sigma = query.sigma_steps
+            noisy = total + rounded_gaussian(total.size, sigma, stream).reshape(total.shape)
+            self._vault.save(name, noisy)
+        return torch.from_numpy(noisy.astype(np.float64) / query.unit_steps).float()
+
+    def _check_charged(self, held: Reservation, index: int) -> None:
+        """Raises LedgerError unless the reservation is on the ledger, word for word: a made-up one buys nothing."""
+        if not (0 <= index < held.count):
+            raise ValueError(f"Expected {index=} below the {held.count} releases that were charged.")
+        line = self._ledger.lines[held.line] if 0 <= held.line < len(self._ledger.lines) else {"type": "none"}
+        facts = {
+            "type": "intent",
+            "run": self._vault.run,
+            "query": held.query.describe(),
+            "count": held.count,
+            "again": "",
+        }
+        if {key: line.get(key) for key in facts} != facts:
+            raise LedgerError("this reservation is not on the ledger; ask reserve() for one; nothing was read")
+
+    def _name(self, line: int, index: int) -> str:
+        """A release's name in the vault. The line's hash covers all lines before it: nothing is mistaken for another ledger's."""
+        return f"release-{self._ledger.lines[line]['hash'][:32]}-{index}"
+
+    def _attempts(self, held: Reservation, index: int) -> Iterator[str]:
+        """Names of a release: the one that was charged, then one more charged line for each time the sum came out differently."""
+        again = f"{held.line}-{index}"
+        yield self._name(held.line, index)
+        for line_index, line in enumerate(list(self._ledger.lines)):
+            if line["type"] == "intent" and line["run"] == self._vault.run and line["again"] == again:
+                yield self._name(line_index, 0)
+        while True:
+            yield self._name(self._ledger.reserve(self._vault.run, held.query, again=again), 0)
+
+
+class PrivateData(Door):
+    """A handle on private records: their public facts, and the one way to learn anything else about them.
+
+    Records with ids are protected by the id, which sums over records do not do: such records answer by `shards` alone.
+
+    Attributes:
+      image_shape: (C, H, W), public.
+      n_classes: K, public.
+    """
+
+    def __init__(
+        self, records: LabelledImages, ledger: Ledger, vault: Vault, *, device: str = "cpu", micro_batch: int = 256
+    ) -> None:
+        super().__init__(ledger, vault, "record" if records.ids is None else "id")
+        if micro_batch < 1:
+            raise ValueError(f"Expected {micro_batch=} of at least 1.")
+        channels, height, width = records.images.shape[1:]
+        self.image_shape: tuple[int, int, int] = (channels, height, width)
+        self.n_classes = len(records.class_names)
+        self.device, self.micro_batch = device, micro_batch
+        self._records = records
+
+    def _fits(self, query: Query) -> None:
+        if not isinstance(query, GaussianSum):
+            raise ConfigError(f"query {query.name!r} is not a sum over records")
+        if self.unit != "record":  # one id may have many records, and each moves the sum
+            raise ConfigError(f"query {query.name!r} is a sum over records, and these are to be protected by their ids")
+
+    def check(self, query: GaussianSum, fn: RecordFunction) -> None:
+        """Raises RecordwiseError unless `fn` treats records alone. Reads no record, charges nothing."""
+        if query.grid_bits > MAX_BITS:
+            raise ConfigError(
+                f"query {query.name!r} has grid_bits={query.grid_bits}; a sum of whole vectors takes {MAX_BITS}"
+            )
+        if query.n_classes not in (1, self.n_classes):
+            raise ConfigError(f"query {query.name!r} has {query.n_classes} rows for {self.n_classes} classes")
+
+        def placed(x: Tensor, y: Tensor) -> Tensor:
+            return fn(x.to(self.device), y.to(self.device))
+
+        worst = check_recordwise(placed, self.image_shape, self.n_classes, query.dim, query.clip_norm)
+        self.checks[query.name] = max(worst, self.checks.get(query.name, 0.0))
 
     def release(self, query: GaussianSum, fn: RecordFunction, *, progress: Progress | None = None) -> Tensor:
         r"""Returns a noisy sum of clipped per-record vectors, by class, and records it in the ledger.
@@ -122,52 +207,29 @@ class PrivateData:
         self, held: Reservation, index: int, fn: RecordFunction, *, progress: Progress | None = None
     ) -> Tensor:
         """Release number `index` of a reservation; otherwise as `release`. Asked again, it returns the same bytes and reads nothing."""
-        if not (0 <= index < held.count):
-            raise ValueError(f"Expected {index=} below the {held.count} releases that were charged.")
         query = held.query
-        self._check_charged(held)
-        name = self._name(held.line, index)
+        if not isinstance(query, GaussianSum):
+            raise ConfigError(f"query {query.name!r} is not a sum over records")
+        self._check_charged(held, index)
         self.check(query, fn)  # also where the answer is known: a resumed run must report the same checks
-        noisy = self._vault.load(name)
-        if noisy is None:
-            for attempt in self._attempts(held, index):
-                total = self._exact_sum(query, fn, attempt, progress)
-                point("door: summed")
-                # Another sum than before a crash (other data, or arithmetic that does not repeat) is another release: charged anew.
-                if self._vault.binds(attempt, total):
-                    break
-            stream = self._vault.noise_stream(attempt, json.dumps(query.describe(), sort_keys=True).encode(), total)
-            sigma = query.noise_multiplier * 2**query.grid_bits
-            noisy = total + rounded_gaussian(total.size, sigma, stream).reshape(total.shape)
-            self._vault.save(name, noisy)
-        return torch.from_numpy(noisy.astype(np.float64) * (query.clip_norm / 2**query.grid_bits)).float()
+        return self._noisy(held, index, lambda attempt: self._exact_sum(query, fn, attempt, progress))
 
-    def _check_charged(self, held: Reservation) -> None:
-        """Raises LedgerError unless the reservation is on the ledger, word for word: a made-up one buys nothing."""
-        line = self._ledger.lines[held.line] if 0 <= held.line < len(self._ledger.lines) else {"type": "none"}
-        facts = {
-            "type": "intent",
-            "run": self._vault.run,
-            "query": held.query.describe(),
-            "count": held.count,
-            "again": "",
-        }
-        if {key: line.get(key) for key in facts} != facts:
-            raise LedgerError("this reservation is not on the ledger; ask reserve() for one; nothing was read")
+    def features(
+        self, fn: Callable[[Tensor], Tensor], dim: int, *, progress: Progress | None = None
+    ) -> "PrivateFeatures":
+        """Returns a handle on fixed features of the records, for sums of rank-one vectors; see `PrivateFeatures`."""
+        from .features import PrivateFeatures
 
-    def _name(self, line: int, index: int) -> str:
-        """A release's name in the vault. The line's hash covers all lines before it: nothing is mistaken for another ledger's."""
-        return f"release-{self._ledger.lines[line]['hash'][:32]}-{index}"
+        return PrivateFeatures(self, fn, dim, progress=progress)
 
-    def _attempts(self, held: Reservation, index: int) -> Iterator[str]:
-        """Names of a release: the one that was charged, then one more charged line for each time the sum came out differently."""
-        again = f"{held.line}-{index}"
-        yield self._name(held.line, index)
-        for line_index, line in enumerate(list(self._ledger.lines)):
-            if line["type"] == "intent" and line["run"] == self._vault.run and line["again"] == again:
-                yield self._name(line_index, 0)
-        while True:
-            yield self._name(self._ledger.reserve(self._vault.run, held.query, again=again), 0)
+    def shards(self, n_shards: int, train: "Trainer") -> "Ensemble":
+        """Returns a handle on the votes of models trained on disjoint shards of the records; see `Ensemble.of_shards`."""
+        from .ensemble import Ensemble
+
+        ensemble = Ensemble.of_shards(self._records, n_shards, train, self._ledger, self._vault, device=self.device)
+        # One run: one certificate, and one list of what it charged before it stopped.
+        ensemble.checks, ensemble._pending = self.checks, self._pending
+        return ensemble
 
     def _exact_sum(
         self, query: GaussianSum, fn: RecordFunction, name: str, progress: Progress | None

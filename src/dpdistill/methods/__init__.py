@@ -1,9 +1,11 @@
 """The methods. A new one is one module with `Config`, `plan` and `run` (see `base`), a line here, a proof page and an example."""
 
+from types import ModuleType
 from typing import cast
 
 from . import dosser, joint, ndpdc
-from .base import Method, Public, Synthetic, Workspace
+from .base import Method, Public, Student, Synthetic, Workspace
+from .model import conversion_way, opaque, teacher, votes
 
 METHODS: dict[str, Method] = {
     "joint": cast(Method, joint),
@@ -11,4 +13,12 @@ METHODS: dict[str, Method] = {
     "ndpdc": cast(Method, ndpdc),
 }
 
-__all__ = ["METHODS", "Method", "Public", "Synthetic", "Workspace"]
+# The ways to a student model. The first two ask the door, so they are methods like the others; the last two get a teacher as it is.
+MODEL_METHODS: dict[str, ModuleType] = {
+    "teacher": teacher,
+    "votes": votes,
+    "conversion": conversion_way,
+    "opaque": opaque,
+}
+
+__all__ = ["METHODS", "MODEL_METHODS", "Method", "Public", "Student", "Synthetic", "Workspace"]

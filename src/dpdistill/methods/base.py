@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..mechanisms import PrivateData
+from ..models.convnet import ConvNet
+from ..models.student_generator import StudentGenerator
 from ..privacy import Planned
 
 
@@ -56,6 +58,23 @@ class Synthetic:
     parts: int = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A converted model.
+
+    Attributes:
+      model: the student.
+      generator: what drew its training images, beside the prior.
+      images: some of the generator's images, labelled by the student: what is stored and shown.
+      figures: numbers from public or released things only, such as how often teacher and student agree.
+    """
+
+    model: ConvNet
+    generator: StudentGenerator
+    images: Synthetic
+    figures: dict[str, float]
+
+
 class Workspace(Protocol):
     """Where a method keeps checkpoints and says how far it is. Everything in it derives from released values and public data."""
 
@@ -88,5 +107,5 @@ class Method(Protocol):
         """The releases that `run` will ask for: from public facts only, cheaper in ε as `noise_multiplier` grows."""
 
     @staticmethod
-    def run(config: Any, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Synthetic:
-        """Asks the door for exactly the releases of the calibrated `plan`, and turns the answers into a data set."""
+    def run(config: Any, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Any:
+        """Asks the door for exactly the releases of the calibrated `plan`, and turns the answers into a `Synthetic` or a `Student`."""

@@ -3,6 +3,6 @@
 from .accounting import epsilon, gaussian_multiplier
 from .guarantee import Guarantee
 from .ledger import Ledger
-from .queries import GaussianSum, Planned, calibrate
+from .queries import GaussianSum, NoisyVotes, Planned, calibrate
 
-__all__ = ["GaussianSum", "Guarantee", "Ledger", "Planned", "calibrate", "epsilon", "gaussian_multiplier"]
+__all__ = ["GaussianSum", "Guarantee", "Ledger", "NoisyVotes", "Planned", "calibrate", "epsilon", "gaussian_multiplier"]

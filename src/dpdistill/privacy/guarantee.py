@@ -57,9 +57,17 @@ class Guarantee:
     def __str__(self) -> str:
         if self.basis == "none":
             return "NOT PRIVATE: this release carries no privacy guarantee for any record."
+        if self.basis == "attested":
+            return (
+                f"Not proved here, attested by the teacher's supplier: adding or removing one {self.unit} of its training data changes the "
+                f"probability of any outcome of its training by a factor of at most e^{shown(self.epsilon)}, plus {self.delta!r} "
+                f"(ε = {shown(self.epsilon)}, δ = {self.delta!r}). Conversion read no private data and costs nothing beyond that."
+            )
         claim = "" if self.basis == "proved" else f"Not proved here ({self.basis}): "
+        # Who is protected by an id keeps it when all under it is exchanged; another id would be another unit more.
+        exchanged = "exchanging one record" if self.unit == "record" else f"exchanging everything of one {self.unit}"
         return (
             f"{claim}Adding or removing one {self.unit} changes the probability of any outcome of this release by a factor of at most "
-            f"e^{shown(self.epsilon)}, plus {self.delta!r} (ε = {shown(self.epsilon)}, δ = {self.delta!r}; exchanging one "
-            f"{self.unit}: ε = {shown(self.epsilon_replace_one)}; all runs on this data: ε = {shown(self.epsilon_all_runs)})."
+            f"e^{shown(self.epsilon)}, plus {self.delta!r} (ε = {shown(self.epsilon)}, δ = {self.delta!r}; {exchanged}: "
+            f"ε = {shown(self.epsilon_replace_one)}; all runs on this data: ε = {shown(self.epsilon_all_runs)})."
         )

@@ -24,7 +24,7 @@ from . import accounting
 from .accounting import Part, Relation
 from .faults import point
 from .guarantee import round_up, shown
-from .queries import GaussianSum
+from .queries import Query, parse_query
 
 FORMAT = "dpdistill-ledger-1"
 MAX_BYTES = 64 * 2**20
@@ -100,12 +100,11 @@ def _line_cap(line: Line) -> tuple[float, float]:
     return cap
 
 
-def line_part(line: Line) -> Part:
+def line_part(line: Line, relation: Relation = "add_or_remove_one") -> Part:
     """What the accountant needs of an intent line. Raises LedgerError unless it is a mechanism that it knows."""
     try:
-        part = GaussianSum.parse(line["query"]).part(
-            line["count"]
-        )  # refuses every other mechanism, field or way to write a number
+        # Refuses every other mechanism, field or way to write a number.
+        part = parse_query(line["query"]).part(line["count"], relation)
         accounting.check_part(*part)
     except Exception as error:  # whatever is wrong, an unaccountable line must stop everything
         raise LedgerError("the ledger holds a mechanism that this version cannot account for") from error
@@ -297,7 +296,7 @@ class Ledger:
                 f"would make it {shown(total)}; nothing was read (--budget {shown(round_up(total, 2))} raises the cap, on the record)"
             )
 
-    def reserve(self, run: str, query: GaussianSum, count: int = 1, again: str = "") -> int:
+    def reserve(self, run: str, query: Query, count: int = 1, again: str = "") -> int:
         """Charges `count` releases of `query`, and returns the line's index once it is on disk.
 
         Args:
@@ -311,13 +310,13 @@ class Ledger:
         return len(self.lines) - 1
 
 
-def parts(lines: Iterable[Line], run: str | None = None) -> list[Part]:
+def parts(lines: Iterable[Line], run: str | None = None, relation: Relation = "add_or_remove_one") -> list[Part]:
     """The mechanisms of all intent lines, or of one run's."""
-    return [line_part(line) for line in lines if line["type"] == "intent" and run in (None, line["run"])]
+    return [line_part(line, relation) for line in lines if line["type"] == "intent" and run in (None, line["run"])]
 
 
 def spent(
     lines: Iterable[Line], delta: float, run: str | None = None, relation: Relation = "add_or_remove_one"
 ) -> float:
     """ε of everything in a ledger's lines, or of one run: from the lines alone."""
-    return accounting.epsilon(parts(lines, run), delta, relation)
+    return accounting.epsilon(parts(lines, run, relation), delta, relation)

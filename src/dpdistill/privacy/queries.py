@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from .accounting import Part, check_part, epsilon, gaussian_multiplier
+from .accounting import Part, Relation, check_part, epsilon, gaussian_multiplier
 
-GRID_BITS = (8, 24)
+GRID_BITS = (8, 30)
 WASTE = 1e-3  # of the asked ε, at most, lest the search for σ take longer than the run
 SIGMA_GRID = (1e-3, 2.0**45)  # standard deviations that `mechanisms.noise` can draw, in grid steps
 
@@ -74,9 +74,23 @@ class GaussianSum:
             raise ValueError("not a description in its one canonical form")
         return query
 
-    def part(self, count: int = 1) -> Part:
-        """What the accountant needs of `count` such releases."""
+    @property
+    def rows(self) -> int:
+        return self.n_classes
+
+    def part(self, count: int = 1, relation: Relation = "add_or_remove_one") -> Part:
+        """What the accountant needs of `count` such releases. It doubles the sensitivity itself where one record is exchanged."""
         return (self.sampling_prob, self.noise_multiplier, count)
+
+    @property
+    def unit_steps(self) -> float:
+        """Grid steps in a distance of 1 in the units that the sum is given in."""
+        return 2.0**self.grid_bits / self.clip_norm
+
+    @property
+    def sigma_steps(self) -> float:
+        """Standard deviation of the noise, in grid steps."""
+        return self.noise_multiplier * 2.0**self.grid_bits
 
     def describe(self) -> dict[str, str]:
         """Every public fact as a string, numbers in the shortest form that reads back exactly."""
@@ -92,16 +106,122 @@ class GaussianSum:
         }
 
 
+VOTE_BITS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyVotes:
+    r"""Noisy votes of models trained on disjoint shards: H + N(0, σ²·2Q I), H in N^{Q×K} counts the models that choose a class.
+
+    What belongs to one unit (a person's id, an owner, a record) is in one shard, so whatever is done to it changes one model. That
+    changes one vote in each of Q rows, by √2 at most: all of H moves by √(2Q) at most, whether a unit is added, removed or exchanged.
+    Where `unit_moves` is 2, exchanging a unit touches two shards. Proof: docs/privacy/votes.md.
+
+    Attributes:
+      name: what the votes are for; goes into the ledger.
+      n_queries: Q, images voted on.
+      n_classes: K.
+      n_models: how many vote, public.
+      noise_multiplier: σ, standard deviation of the noise over √(2Q).
+      unit_moves: shards that exchanging one unit touches: 1 where a unit keeps its id, 2 where its content is its id.
+    """
+
+    name: str
+    n_queries: int
+    n_classes: int
+    n_models: int
+    noise_multiplier: float
+    unit_moves: int = 1
+
+    def __post_init__(self) -> None:
+        for times in (1, 2):  # `part` doubles it: a charge that could not be reported would spoil its ledger
+            check_part(1.0, times * self.noise_multiplier, 1)
+        numbers = (self.n_queries, self.n_classes, self.n_models, self.unit_moves)
+        if not all(type(value) is int and value >= 1 for value in numbers) or self.unit_moves > 2:
+            raise ConfigError(f"Expected whole numbers of at least 1, got {self}.")
+        if max(self.n_queries * self.n_classes, self.n_models) > 2**40:
+            raise ConfigError(f"Expected at most 2**40 votes and models, got {self}.")
+        if not isinstance(self.name, str):
+            raise ConfigError(f"Expected a text as name, got {self.name!r}.")
+        if not (SIGMA_GRID[0] <= self.sigma_steps <= SIGMA_GRID[1]):
+            raise ConfigError(
+                f"Expected noise that can be drawn, got {self.noise_multiplier=} for {self.n_queries} queries."
+            )
+
+    @classmethod
+    def parse(cls, description: dict[str, str]) -> "NoisyVotes":
+        """Reads what `describe` wrote. Raises ValueError, KeyError or ConfigError unless it is exactly that."""
+        query = cls(
+            name=description["name"],
+            n_queries=int(description["queries"]),
+            n_classes=int(description["classes"]),
+            n_models=int(description["models"]),
+            noise_multiplier=float(description["noise_multiplier"]),
+            unit_moves=int(description["unit_moves"]),
+        )
+        if query.describe() != description:
+            raise ValueError("not a description in its one canonical form")
+        return query
+
+    @property
+    def rows(self) -> int:
+        return self.n_queries
+
+    @property
+    def dim(self) -> int:
+        return self.n_classes
+
+    def part(self, count: int = 1, relation: Relation = "add_or_remove_one") -> Part:
+        """What the accountant needs of `count` such releases. It doubles sensitivity for an exchange, which here touches one shard."""
+        twice = relation == "replace_one" and self.unit_moves == 1
+        return (1.0, self.noise_multiplier * (2 if twice else 1), count)
+
+    @property
+    def unit_steps(self) -> float:
+        """Grid steps in one vote."""
+        return 2.0**VOTE_BITS
+
+    @property
+    def sigma_steps(self) -> float:
+        """Standard deviation of the noise, in grid steps."""
+        return self.noise_multiplier * math.sqrt(2 * self.n_queries) * self.unit_steps
+
+    def describe(self) -> dict[str, str]:
+        """Every public fact as a string, numbers in the shortest form that reads back exactly."""
+        return {
+            "mechanism": "noisy_votes",
+            "name": self.name,
+            "queries": str(self.n_queries),
+            "classes": str(self.n_classes),
+            "models": str(self.n_models),
+            "noise_multiplier": repr(float(self.noise_multiplier)),
+            "unit_moves": str(self.unit_moves),
+        }
+
+
+Query = GaussianSum | NoisyVotes
+
+
+def parse_query(description: dict[str, str]) -> Query:
+    """Reads what any query's `describe` wrote. Raises ValueError, KeyError or ConfigError on every other mechanism."""
+    kinds: dict[str, type[GaussianSum] | type[NoisyVotes]] = {"gaussian_sum": GaussianSum, "noisy_votes": NoisyVotes}
+    return kinds[description["mechanism"]].parse(description)
+
+
 @dataclass(frozen=True)
 class Planned:
     """A release that a method will ask for, `count` times, known before any data is read."""
 
-    query: GaussianSum
+    query: Query
     count: int = 1
 
     @property
     def part(self) -> Part:
         return self.query.part(self.count)
+
+    @property
+    def part_replace_one(self) -> Part:
+        return self.query.part(self.count, "replace_one")
 
 
 def calibrate(plan: Callable[[float], Sequence[Planned]], target_epsilon: float, delta: float) -> float:
@@ -126,10 +246,9 @@ def calibrate(plan: Callable[[float], Sequence[Planned]], target_epsilon: float,
         return epsilon([planned.part for planned in plan(sigma)], delta)
 
     first, mu = plan(1.0), 1 / gaussian_multiplier(target_epsilon, delta)
-    weight = sum(
-        planned.count * (planned.query.sampling_prob / planned.query.noise_multiplier) ** 2 for planned in first
-    )
-    if all(planned.query.sampling_prob == 1 for planned in first):
+    parts = [planned.part for planned in first]
+    weight = sum(count * (q / sigma) ** 2 for q, sigma, count in parts)
+    if all(q == 1 for q, _, _ in parts):
         high, step = math.sqrt(weight) / mu, 1.0004  # exact where all is in proportion to σ: Σ count/σ² = μ²
     else:
         high, step = (

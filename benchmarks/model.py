@@ -1,0 +1,297 @@
+"""Benchmark of model conversion: writes docs/benchmarks/model.md and model.json.
+
+  .venv/bin/python benchmarks/model.py --data DIR --cells 'mnist:private-teacher:1' --releases 3
+  .venv/bin/python benchmarks/model.py --data DIR --cells 'mnist:teacher:1,mnist:teacher:3' --releases 3
+  .venv/bin/python benchmarks/model.py --data DIR --table            # rebuild the table from the runs so far
+
+A cell is DATASET:SETTING:EPSILON; several are separated by commas. SETTING is
+  teacher          the private teacher itself (many releases in one process: its features are computed once);
+  private-teacher  teacher and student of one release, the student without a real image;
+  votes            shard teachers that vote (--shards K; --by-id for one shard per id), and the student of what they say;
+  opaque           the paper's way with a teacher trained without privacy: EPSILON is its nominal ε (status none), `inf` is without noise;
+  data-free        conversion of that same teacher without any noise and without its data: the data-free literature's setting.
+Runs are kept in docs/benchmarks/model.runs.jsonl, one line each, and a cell that has enough is not run again. Students see procedural
+images and their generator's only. DIR: see common.py. --cache keeps the non-private teachers between runs.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import in_own_process, peak_gib, read
+from safetensors.torch import load_file, save_file
+
+from dpdistill.config import build
+from dpdistill.data import LabelledImages, procedural_images, to_unit
+from dpdistill.evaluation import Training, accuracy, train_on_real
+from dpdistill.mechanisms import PrivateData, Vault
+from dpdistill.methods import MODEL_METHODS, Public
+from dpdistill.methods.model import teacher as teacher_method
+from dpdistill.models import ConvNet
+from dpdistill.privacy import Ledger, calibrate
+from dpdistill.workspace import FolderWorkspace
+
+DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
+RUNS = DOCS / "model.runs.jsonl"
+DELTA = 1e-5
+PRIVATE = {"teacher": "teacher", "private-teacher": "teacher", "votes": "votes"}
+
+
+def public_of(records: LabelledImages, seed: int) -> Public:
+    """Procedural images only."""
+    made_up = torch.from_numpy(to_unit(procedural_images(4000, *records.image_shape, seed)))
+    return Public(image_shape=records.image_shape, class_names=records.class_names, auxiliary=made_up)
+
+
+def with_ids(folder: Path, dataset: str, records: LabelledImages) -> LabelledImages:
+    with np.load(folder / dataset / "train.npz", allow_pickle=False) as z:
+        return replace(records, ids=z["groups"])
+
+
+def row(args: argparse.Namespace, setting: str, epsilon: str, **facts: Any) -> dict[str, Any]:
+    dataset = args.one.split(":")[0]
+    unit = "id" if args.by_id else "record"
+    return {"dataset": dataset, "setting": setting, "epsilon": epsilon, "delta": DELTA, "unit": unit, **facts}
+
+
+def one(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One cell's run: the rows of its releases."""
+    dataset, setting, epsilon = args.one.split(":")
+    torch.set_num_threads(1)
+    folder = Path(args.data)
+    records, test = read(folder, dataset, "train"), read(folder, dataset, "test")
+    started = time.monotonic()
+
+    def score(model: Any) -> float:
+        return accuracy(model.to("cpu"), test.images, test.labels)
+
+    def done(**facts: Any) -> dict[str, Any]:
+        common = {
+            "seconds": time.monotonic() - started,
+            "peak_gib": peak_gib(),
+            "device": args.device,
+            "seed": args.seed,
+        }
+        return row(args, setting, epsilon, **common, **facts)
+
+    given = dict(item.partition("=")[::2] for item in args.set)
+    if setting in ("opaque", "data-free"):
+        return [done(**opaque(args, records, score, given, epsilon, setting))]
+    method: Any = MODEL_METHODS[PRIVATE[setting]]
+    if setting == "votes":
+        records = with_ids(folder, dataset, records) if args.by_id else records
+        given |= {"models": args.shards, "unit_moves": 1 if args.by_id else 2}
+    settings = build(method.Config, given)
+    asked: dict[str, Any] = {}
+    inner = method.convert
+
+    def watched(teacher: Any, *rest: Any, **options: Any) -> Any:
+        asked["teacher"], asked["seconds"] = teacher, time.monotonic() - started
+        return inner(teacher, *rest, **options)
+
+    method.convert = watched
+    rows = []
+    shared: dict[str, Any] = {}
+    for seed in range(args.seed, args.seed + (args.releases if setting == "teacher" else 1)):
+        public = public_of(records, 0 if setting == "teacher" else seed)  # the same features, computed once
+        sigma = calibrate(lambda value, p=public: method.plan(settings, p, value), float(epsilon), DELTA)
+        plan = method.plan(settings, public, sigma)
+        with tempfile.TemporaryDirectory() as scratch:
+            place = Path(scratch)
+            unit = "id" if args.by_id else "record"
+            with Ledger.open(place / "ledger.jsonl", cap=(float(epsilon) * 1.001, DELTA), unit=unit) as ledger:
+                vault = Vault.open(place / "vault")
+                private = PrivateData(records, ledger, vault, device=args.device)
+                workspace = FolderWorkspace(
+                    place / "work", seed=0 if setting == "teacher" else seed, device=args.device, quiet=True
+                )
+                if setting == "teacher":
+                    share_features(private, shared)
+                    model = teacher_method.train(settings, public, private, plan, workspace)
+                    rows.append(
+                        done(accuracy=score(model), note=f"linear on scattering, {settings.teacher_steps} steps")
+                        | {"seed": seed}
+                    )
+                    continue
+                made = method.run(settings, public, private, plan, workspace)
+        student = f"ConvNet-{settings.depth} width {settings.width}, {settings.steps} steps of {settings.batch}"
+        if setting == "votes":
+            student += f"; {args.shards} shards, {settings.rounds} x {settings.queries} queries"
+        facts = {
+            "accuracy": score(made.model),
+            "teacher_accuracy": score(asked["teacher"]),
+            "teacher_seconds": asked["seconds"],
+        }
+        rows.append(done(note=student, **facts, **made.figures))
+    return rows
+
+
+def share_features(private: PrivateData, shared: dict[str, Any]) -> None:
+    """Features of the same records under the same public map are the same: computed once for many releases of a benchmark."""
+    inner = private.features
+
+    def features(fn: Any, dim: int, **options: Any) -> Any:
+        made = inner(fn, dim, **options)
+        if "rows" in shared:
+            made._rows, made._labels = shared["rows"], shared["labels"]
+        else:
+            made._features()
+            shared["rows"], shared["labels"] = made._rows, made._labels
+        return made
+
+    private.features = features  # type: ignore[method-assign]
+
+
+def opaque(
+    args: argparse.Namespace, records: LabelledImages, score: Any, given: dict[str, str], epsilon: str, setting: str
+) -> dict[str, Any]:
+    """A teacher without privacy, converted the paper's way, or freely."""
+    public = public_of(records, args.seed)
+    teacher = non_private(args, records)
+    method: Any = MODEL_METHODS["opaque" if setting == "opaque" else "conversion"]
+    with tempfile.TemporaryDirectory() as scratch:
+        workspace = FolderWorkspace(Path(scratch) / "work", seed=args.seed, device=args.device, quiet=True)
+        if setting == "opaque":
+            settings = build(method.Config, {**given, "noise": epsilon != "inf"})
+            sigma = settings.sigma(float(epsilon), DELTA)
+            made = method.run(settings, public, teacher, sigma, Vault.open(Path(scratch) / "vault"), workspace)
+        else:
+            settings = build(method.Config, given)
+            made = method.run(settings, public, teacher, workspace, True)
+    note = f"ConvNet-{settings.depth} width {settings.width}, {settings.steps} steps of {settings.batch}"
+    return {"accuracy": score(made.model), "teacher_accuracy": score(teacher), "note": note}
+
+
+def non_private(args: argparse.Namespace, records: LabelledImages) -> ConvNet:
+    """A ConvNet trained on the real records; kept in --cache."""
+    path = Path(args.cache or tempfile.gettempdir()) / f"{records.source}-{args.teacher_epochs}.safetensors"
+    model = ConvNet(records.image_shape, records.n_classes, width=64)
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval().to(args.device)
+    augment = "crop" if records.source == "mnist" else "crop_flip"
+    training = Training(epochs=args.teacher_epochs, batch=128, lr=0.05, width=64, augment=augment, bf16=True)
+    model = train_on_real(records, training, torch.Generator().manual_seed(0), device=args.device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, path)
+    return model
+
+
+def runs() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+
+
+def table() -> None:
+    """Writes model.json and model.md from the runs so far."""
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in runs():
+        cells.setdefault((run["dataset"], run["setting"], run["unit"], float(run["epsilon"]), run["note"]), []).append(
+            run
+        )
+    rows = []
+    for (dataset, setting, unit, epsilon, note), found in sorted(cells.items(), key=str):
+        values = [run["accuracy"] for run in found]
+        teachers = [run["teacher_accuracy"] for run in found if "teacher_accuracy" in run]
+        rows.append(
+            {
+                "dataset": dataset,
+                "method": "dpdistill",
+                "setting": setting,
+                "unit": unit,
+                "epsilon": epsilon,
+                "delta": DELTA,
+                "metric": "test accuracy",
+                "mean": round(statistics.mean(values), 4),
+                "std": round(statistics.stdev(values), 4) if len(values) > 1 else None,
+                "teacher_mean": round(statistics.mean(teachers), 4) if teachers else None,
+                "releases": len(values),
+                "seconds": round(statistics.mean(run["seconds"] for run in found), 1),
+                "peak_gib": round(max(run["peak_gib"] for run in found), 2),
+                "device": found[0]["device"],
+                "note": note,
+            }
+        )
+    (DOCS / "model.json").write_text(json.dumps(rows, indent=1) + "\n")
+    text = [(DOCS / "model.head.md").read_text() if (DOCS / "model.head.md").exists() else ""]
+    text.append(
+        "| data | setting | ε | per | teacher, % | student, % | spread | loss | releases | minutes | peak GiB | what |"
+    )
+    text.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for r in sorted(rows, key=lambda r: (r["dataset"], r["setting"], r["unit"], r["epsilon"])):
+        spread = f"± {100 * r['std']:.1f}" if r["std"] is not None else "–"
+        alone = r["setting"] == "teacher"
+        teacher = r["mean"] if alone else r["teacher_mean"]
+        shown = ["–" if value is None else f"{100 * value:.1f}" for value in (teacher, None if alone else r["mean"])]
+        loss = "–" if alone or teacher is None else f"{100 * (teacher - r['mean']):.1f}"
+        text.append(
+            f"| {r['dataset']} | {r['setting']} | {r['epsilon']:g} | {r['unit']} | {shown[0]} | {shown[1]} | {spread} | {loss} "
+            f"| {r['releases']} | {r['seconds'] / 60:.1f} | {r['peak_gib']:.1f} | {r['note']} |"
+        )
+    (DOCS / "model.md").write_text("\n".join(text) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of the data sets (see common.py)")
+    parser.add_argument("--cells", default="")
+    parser.add_argument("--releases", type=int, default=3)
+    parser.add_argument("--shards", type=int, default=1000)
+    parser.add_argument("--by-id", action="store_true", help="shards by the array `groups` of train.npz")
+    parser.add_argument("--set", action="append", default=[], help="name=value for the way's Config")
+    parser.add_argument("--teacher-epochs", type=int, default=10, help="of the non-private teacher")
+    parser.add_argument("--cache", help="folder that keeps non-private teachers")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps({"rows": one(args)}))
+        return
+    DOCS.mkdir(parents=True, exist_ok=True)
+    todo = []
+    for cell in filter(None, args.cells.split(",")):
+        dataset, setting, epsilon = cell.split(":")
+        key = (dataset, setting, epsilon, "id" if args.by_id else "record")
+        have = {run["seed"] for run in runs() if (run["dataset"], run["setting"], run["epsilon"], run["unit"]) == key}
+        wanted = [seed for seed in range(args.releases) if seed not in have]
+        todo += [(cell, seed) for seed in (wanted[:1] if setting == "teacher" else wanted)]
+    passed = [
+        "--data",
+        str(args.data),
+        "--releases",
+        str(args.releases),
+        "--shards",
+        str(args.shards),
+        "--device",
+        args.device,
+    ]
+    passed += ["--teacher-epochs", str(args.teacher_epochs)] + (["--cache", args.cache] if args.cache else [])
+    passed += ["--by-id"] * args.by_id + [word for item in args.set for word in ("--set", item)]
+
+    def work(job: tuple[str, int]) -> None:
+        cell, seed = job
+        found = in_own_process(__file__, [*passed, "--one", cell, "--seed", str(seed)])["rows"]
+        with RUNS.open("a") as file:
+            file.writelines(json.dumps(run) + "\n" for run in found)
+        for run in found:
+            print(
+                f"{cell} seed {run['seed']}: {100 * run['accuracy']:.2f} % in {run['seconds'] / 60:.1f} min", flush=True
+            )
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(work, todo))
+    table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""A model that someone brings, turned into a student: no private data is read here, so nothing is charged.
+
+What the release may promise is what is known of the teacher: a release of ours that verifies (proved), its supplier's word (attested), or
+nothing (the paper's way, which says so). Everything that can be wrong with the teacher is found before the work begins.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .bundle import BundleFacts
+from .bundle.certificate import Attested, Nominal
+from .bundle.product import ModelProduct
+from .bundle.release import student_of
+from .bundle.verification import inspect
+from .config import ModelConfig, build, config_hash, public_toml
+from .errors import ConfigError, InputError, ReleaseError
+from .mechanisms import Vault
+from .methods import MODEL_METHODS, Student
+from .pipeline import (
+    _begin,
+    _forget,
+    _same_run,
+    auxiliary_of,
+    check_device,
+    distil,
+    public_facts,
+    read_teacher,
+    write_result,
+)
+from .workspace import FolderWorkspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brought:
+    """A teacher, and what is known of it.
+
+    Attributes:
+      outputs: images [B, C, H, W] in [-1, 1] to logits [B, K].
+      facts: of the release, as far as they come with the teacher.
+      differentiable: its gradient with respect to the images may be used.
+    """
+
+    outputs: Callable[[Tensor], Tensor]
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    sha256: str
+    facts: dict[str, Any]
+    differentiable: bool = False
+
+
+def convert(config: ModelConfig, *, quiet: bool = False, insecure_seed: int | None = None) -> Path:
+    """Makes a student model, by the way that fits what is given: private images, models that vote, or one model.
+
+    Args:
+      config: what the person decided.
+      quiet: shows no progress.
+      insecure_seed: for tests only: reproducible noise; the release then says NOT PRIVATE and does not verify.
+
+    Returns:
+      The release folder. Stopped, the same call goes on.
+
+    Raises:
+      DpdistillError: one line that says the way out. Nothing was charged, unless the ledger says so.
+    """
+    config = dataclasses.replace(config, method=config.way)
+    if not config.teacher:
+        return distil(config, quiet=quiet, insecure_seed=insecure_seed)
+    check_device(config)
+    out, state = Path(config.out), Path(f"{Path(config.out)}.state")
+    brought = bring(config)
+    method: Any = MODEL_METHODS[config.method]
+    settings = build(method.Config, {"per_class": config.per_class, **config.settings}, "settings.")
+    sigma = settings.sigma(config.epsilon, config.delta) if config.method == "opaque" else 0.0
+    toml = f"# teacher: {brought.sha256}\n" + public_toml(config, settings, sigma)
+    if os.path.lexists(out):
+        return _same_release(out, toml)
+    _same_run(state, toml)
+    _begin(state, toml)
+    vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
+    public = public_facts(config, brought.image_shape, brought.class_names)
+    workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)
+    claim: dict[str, Any] = dict(brought.facts)
+    made: Student
+    if config.method == "opaque":
+        made = method.run(settings, public, brought.outputs, sigma, vault, workspace)
+        nominal = {"steps": settings.steps, "batch": settings.batch, "sigma": sigma, "delta": config.delta}
+        claim |= {"claim": Nominal(**nominal, teacher=brought.sha256), "delta": config.delta}
+    else:
+        made = method.run(settings, public, brought.outputs, workspace, brought.differentiable)
+    facts = BundleFacts(
+        **{
+            "method": config.method,
+            "run": vault.run,
+            "class_names": brought.class_names,
+            "image_shape": brought.image_shape,
+            "per_class": config.per_class,
+            "config_toml": toml,
+            "checks": {},
+            "auxiliary": auxiliary_of(config),
+            "insecure": vault.insecure and config.method == "opaque",
+            "seed": config.seed,
+            "ledger_raw": b"",
+            **claim,
+            **({"conversion_toml": toml} if "config_toml" in claim else {}),
+        }
+    )
+    write_result(out, made, facts)
+    _forget(state, vault)
+    return out
+
+
+def _same_release(out: Path, toml: str) -> Path:
+    """A finished conversion of this very teacher with these settings is the answer; anything else is in the way."""
+    for name in ("conversion.toml", "config.toml"):
+        path = out / name
+        if path.exists() and path.read_bytes() == toml.encode():
+            return out
+    raise ReleaseError(f"{out} exists and holds something else; choose another --out or remove it")
+
+
+def bring(config: ModelConfig) -> Brought:
+    """Reads the teacher, and what is known of it. Raises InputError or ConfigError before any work is done."""
+    path = Path(str(config.teacher))
+    if (path / "certificate.json").exists():
+        return _certified(config, path)
+    if config.way == "conversion" and config.attested_epsilon is None:
+        raise ConfigError(
+            f"{path}: nothing is known of how this teacher was trained. Give --attested-epsilon and --attested-delta if its supplier "
+            "vouches for them, train a private teacher with --data, or go on without any guarantee for its training records with "
+            "--accept-no-record-guarantee"
+        )
+    teacher = read_teacher(config, path)
+    facts: dict[str, Any] = {}
+    if config.attested_epsilon is not None:
+        epsilon, delta = float(config.attested_epsilon), float(config.attested_delta or 0)
+        claim = Attested(epsilon=epsilon, delta=delta, unit=config.attested_unit, teacher=teacher.sha256)
+        facts = {"claim": claim, "delta": delta}
+    return Brought(
+        outputs=teacher.outputs,
+        image_shape=teacher.image_shape,
+        class_names=tuple(str(k) for k in range(teacher.n_classes)),
+        sha256=teacher.sha256,
+        facts=facts,
+    )
+
+
+def _certified(config: ModelConfig, path: Path) -> Brought:
+    """A model release of ours: its guarantee goes over to the new student, if it verifies."""
+    if config.accept_no_record_guarantee or config.attested_epsilon is not None:
+        raise ConfigError(
+            f"{path} brings its own certificate; leave --attested-epsilon and --accept-no-record-guarantee out"
+        )
+    source = inspect(path)
+    if not isinstance(source.product, ModelProduct):
+        raise InputError(path, "a release of images, not of a model", "train on its images with `dpdistill evaluate`")
+    if source.guarantee.basis == "none":
+        raise InputError(path, "carries no guarantee that a student could inherit", "see its report.html")
+    model, origin = student_of(source.product).to(config.device), source.facts
+    inherited = {
+        name: getattr(origin, name)
+        for name in ("method", "run", "delta", "config_toml", "ledger_raw", "checks", "claim", "auxiliary", "seed")
+    }
+    return Brought(
+        outputs=model,
+        image_shape=origin.image_shape,
+        class_names=origin.class_names,
+        sha256=config_hash(source.files["SHA256SUMS"].decode()),
+        facts=inherited,
+        differentiable=True,
+    )

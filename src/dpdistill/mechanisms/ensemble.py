@@ -1,0 +1,224 @@
+r"""Votes of models trained on disjoint shards. What belongs to one unit reaches one model, so it moves one vote a query.
+
+A record goes to shard HMAC(key, id) mod K, with a key of the run and a stable id: adding, removing or changing everything under one id
+leaves the other shards as they were, bit for bit. Models and votes stay behind the door; noisy votes come out.
+Proof: docs/privacy/votes.md.
+
+N records (never told), K shards, Q queries, C classes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..data.images import LabelledImages, to_unit
+from ..errors import ConfigError, TeacherError
+from ..privacy.ledger import Ledger
+from ..privacy.queries import VOTE_BITS, NoisyVotes, Query
+from .noise import derive
+from .private import Door, Progress, Reservation
+from .recordwise import probe
+from .vault import Vault
+
+PROBE = 12  # made-up images that a trainer is tried on, and public queries that its models are asked
+ROUNDING_GPU = 1e-4
+
+Model = Callable[[Tensor], Tensor]  # images [B, C, H, W] -> scores [B, classes]
+
+
+class Trainer(Protocol):
+    """Trains one model from one shard and its own seed, and from nothing else that is private."""
+
+    def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator, /) -> Model: ...
+
+
+class Ensemble(Door):
+    """A handle on models that vote. Each of them depends on one shard only: `shards` sees to that, or K owners do."""
+
+    def __init__(
+        self,
+        n_models: int,
+        n_classes: int,
+        models: Callable[[Progress | None], Sequence[Model]],
+        ledger: Ledger,
+        vault: Vault,
+        unit: str,
+        check: Callable[[Tensor], float] = lambda _: 0.0,
+    ) -> None:
+        super().__init__(ledger, vault, unit)
+        self.n_models, self.n_classes, self.unit_moves = n_models, n_classes, 2 if unit == "record" else 1
+        self._make, self._check = models, check
+        self._models: Sequence[Model] | None = None
+
+    @classmethod
+    def of_models(cls, models: Sequence[Model], n_classes: int, ledger: Ledger, vault: Vault) -> "Ensemble":
+        """Models of K owners: the guarantee is about everything of one owner."""
+        return cls(len(models), n_classes, lambda _: models, ledger, vault, "owner")
+
+    @classmethod
+    def of_shards(
+        cls,
+        records: LabelledImages,
+        n_shards: int,
+        train: Trainer,
+        ledger: Ledger,
+        vault: Vault,
+        *,
+        device: str = "cpu",
+    ) -> "Ensemble":
+        """Models trained on K disjoint shards of the records, when they are first asked for.
+
+        Args:
+          records: with `ids`, the guarantee is about everything under one id; without, about one record.
+          n_shards: K, frozen before the data is looked at.
+          train: called once for each shard with its images [n, C, H, W] (float32 in [-1, 1]), labels [n] and a generator of its own.
+            A shard without a record gets no call: its votes go round the classes.
+        """
+        if n_shards < 1:
+            raise ConfigError(f"Expected at least one shard, got {n_shards}.")
+
+        def models(progress: Progress | None) -> Sequence[Model]:
+            shard_N = assign(records, n_shards, derive(vault._key, "shards", vault.run))  # private
+            order = np.argsort(shard_N, kind="stable")
+            ends = np.searchsorted(shard_N[order], np.arange(n_shards + 1))
+            made: list[Model] = []
+            for k in range(n_shards):
+                rows = order[ends[k] : ends[k + 1]]
+                made.append(_train_one(records, _canonical(records, rows), train, k, device))
+                if progress:
+                    progress((k + 1) / n_shards)
+            return made
+
+        def check(queries: Tensor) -> float:
+            return check_trainer(train, queries, records.image_shape, records.n_classes, device)
+
+        unit = "record" if records.ids is None else "id"
+        return cls(n_shards, records.n_classes, models, ledger, vault, unit, check)
+
+    def _fits(self, query: Query) -> None:
+        if not isinstance(query, NoisyVotes):
+            raise ConfigError(f"query {query.name!r} is not a vote")
+        facts = (query.n_classes, query.n_models, query.unit_moves)
+        if facts != (self.n_classes, self.n_models, self.unit_moves):
+            raise ConfigError(f"query {query.name!r} is about other classes, models or units than these")
+
+    def release_reserved(
+        self, held: Reservation, index: int, queries: Tensor, *, progress: Progress | None = None
+    ) -> Tensor:
+        r"""Returns noisy votes on public images, H + N(0, σ²·2Q I), where H[q, c] counts the models whose highest score is class c.
+
+        Source: Papernot et al. (2018), GNMax without its threshold; the bound is data-independent. Proof: docs/privacy/votes.md.
+
+        Args:
+          held: of a `NoisyVotes` query of these models; `index` of its releases.
+          queries: images [Q, C, H, W] in [-1, 1] that derive from public data and released values only.
+          progress: told the fraction of the models trained.
+
+        Returns:
+          [Q, classes] float32.
+
+        Raises:
+          TeacherError: on made-up images, what `train` returns depends on what else was trained. Nothing was read.
+        """
+        query = held.query
+        self._fits(query)
+        if not isinstance(query, NoisyVotes) or query.n_queries != len(queries):
+            raise ConfigError(f"query {query.name!r} is about other queries than these {len(queries)}")
+        self._check_charged(held, index)
+        self.checks[query.name] = max(self._check(queries[:PROBE]), self.checks.get(query.name, 0.0))
+        return self._noisy(held, index, lambda _: self._count(query, queries, progress))
+
+    def _count(self, query: NoisyVotes, queries: Tensor, progress: Progress | None) -> NDArray[np.int64]:
+        if self._models is None:
+            self._models = self._make(progress)
+        total = torch.zeros(query.n_queries, query.n_classes, dtype=torch.int64)
+        for model in self._models:
+            total += one_vote(model, queries, query.n_classes)
+        return total.numpy() << VOTE_BITS
+
+
+def scores_of(model: Model, queries: Tensor, n_classes: int) -> Tensor:
+    """Returns what a model makes of the queries: [Q, C], float64, all of it numbers."""
+    with torch.no_grad():
+        scores = model(queries.detach().clone()).detach().double().cpu()
+    if scores.shape != (len(queries), n_classes):
+        raise TeacherError(
+            f"a model returned scores of shape {tuple(scores.shape)}, wanted {(len(queries), n_classes)}"
+        )
+    return torch.nan_to_num(scores, nan=-1e300, posinf=1e300, neginf=-1e300)
+
+
+def one_vote(model: Model, queries: Tensor, n_classes: int) -> Tensor:
+    """Returns the votes of one model as one-hot rows [Q, C] of int64: exactly one vote a query, whatever the model returns."""
+    return torch.nn.functional.one_hot(scores_of(model, queries, n_classes).argmax(dim=1), n_classes)
+
+
+def check_trainer(
+    train: Trainer, queries: Tensor, image_shape: tuple[int, int, int], n_classes: int, device: str
+) -> float:
+    """Returns by how much a model's scores change when another shard is trained in between, on made-up images: 0, but for a GPU's rounding.
+
+    It catches a network that is trained again and again, statistics kept from shard to shard, and random numbers from a generator that all
+    shards share: then one id would move the votes of many models.
+
+    Raises:
+      TeacherError: they change, or have another shape.
+    """
+    x, y = probe(image_shape, n_classes, PROBE)
+
+    def trained(rows: slice) -> Model:
+        return train(x[rows].to(device), y[rows].to(device), torch.Generator().manual_seed(0))
+
+    half = PROBE // 2
+    model = trained(slice(0, half))
+    first = scores_of(model, queries, n_classes)
+    trained(slice(half, PROBE))
+    second = scores_of(model, queries, n_classes)  # the same model, before anything else happens
+    third = scores_of(trained(slice(0, half)), queries, n_classes)
+    apart = torch.stack([second - first, third - first]).abs().max() / first.abs().max().clamp_min(1e-300)
+    worst = float(apart)
+    if not (worst <= (0.0 if device == "cpu" else ROUNDING_GPU)):
+        raise TeacherError(
+            f"a shard's model changes by {worst:.1e} when another shard is trained: make it anew for every shard, and take random "
+            "numbers from the generator that is given"
+        )
+    return worst
+
+
+def assign(records: LabelledImages, n_shards: int, key: bytes) -> NDArray[np.int64]:
+    """Returns the shard of every record: a keyed hash of its id, or of its content where it has none. Never of its position."""
+    if records.ids is not None:
+        # By its text, not its bytes: how wide they are depends on the longest id of all.
+        names, inverse = np.unique(records.ids, return_inverse=True)
+        digests = [derive(key, "id", str(name).encode("utf-8", "surrogatepass")) for name in names]
+    else:
+        content = zip(records.images, records.labels, strict=True)
+        digests = [derive(key, "record", image.tobytes(), str(int(label))) for image, label in content]
+        inverse = np.arange(len(digests))
+    numbers = [int.from_bytes(digest[:16], "big") % n_shards for digest in digests]
+    return np.array(numbers, np.int64)[inverse]
+
+
+def _canonical(records: LabelledImages, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows of a shard in an order that only the shard's own content decides."""
+    content = [(records.images[row].tobytes(), int(records.labels[row])) for row in rows]
+    return rows[sorted(range(len(rows)), key=lambda index: content[index])]
+
+
+def _train_one(records: LabelledImages, rows: NDArray[np.int64], train: Trainer, shard: int, device: str) -> Model:
+    x = to_unit(records.images[rows], records.value_range)
+    y = records.labels[rows]
+    valid = np.isfinite(x).all(axis=(1, 2, 3)) & (y >= 0) & (y < records.n_classes)
+    if not valid.any():
+        return lambda queries: round_robin(len(queries), records.n_classes, shard)
+    generator = torch.Generator().manual_seed(shard)
+    return train(torch.from_numpy(x[valid]).to(device), torch.from_numpy(y[valid]).to(device), generator)
+
+
+def round_robin(n_queries: int, n_classes: int, shard: int) -> Tensor:
+    """The votes [Q, C] of a shard without records: public, and no class has more of them, lest empty shards drown the others."""
+    return torch.nn.functional.one_hot((torch.arange(n_queries) + shard) % n_classes, n_classes)

@@ -1,0 +1,205 @@
+r"""Votes of many teachers on images that nobody took: the guarantee is per id (a person's, an owner's), and no teacher has to be private.
+
+Source: PATE's noisy histogram (Papernot et al. 2018), without its data-dependent bound; that the paper's noisy gradient is a vote in
+disguise: docs/privacy/votes.md. Votes are released once and used for every epoch.
+Private: `rounds` releases of noisy votes. What the votes become, and the student, is post-processing.
+K models, Q queries of a round, R rounds, D features, C classes.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...mechanisms import Ensemble, PrivateData
+from ...mechanisms.ensemble import Model
+from ...models.linear import LinearTeacher
+from ...privacy import NoisyVotes, Planned, gaussian_multiplier
+from ..base import Public, Student, Workspace
+from .conversion import Conversion, Converted, convert
+from .gallery import finish, probe_agreement
+from .prior import Prior, vary
+from .teacher import public_images, untrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Conversion):
+    """Public settings: those of `Conversion` for the student, and of the votes.
+
+    Attributes:
+      per_class: images of the generator that are released with the student.
+      models: K, how many vote.
+      unit_moves: shards that exchanging one unit touches; see `NoisyVotes`.
+      rounds: R. From the second on, a part of the queries comes from the generator of the student so far.
+      queries: Q of a round.
+      ridge: of a shard's classifier, in units of its features' norm.
+      teacher_dims: features kept: leading public principal components.
+    """
+
+    models: int
+    per_class: int = 10
+    unit_moves: int = 1
+    rounds: int = 1
+    queries: int = 4000
+    ridge: float = 1.0
+    teacher_dims: int = 500
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.models, self.rounds, self.queries, self.teacher_dims) < 1:
+            raise ConfigError("Expected models, rounds, queries and teacher_dims of at least 1.")
+        if not (0 < self.ridge < math.inf):
+            raise ConfigError(f"Expected a finite ridge > 0, got {self.ridge}.")
+
+
+def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
+    """R releases of votes on Q images."""
+    votes = NoisyVotes(
+        name="votes",
+        n_queries=config.queries,
+        n_classes=public.n_classes,
+        n_models=config.models,
+        noise_multiplier=noise_multiplier * math.sqrt(config.rounds),
+        unit_moves=config.unit_moves,
+    )
+    return [Planned(votes, config.rounds)]
+
+
+def advice(config: Config, public: Public, epsilon: float, delta: float) -> list[str]:
+    """Whether K is enough, and what to expect, before anything is spent: from public numbers only.
+
+    All R·Q vote vectors together carry K² / (2 s²) units of signal over noise, s the Gaussian multiplier of (ε, δ), however they are cut.
+    """
+    s = gaussian_multiplier(epsilon, delta)
+    information = config.models**2 / (2 * s * s)
+    std = math.sqrt(2 * config.rounds * config.queries) * s / config.models
+    needed = math.ceil(s * math.sqrt(2 * FREEDOM))
+    lines = [
+        f"{config.models} models vote on {config.rounds} × {config.queries} images; noise of {std:.3g} votes per model on every count, "
+        f"{information:.3g} units of information in all"
+    ]
+    if config.models < needed:
+        lines.append(
+            f"too few: below about {needed} models the noise at ε = {epsilon:g} hides the votes; expect little better than chance. "
+            f"Raise --shards or ε, or train a private teacher (leave --shards out)"
+        )
+    elif config.models < 4 * needed:
+        lines.append(f"enough to learn from, with a loss: {4 * needed} models or more would hardly feel the noise")
+    else:
+        lines.append(
+            "enough: the noise will hardly be felt; what limits the student is how good a single shard's model is"
+        )
+    return lines
+
+
+FREEDOM = 650  # numbers that a linear classifier of small images has to learn (docs/benchmarks/model.md)
+
+
+def run(
+    config: Config, public: Public, handle: PrivateData | Ensemble, plan: list[Planned], workspace: Workspace
+) -> Student:
+    """Collects noisy votes, fits one classifier to all of them, and converts that."""
+    aggregate = untrained(config.teacher_dims, public).to(workspace.device)
+    aggregate.fit_public(public_images(public), workspace.generator("teacher-features"))
+    by_shards = isinstance(handle, PrivateData)
+    if isinstance(handle, PrivateData):
+        handle = handle.shards(config.models, ShardTrainer(aggregate, config.ridge, public.n_classes))
+    held = handle.reserve(plan[0].query, plan[0].count)
+    prior = Prior(config, public, workspace)
+    seen: list[Tensor] = []
+    votes: list[Tensor] = []
+    made: Converted | None = None
+    for index in range(config.rounds):
+        x = queries(config, prior, made, workspace, index)
+        phi = embed(aggregate, x, workspace.device)
+        with workspace.passing("teachers") as progress:
+            asked = phi if by_shards else x
+            votes.append(handle.release_reserved(held, index, asked, progress=progress))  # private
+        seen.append(phi)
+        aggregate.head.weight.data.copy_(fit_votes(torch.cat(seen), torch.cat(votes) / config.models))
+        if index + 1 < config.rounds:
+            made = convert(aggregate, public, config, Renamed(workspace, f"round-{index}"), differentiable=False)
+    made = convert(aggregate, public, config, workspace, differentiable=False)
+    figures = probe_agreement(aggregate, made.student, public, workspace)
+    return finish(made.student, made.generator, public, workspace, config.per_class, figures)
+
+
+def queries(config: Config, prior: Prior, made: Converted | None, workspace: Workspace, index: int) -> Tensor:
+    """Q images for a round, on the CPU: of the prior, and half from the generator where there is one."""
+    g = workspace.generator("queries", index)
+    n_made = config.queries // 2 if made else 0
+    chunks = [
+        prior.batch(10**6 * (index + 1) + i, min(512, config.queries - n_made - i))
+        for i in range(0, config.queries - n_made, 512)
+    ]
+    if made:
+        with torch.no_grad():
+            chunks.append(made.generator.sample(n_made, g)[0].cpu())
+    return torch.cat([vary(x, config.vary, g) for x in chunks])
+
+
+def embed(model: LinearTeacher, x: Tensor, device: str) -> Tensor:
+    """Features of public images [Q, D], on the CPU."""
+    with torch.no_grad():
+        return torch.cat([model.features(part.to(device)).cpu() for part in x.split(256)])
+
+
+class ShardTrainer:
+    """Ridge regression on fixed public features: a classifier from a handful of records, in closed form.
+
+    A model maps features [Q, D] (not images: they are computed once for all models) to scores [Q, C].
+    """
+
+    def __init__(self, features: LinearTeacher, ridge: float, n_classes: int) -> None:
+        self.features, self.ridge, self.n_classes = features, ridge, n_classes
+
+    def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Model:
+        with torch.no_grad():
+            phi = torch.cat([self.features.features(part) for part in images.split(256)]).double().cpu()
+        targets = torch.nn.functional.one_hot(labels.cpu(), self.n_classes).double() - 1 / self.n_classes
+        gram = phi @ phi.T
+        gram.diagonal().add_(self.ridge)
+        weights = (phi.T @ torch.linalg.solve(gram, targets)).float()
+        return lambda queries: queries @ weights
+
+
+def fit_votes(phi_QD: Tensor, shares_QC: Tensor) -> Tensor:
+    """Returns weights [C, D] of ridge regression on noisy shares of votes; its strength by leave-one-out error on these very votes.
+
+    The votes are released, so any fit and any choice among fits is post-processing.
+    """
+    phi, y = phi_QD.double(), shares_QC.double()
+    y = y - y.mean(dim=1, keepdim=True)
+    values, vectors = torch.linalg.eigh(phi.T @ phi)
+    values = values.clamp_min(0)
+    rotated = phi @ vectors  # [Q, D]
+    projected = rotated.T @ y  # [D, C]
+    best, weights = math.inf, torch.zeros(y.shape[1], phi.shape[1], dtype=torch.float64)
+    for strength in np.logspace(-4, 4, 33) * float(values.mean()):
+        shrunk = projected / (values + strength)[:, None]
+        hat = (rotated.square() / (values + strength)).sum(dim=1, keepdim=True)  # leverage of each query
+        error = float((((y - rotated @ shrunk) / (1 - hat).clamp_min(1e-6)) ** 2).mean())
+        if error < best:
+            best, weights = error, (vectors @ shrunk).T
+    return weights.float()
+
+
+class Renamed:
+    """A workspace whose checkpoints have names of their own."""
+
+    def __init__(self, workspace: Workspace, prefix: str) -> None:
+        self._workspace, self._prefix = workspace, prefix
+        self.seed, self.device = workspace.seed, workspace.device
+        self.track, self.passing = workspace.track, workspace.passing
+
+    def generator(self, *labels: object) -> torch.Generator:
+        return self._workspace.generator(self._prefix, *labels)
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        return self._workspace.load(f"{self._prefix}-{name}")
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        self._workspace.save(f"{self._prefix}-{name}", tensors)

@@ -1,0 +1,361 @@
+"""The ways to a student model, whole: what is released, what it promises, what is charged, and what is refused before that."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dpdistill import pipeline
+from dpdistill.bundle import load_student, verify, write_report
+from dpdistill.bundle.certificate import Nominal
+from dpdistill.bundle.onnx_file import student_onnx
+from dpdistill.config import ModelConfig
+from dpdistill.conversion import convert
+from dpdistill.data import load_images, to_unit
+from dpdistill.errors import ConfigError, DpdistillError, InputError, LedgerError
+from dpdistill.models import ConvNet
+from dpdistill.privacy import gaussian_multiplier
+from dpdistill.privacy import ledger as ledgers
+
+SMALL = {"steps": 6, "batch": 16, "width": 8, "generator_width": 4, "latent": 4, "pool": 128, "checkpoint_steps": 2}
+WAY = {
+    "teacher": SMALL | {"teacher_dims": 20, "teacher_steps": 3},
+    "votes": SMALL | {"teacher_dims": 20, "queries": 40},
+    "conversion": SMALL,
+    "opaque": SMALL,
+}
+
+
+def save(path: Path, n: int = 60) -> Path:
+    """n images [8, 8] of three classes that differ in where they are light, of people with three images each."""
+    rng = np.random.default_rng(1)
+    labels = np.arange(n) % 3
+    images = rng.integers(0, 90, (n, 8, 8)).astype(np.uint8)
+    images[labels == 0, :4] += 150
+    images[labels == 1, :, :4] += 150
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = np.array(["top", "left", "none"])
+    np.savez(path, images=images, labels=labels.astype(np.int64), classes=names, person=np.arange(n) // 3)
+    return path
+
+
+def onnx_teacher(path: Path, seed: int = 0) -> Path:
+    model = ConvNet((1, 8, 8), 3, width=8, groups=4, generator=torch.Generator().manual_seed(seed))
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(student_onnx(weights, model.config))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModelConfig]:
+    """run(**changes) -> the configuration of a run of a second or two."""
+    monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 200)
+    save(tmp_path / "data" / "private.npz")
+
+    def make(**changes: Any) -> ModelConfig:
+        if not {"teacher", "teachers", "data"} & set(changes):
+            changes["data"] = str(tmp_path / "data" / "private.npz")
+        plain = {"out": str(tmp_path / "out"), "per_class": 2, **changes}
+        way = ModelConfig(**plain).way
+        return ModelConfig(**{**plain, "settings": WAY[way] | changes.get("settings", {})})
+
+    return make
+
+
+def certificate(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "certificate.json").read_text())
+    return found
+
+
+def the_ledger(tmp_path: Path) -> list[ledgers.Line]:
+    (path,) = (tmp_path / "home" / "ledgers").iterdir()
+    return ledgers.parse(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"shards": 5}, {"shards": 5, "id_column": "person"}], ids=["teacher", "votes", "by id"]
+)
+def test_from_records_to_a_student(more: dict[str, Any], tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    config = run(**more)
+    out = convert(config, quiet=True)
+    verdict = verify(out)
+    assert verdict.ok, verdict.problems
+    assert verdict.guarantee is not None
+    assert verdict.guarantee.basis == "proved"
+    assert 0.998 < verdict.guarantee.epsilon <= 1.001
+    assert verdict.guarantee.unit == ("id" if "id_column" in more else "record")
+    # An id is exchanged at the cost of adding it: one shard changes. A record without an id is not.
+    same = verdict.guarantee.epsilon_replace_one == pytest.approx(verdict.guarantee.epsilon)
+    assert same == ("id_column" in more)
+    found = certificate(out)
+    assert found["release"]["kind"] == "model"
+    assert found["release"]["method"] == ("votes" if more else "teacher")
+    assert sorted(os.listdir(tmp_path)) == ["data", "home", "out"]
+    charged = [line["query"]["name"] for line in the_ledger(tmp_path) if line["type"] == "intent"]
+    assert charged == (["votes"] if more else ["count", "teacher-gradient"])
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    assert convert(config, quiet=True) == out
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+def test_the_student_is_the_same_in_torch_and_onnx(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    out = convert(run(), quiet=True)
+    student = load_student(out)
+    x = torch.rand(7, 1, 8, 8) * 2 - 1
+    session = onnxruntime.InferenceSession(str(out / "model" / "student.onnx"))
+    (logits,) = session.run(None, {"images": x.numpy()})
+    np.testing.assert_allclose(logits, student(x).detach().numpy(), atol=1e-4)
+    page = (out / "report.html").read_text()
+    assert "The student" in page
+    assert "What its generator draws" in page
+    write_report(out, tmp_path / "page.html", {"mean": 0.5})
+    assert "50.0 %" in (tmp_path / "page.html").read_text()
+
+
+def test_a_changed_student_is_caught(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    out = convert(run(), quiet=True)
+    for name in ("model/student.safetensors", "model/student.onnx", "model/config.json", "model/generator.safetensors"):
+        raw = (out / name).read_bytes()
+        (out / name).write_bytes(raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
+        assert not verify(out).ok, name
+        (out / name).unlink()
+        assert any("missing" in problem for problem in verify(out).problems)
+        (out / name).write_bytes(raw)
+    assert verify(out).ok
+
+
+def test_an_onnx_file_of_other_weights_is_caught_though_all_hashes_hold(
+    tmp_path: Path, run: Callable[..., ModelConfig]
+) -> None:
+    from dpdistill.bundle.verification import checksums
+
+    out = convert(run(), quiet=True)
+    student = load_student(out)
+    weights = {name: value.numpy() * 1.5 for name, value in student.state_dict().items()}
+    (out / "model" / "student.onnx").write_bytes(student_onnx(weights, student.config))
+    files = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    (out / "SHA256SUMS").write_bytes(checksums(files))
+    assert any("student.onnx" in problem for problem in verify(out).problems)
+
+
+def test_models_of_owners_vote(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    for owner in range(4):
+        onnx_teacher(tmp_path / "models" / f"{owner}.onnx", owner)
+    out = convert(run(teachers=str(tmp_path / "models")), quiet=True)
+    verdict = verify(out)
+    assert verdict.ok, verdict.problems
+    assert verdict.guarantee is not None
+    assert verdict.guarantee.unit == "owner"
+    assert certificate(out)["mechanisms"][0]["models"] == "4"
+
+
+def test_a_teacher_with_our_certificate_hands_its_guarantee_on(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    first = convert(run(out=str(tmp_path / "first")), quiet=True)
+    spent = len(the_ledger(tmp_path))
+    out = convert(run(teacher=str(first), settings={"width": 4}), quiet=True)
+    one, other = verify(first), verify(out)
+    assert other.ok, other.problems
+    assert one.guarantee == other.guarantee
+    assert len(the_ledger(tmp_path)) == spent  # nothing was charged
+    assert (out / "ledger.jsonl").read_bytes() == (first / "ledger.jsonl").read_bytes()
+    assert load_student(out).config["width"] == 4
+    assert convert(run(teacher=str(first), settings={"width": 4}), quiet=True) == out
+    (first / "model" / "student.onnx").write_bytes(b"x")
+    with pytest.raises(DpdistillError):
+        convert(run(teacher=str(first), out=str(tmp_path / "third")), quiet=True)
+
+
+def test_an_attested_guarantee_is_repeated_as_attested(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    teacher = str(onnx_teacher(tmp_path / "t.onnx"))
+    out = convert(run(teacher=teacher, attested_epsilon=2.5, attested_delta=1e-6, attested_unit="patient"), quiet=True)
+    verdict = verify(out)
+    assert verdict.ok, verdict.problems
+    assert verdict.guarantee is not None
+    assert verdict.guarantee.basis == "attested"
+    assert str(verdict.guarantee).startswith("Not proved here, attested")
+    assert (verdict.guarantee.epsilon, verdict.guarantee.delta, verdict.guarantee.unit) == (2.5, 1e-6, "patient")
+    assert not (out / "ledger.jsonl").exists()
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_an_opaque_teacher_gives_no_record_level_guarantee(
+    noise: bool, tmp_path: Path, run: Callable[..., ModelConfig]
+) -> None:
+    teacher = str(onnx_teacher(tmp_path / "t.onnx"))
+    config = run(teacher=teacher, accept_no_record_guarantee=True, settings={"noise": noise})
+    out = convert(config, quiet=True)
+    verdict = verify(out)
+    assert not verdict.ok
+    assert verdict.guarantee is None
+    found = certificate(out)
+    assert found["guarantee"]["basis"] == "none"
+    assert found["guarantee"]["epsilon"] is None
+    assert found["claim"]["query_level_epsilon"] == ("1" if noise else "inf")
+    assert "NO differential-privacy guarantee" in found["statement"]
+    assert "NO RECORD-LEVEL GUARANTEE" in (out / "report.html").read_text()
+    assert "# NO RECORD-LEVEL GUARANTEE" in (out / "README.md").read_text()
+    assert not (tmp_path / "home").exists()  # nothing is charged, because nothing is promised
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [("proved", ("guarantee", "basis")), ("attested", ("guarantee", "basis")), ("1", ("guarantee", "epsilon"))],
+)
+def test_an_opaque_release_cannot_be_dressed_up(
+    change: str, path: tuple[str, str], tmp_path: Path, run: Callable[..., ModelConfig]
+) -> None:
+    from dpdistill.bundle.certificate import write
+    from dpdistill.bundle.verification import checksums
+
+    teacher = str(onnx_teacher(tmp_path / "t.onnx"))
+    out = convert(run(teacher=teacher, accept_no_record_guarantee=True), quiet=True)
+    found = certificate(out)
+    found[path[0]][path[1]] = change
+    (out / "certificate.json").write_bytes(write(found))
+    files = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    (out / "SHA256SUMS").write_bytes(checksums(files))
+    verdict = verify(out)
+    assert not verdict.ok
+    assert verdict.guarantee is None
+
+
+def test_the_nominal_count_and_its_worst_case() -> None:
+    """The paper's ε for one answer, and the Gaussian's for a record that turns every row: sensitivity 2·sqrt(T·B), noise σ / B."""
+    sigma = 2 * math.sqrt(100) * gaussian_multiplier(1.0, 1e-5)
+    claim = Nominal(steps=100, batch=256, sigma=sigma, delta=1e-5, teacher="t")
+    assert claim.epsilon_query == pytest.approx(1.0, abs=1e-3)
+    mu = 2 * math.sqrt(100 * 256) * 256 / sigma
+    assert claim.epsilon_worst == pytest.approx(mu * mu / 2 + mu * math.sqrt(2 * math.log(1e5)))
+    small = Nominal(steps=1, batch=1, sigma=sigma, delta=1e-5, teacher="t")
+    assert small.epsilon_worst == pytest.approx(small.epsilon_query)  # one answer is all there is
+    assert Nominal(steps=1, batch=1, sigma=0.0, delta=1e-5, teacher="t").epsilon_query == math.inf
+
+
+WRONG = {
+    "nothing given": ({"data": ""}, ConfigError, "give one of --data"),
+    "two given": ({"data": "x", "teacher": "y"}, ConfigError, "give one of --data"),
+    "shards of no data": ({"teacher": "y", "shards": 3}, ConfigError, "--shards and --id-column cut --data"),
+    "ids without shards": ({"id_column": "person"}, ConfigError, "--id-column needs --shards"),
+    "half an attestation": ({"teacher": "t", "attested_epsilon": 1.0}, ConfigError, "go together"),
+    "a word and its opposite": (
+        {"teacher": "t", "attested_epsilon": 1.0, "attested_delta": 1e-5, "accept_no_record_guarantee": True},
+        ConfigError,
+        "not both",
+    ),
+    "another way": ({"method": "votes"}, ConfigError, "leave --method out"),
+    "an unknown unit": ({"teacher": "t", "attested_unit": "a b"}, ConfigError, "one word"),
+    "a low that is high": ({"teacher": "t", "input_low": 2.0}, ConfigError, "input_low below input_high"),
+    "one shard": ({"shards": 1}, ConfigError, "shards in 2"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    changes, kind, text = WRONG[case]
+    with pytest.raises(kind) as error:
+        ModelConfig(**{"data": "" if {"teacher", "teachers"} & set(changes) else "private.npz", **changes})
+    assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_teacher_is_refused_before_anything_is_made(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    teacher = onnx_teacher(tmp_path / "t.onnx")
+    with pytest.raises(ConfigError, match="nothing is known of how this teacher was trained"):
+        convert(run(teacher=str(teacher)), quiet=True)
+    (tmp_path / "t.pt").write_bytes(b"\x80\x04.")
+    with pytest.raises(InputError, match="ONNX"):
+        convert(run(teacher=str(tmp_path / "t.pt"), accept_no_record_guarantee=True), quiet=True)
+    with pytest.raises(InputError):
+        convert(run(teacher=str(teacher), accept_no_record_guarantee=True, shape="1,16,16"), quiet=True)
+    with pytest.raises(InputError):
+        convert(run(teacher=str(teacher), accept_no_record_guarantee=True, classes=7), quiet=True)
+    with pytest.raises(InputError, match="person_id"):
+        convert(run(shards=4, id_column="person_id"), quiet=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds 0 models"):
+        convert(run(teachers=str(tmp_path / "empty")), quiet=True)
+    assert not (tmp_path / "home").exists() or not list((tmp_path / "home").rglob("*.jsonl"))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.state").exists()
+
+
+def test_a_safetensors_teacher_names_its_architecture(
+    tmp_path: Path, run: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from dpdistill.models import ConvNet\ndef make():\n    return ConvNet((1, 8, 8), 3, width=8, groups=4)\n"
+    (tmp_path / "theirs.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = ConvNet((1, 8, 8), 3, width=8, groups=4)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "t.safetensors")
+    config = run(
+        teacher=str(tmp_path / "t.safetensors"),
+        architecture="theirs:make",
+        shape="1,8,8",
+        attested_epsilon=1.0,
+        attested_delta=1e-5,
+    )
+    assert verify(convert(config, quiet=True)).ok
+
+
+def test_one_data_set_has_one_unit(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    convert(run(out=str(tmp_path / "first"), shards=4, id_column="person"), quiet=True)
+    with pytest.raises(LedgerError):
+        convert(run(budget=5.0), quiet=True)
+
+
+KILLED = """
+import sys
+from dpdistill import pipeline
+from dpdistill.config import ModelConfig
+from dpdistill.conversion import convert
+pipeline.N_PROCEDURAL = 200
+convert(ModelConfig(**{config}), quiet=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "more"),
+    [(3, {}), (17, {}), (45, {}), (9, {"shards": 4}), (30, {"shards": 4})],
+    ids=["teacher-3", "teacher-17", "teacher-45", "votes-9", "votes-30"],
+)
+def test_a_killed_run_goes_on_without_another_charge(
+    place: int, more: dict[str, Any], tmp_path: Path, run: Callable[..., ModelConfig]
+) -> None:
+    config = run(**more)
+    facts = {"data": config.data, "out": config.out, "per_class": 2, "settings": dict(config.settings), **more}
+    script = KILLED.format(config=repr(facts))
+    env = {**os.environ, "DPDISTILL_KILL_AT": str(place)}
+    stopped = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=False)
+    assert stopped.returncode == -signal.SIGKILL, stopped.stderr.decode()[-500:]
+    out = convert(config, quiet=True)
+    assert verify(out).ok
+    lines = the_ledger(tmp_path)
+    assert sum(line["type"] == "run" for line in lines) == 1
+    assert [line["query"]["name"] for line in lines if line["type"] == "intent"] == (
+        ["votes"] if more else ["count", "teacher-gradient"]
+    )
+
+
+def test_ids_are_read_from_an_npz(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npz", 9)
+    assert load_images(path, id_column="person").ids is not None
+    assert load_images(path).ids is None
+    assert to_unit(load_images(path).images).shape == (9, 1, 8, 8)
+    with pytest.raises(InputError, match="images"):
+        load_images(path, id_column="images")
+    with pytest.raises(InputError, match="ids"):
+        load_images("digits", id_column="person")
