@@ -347,7 +347,7 @@ class Spy:
 
     def __init__(self, records: LabelledImages, ledger: Path | None = None) -> None:
         self._inside, self.reads, self.ledger = records, [], ledger
-        self.class_names, self.value_range = records.class_names, records.value_range
+        self.class_names, self.value_range, self.ids = records.class_names, records.value_range, None
 
     def _read(self, what: str) -> None:
         self.reads.append((what, self.ledger.read_bytes() if self.ledger and self.ledger.exists() else b""))

@@ -32,6 +32,7 @@ from dpdistill.data.images import LabelledImages
 ROOT = Path(dpdistill.privacy.__file__).parents[1]
 MODULES = ["privacy.accounting", "privacy.queries", "privacy.ledger", "privacy.guarantee"]
 MODULES += [f"mechanisms.{name}" for name in ("private", "noise", "clipping", "recordwise", "vault")]
+MODULES += [f"mechanisms.{name}" for name in ("features", "ensemble", "answers")]
 K, D, GRID = 3, 8, 12
 C = 2**GRID
 
@@ -541,6 +542,235 @@ def check_accounting(m: SimpleNamespace, folder: Path) -> None:
         assert value <= float(m.guarantee.shown(value)) <= value + 0.00101
 
 
+class NoLedger:
+    lines: list[Any] = []  # noqa: RUF012
+
+
+def gentle(f: Tensor, y: Tensor) -> Tensor:
+    """A left factor of exact arithmetic: what a record adds is then a function of the record, on any machine."""
+    return torch.where(f[:, :K] > 0, 0.25, -0.25) + 0.25 * torch.nn.functional.one_hot(y, K)
+
+
+def check_rank_one(m: SimpleNamespace, folder: Path) -> None:
+    """One record more moves the sum of products by at most C, in integers; a malformed one by nothing, a sound one is not lost; the sum is
+    what its records add one by one, sampled by coins; features are charged for and checked by themselves."""
+    bits, vault = 28, m.vault.Vault(folder, "run", b"k" * 32, False)
+
+    def total(data: Any, left: Any, fn: Any, micro_batch: int = 4, **change: Any) -> np.ndarray:
+        facts = {"name": "r", "dim": K * D, "noise_multiplier": 50.0, "grid_bits": bits}
+        door = m.private.PrivateData(data, NoLedger(), vault, micro_batch=micro_batch)
+        found = m.features.PrivateFeatures(door, fn, D)._exact_sum(m.queries.GaussianSum(**facts | change), left, "n")
+        return found.astype(object)
+
+    def shifted(x: Tensor) -> Tensor:  # longer than 1, and no image gives zero
+        return x.flatten(1) * 3 + 2
+
+    def burst(x: Tensor) -> Tensor:  # one coordinate of NaN out of finite pixels
+        return torch.where((x.flatten(1) > 0.99) & (torch.arange(D) == 3), math.nan, x.flatten(1) + 2)
+
+    def far(f: Tensor, y: Tensor) -> Tensor:
+        return gentle(f, y) * 1e6 + 3
+
+    for name, fn, left in (("short", shifted, gentle), ("long", shifted, far), ("burst", burst, far)):
+        for clip in (0.5, 7.0):
+            base = total(records(9), left, fn, clip_norm=clip)
+            for value in (0.5, 0.0, 1.0, 1e30, math.nan, math.inf):
+                for label in (1, K, -1):
+                    moved = total(records(9, extra=(value, label)), left, fn, clip_norm=clip) - base
+                    assert (moved**2).sum() <= 4**bits, "more than C"
+                    if not math.isfinite(value) or not 0 <= label < K or (name == "burst" and value >= 1):
+                        assert not moved.any(), "a malformed record counts"
+                    elif name == "long":
+                        assert (moved**2).sum() >= (0.99 * 2**bits) ** 2, "a long gradient lost its length"
+    rows = torch.randn(400, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unit = m.clipping.unit_grid(rows)
+    kept = m.clipping.clip_left(rows[:, :K] * 1e9, unit.double(), 1.0, bits)
+    for a, b in zip(kept.numpy().astype(np.int64).astype(object), unit.numpy().astype(object), strict=True):
+        assert (a**2).sum() * (b**2).sum() <= 4**bits, "rounding passes C"
+    data = records(29)
+    phi = m.clipping.unit_grid(shifted(torch.from_numpy(data.to_unit())))
+    lefts = m.clipping.clip_left(gentle(phi.float() * 2.0**-14, torch.from_numpy(data.labels)), phi.double(), 0.7, bits)
+    pairs = zip(lefts.numpy().astype(np.int64).astype(object), phi.numpy().astype(object), strict=True)
+    truth = sum(np.outer(a, b) for a, b in pairs)
+    for size in (1, 4, 256):
+        assert (total(data, gentle, shifted, size, clip_norm=0.7).reshape(K, D) == truth).all(), "another sum"
+    counts = []
+    with Door(m, folder / "r", data) as door:
+        held = door.handle.reserve(door.query(name="r", dim=K * D, n_classes=1, grid_bits=bits))
+        zero = lambda f, y: torch.zeros(len(f), K)  # noqa: E731
+        for mixing in (lambda x: (x - x.mean(0)).flatten(1), lambda x: x.flatten(1) / 0 * 0):
+            try:
+                door.handle.features(mixing, D).release_reserved(held, 0, zero)
+            except m.errors.RecordwiseError:
+                continue
+            raise AssertionError("features that mix records were let through")
+        try:
+            forged = m.private.Reservation(held.query, 5, held.line)
+            door.handle.features(shifted, D).release_reserved(forged, 0, gentle)
+        except m.errors.LedgerError:
+            pass
+        else:
+            raise AssertionError("a made-up reservation was honoured")
+        for index in range(40):
+            handle = m.features.PrivateFeatures(door.handle, lambda x: torch.ones(len(x), 1), 1)
+            query = door.query(dim=1, n_classes=1, grid_bits=bits, sampling_prob=0.1)
+            summed = handle._exact_sum(query, lambda f, y: torch.full((len(f), 1), 0.5), f"{index}")
+            counts.append(round(float(summed[0, 0]) / 2.0 ** (bits - 1)))
+    assert len(set(counts)) > 1
+    assert 1e-7 < binom.cdf(sum(counts), 40 * 29, 0.1) < 1 - 1e-7
+
+
+def people(n: int = 60, n_ids: int | None = 15) -> Any:
+    """Made-up records, several to an id, with pixels away from black and white."""
+    rng = np.random.default_rng(4)
+    images, labels = rng.integers(80, 170, (n, 1, 2, 4)).astype(np.uint8), rng.integers(0, K, n)
+    ids = None if n_ids is None else np.arange(n) % n_ids
+    return LabelledImages(images=images, labels=labels, class_names=("a", "b", "c"), source="toy", ids=ids)
+
+
+def some(data: Any, rows: Any, **change: Any) -> Any:
+    facts = {
+        "images": data.images[rows],
+        "labels": data.labels[rows],
+        "ids": None if data.ids is None else data.ids[rows],
+    }
+    return LabelledImages(**facts | change, class_names=data.class_names, source="toy")
+
+
+def check_shards(m: SimpleNamespace, folder: Path) -> None:
+    """What is done to one id changes what one shard's trainer is given and draws, and one vote a query; no order, key or size tells more."""
+    queries = torch.rand(20, 1, 2, 4, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+    def tally(data: Any, key: bytes = b"k" * 32) -> tuple[np.ndarray, list[bytes]]:
+        given: list[bytes] = []
+
+        def train(images: Tensor, labels: Tensor, generator: torch.Generator) -> Any:
+            chance = torch.rand(len(images), generator=generator)
+            weights = torch.zeros(K, D).index_add_(0, labels, images.flatten(1))
+            given.append(images.numpy().tobytes() + labels.numpy().tobytes() + chance.numpy().tobytes())
+            return lambda x: x.flatten(1) @ weights.T
+
+        vault = m.vault.Vault(folder, "run", key, False)
+        held = m.ensemble.Ensemble.of_shards(data, 7, train, NoLedger(), vault)
+        query = m.queries.NoisyVotes(name="v", n_queries=20, n_classes=K, n_models=7, noise_multiplier=5.0)
+        return held._count(query, queries, None).astype(object), given
+
+    def compare(first: Any, second: Any, n_models: int) -> int:
+        (before, given), (after, again) = tally(first), tally(second)
+        changed = max(len(set(given) - set(again)), len(set(again) - set(given)))
+        assert changed <= n_models, "another shard changed"
+        assert ((after - before) ** 2).sum() <= 20 * n_models**2 * 2 * 2**20, "more than one vote a query"
+        return changed
+
+    base = people()
+    for which in range(8):
+        mine = base.ids == which
+        images = base.images.copy()
+        images[mine] = 255 * (images[mine] % 2)
+        assert compare(base, some(base, slice(None), images=images), 1) == 1
+        assert compare(base, some(base, ~mine), 1) == 1
+    assert compare(base, some(base, np.random.default_rng(0).permutation(60)), 0) == 0, "order matters"
+    alone = people(n_ids=None)
+    assert compare(alone, some(alone, np.arange(60) != 7), 1) == 1
+    keys = [m.ensemble.assign(base, 7, key) for key in (b"k" * 32, b"j" * 32)]
+    assert (keys[0] != keys[1]).any(), "the shards are known without the key"
+    for data, unit in ((base, "record"), (alone, "id")):
+        with m.ledger.Ledger.open(folder / unit / "l", cap=(9.0, 1e-5), data="toy", unit=unit) as ledger:
+            try:
+                m.private.PrivateData(data, ledger, m.vault.Vault(folder, "run", b"k" * 32, False))
+            except m.errors.LedgerError:
+                continue
+            raise AssertionError("a ledger of another unit was charged")
+
+
+def check_votes(m: SimpleNamespace, folder: Path) -> None:
+    """σ·√(2Q) votes on every entry; replace-one by whom it moves; one vote a model; refused before the charge, or before a model is trained."""
+    facts = {"name": "v", "n_queries": 3000, "n_classes": K, "n_models": 7, "noise_multiplier": 0.3}
+    queries = torch.zeros(3000, 1, 2, 4)
+    first = lambda x: torch.tensor([1.0, 1.0, 1.0]).repeat(len(x), 1)  # noqa: E731  # a tie is one vote too
+    vault = m.vault.Vault(folder, "run", b"k" * 32, False)
+    folder.mkdir(parents=True, exist_ok=True)
+    with m.ledger.Ledger.open(folder / "owners", cap=(1e6, 1e-5), data="toy", unit="owner") as ledger:
+        held = m.ensemble.Ensemble.of_models([first] * 7, K, ledger, vault)
+        query = m.queries.NoisyVotes(**facts)
+        assert (held._count(query, queries, None).sum(axis=1) == 7 * 2**10).all(), "not one vote a model"
+        assert ledger.lines[0]["unit"] == "owner"
+        drawn = held.release_reserved(held.reserve(query), 0, queries).double() - torch.tensor([7, 0, 0])
+    std = 0.3 * math.sqrt(6000)
+    assert abs(float(drawn.std()) / std - 1) < 5 * math.sqrt(0.5 / 9000), "noise of another scale"
+    for moves in (1, 2):
+        votes = m.queries.NoisyVotes(**facts | {"noise_multiplier": 9.0, "unit_moves": moves})
+        sums = m.queries.GaussianSum(name="s", dim=1, noise_multiplier=20.0)
+        for planned, sigma in ((m.queries.Planned(votes), 9.0 / moves), (m.queries.Planned(sums), 10.0)):
+            value = m.accounting.epsilon([planned.part_replace_one], 1e-5, "replace_one")
+            assert abs(value - m.accounting.gaussian_epsilon(sigma, 1e-5)) < 1e-3, "exchange of one unit"
+    seen: list[int] = []
+
+    def train(images: Tensor, labels: Tensor, generator: torch.Generator) -> Any:
+        seen.append(len(images))
+        weights = images.flatten(1).sum(0)
+        return lambda x: x.flatten(1)[:, :K] * weights[:K]
+
+    def leaking(images: Tensor, labels: Tensor, generator: torch.Generator) -> Any:
+        seen.append(len(images))
+        weights = torch.full((K,), float(len(seen)))
+        weights[0] = images.sum()
+        return lambda x: x.flatten(1)[:, :K] * 0 + weights
+
+    def refused(error: type[Exception], action: Callable[[], Any], why: str) -> None:
+        try:
+            action()
+        except error:
+            return
+        raise AssertionError(why)
+
+    small = facts | {"n_queries": 5}
+    for data, unit, moves in ((people(), "id", 1), (people(n_ids=None), "record", 2)):
+        with m.ledger.Ledger.open(folder / unit, cap=(1e6, 1e-5), data="toy", unit=unit) as ledger:
+            door = m.private.PrivateData(data, ledger, vault)
+            sums = m.queries.GaussianSum(name="s", dim=D, noise_multiplier=20.0)
+            if unit == "id":
+                refused(m.errors.ConfigError, lambda: door.reserve(sums), "a sum over the records of an id")  # noqa: B023
+            else:
+                door.release(sums, flat)
+            held = door.shards(7, train)
+            for wrong in ({"unit_moves": 3 - moves}, {"n_models": 6}, {"n_classes": K + 1}):
+                query = m.queries.NoisyVotes(**small | {"unit_moves": moves} | wrong)
+                refused(m.errors.ConfigError, lambda: held.reserve(query), f"charged for {wrong}")  # noqa: B023
+            query = m.queries.NoisyVotes(**small | {"unit_moves": moves})
+            refused(m.errors.ConfigError, lambda: door.reserve(query), "votes of a handle that sums")  # noqa: B023
+            good = held.reserve(query)
+            assert not seen, "a model was trained before it was asked for"
+            held.release_reserved(good, 0, queries[:5])
+            bad = door.shards(7, leaking)
+            del seen[:]
+            refused(m.errors.TeacherError, lambda: bad.release_reserved(bad.reserve(query), 0, queries[:5]), "a leak")  # noqa: B023
+            assert max(seen, default=0) <= m.ensemble.PROBE, "a leaking trainer saw a record"
+            del seen[:]
+
+
+def check_answers(m: SimpleNamespace, folder: Path) -> None:
+    """Noise on a teacher's answers: its scale, never off by a bad one, and none that two outputs share."""
+    vault = m.vault.Vault(folder, "run", b"k" * 32, False)
+    rows = torch.zeros(500, 10, dtype=torch.float64)
+
+    def drawn(std: float, name: str = "step-0", change: float = 0.0) -> Tensor:
+        noise: Tensor = m.answers.noisy_rows(rows + change, std, vault, name).flatten() - change
+        return noise / std
+
+    first = drawn(0.7)
+    assert abs(float(first.std()) - 1) < 5 * math.sqrt(0.5 / 5000)
+    assert torch.equal(drawn(0.7), first)
+    for other in (drawn(1.4), drawn(0.7, "step-1"), drawn(0.7, "step-0", 0.5)):
+        assert abs(float(torch.corrcoef(torch.stack([first, other]))[0, 1])) < 5 / math.sqrt(5000), "shared noise"
+    for std in (-1.0, math.nan, math.inf):
+        try:
+            m.answers.noisy_rows(rows, std, vault, "step-0")
+        except ValueError:
+            continue
+        raise AssertionError("a bad scale switched noise off")
+
+
 CHECKS: list[Callable[[SimpleNamespace, Path], None]] = [
     check_sensitivity,
     check_sum,
@@ -553,6 +783,10 @@ CHECKS: list[Callable[[SimpleNamespace, Path], None]] = [
     check_recordwise,
     check_sampler,
     check_accounting,
+    check_rank_one,
+    check_shards,
+    check_votes,
+    check_answers,
 ]
 
 
@@ -560,14 +794,21 @@ CHECKS: list[Callable[[SimpleNamespace, Path], None]] = [
 
 PRIVATE, CLIPPING, NOISE = "mechanisms/private.py", "mechanisms/clipping.py", "mechanisms/noise.py"
 RECORDWISE, VAULT = "mechanisms/recordwise.py", "mechanisms/vault.py"
+FEATURES, ENSEMBLE, ANSWERS = "mechanisms/features.py", "mechanisms/ensemble.py", "mechanisms/answers.py"
 ACCOUNTING, QUERIES, LEDGER, GUARANTEE = (
     f"privacy/{name}.py" for name in ("accounting", "queries", "ledger", "guarantee")
 )
-SIGMA = "sigma = query.noise_multiplier * 2**query.grid_bits"
+SIGMA = "sigma = query.sigma_steps"
 DRAW = "rounded_gaussian(total.size, sigma, stream).reshape(total.shape)"
 COINS = "np.flatnonzero(self._vault.sampling_stream(name).bernoulli(len(labels), query.sampling_prob))"
 CLIP = "clip_to_grid(v, query.clip_norm, query.grid_bits)"
 FITS = "fits = (grid.abs() <= limit)"
+PRODUCT = "fits &= (own.to(torch.float64) * squares < 2.0**62) & (own * wide <= limit * limit)"
+REACH = "limit / squares.sqrt().clamp_min(1.0) - v.shape[1] ** 0.5 / 2 - 1"
+STEPS = "steps = torch.minimum(largest * (2.0 ** (grid_bits - UNIT_BITS) / clip_norm), reach / norm).clamp_min(0.0)"
+WINDOW = "fits = (grid.abs() <= 2.0 ** (grid_bits - UNIT_BITS) * 2).all(dim=1, keepdim=True)"
+ANY = "fits = torch.ones_like(squares, dtype=torch.bool)"
+UNIT = "return torch.round(unit / norm * 2**UNIT_BITS).to(torch.int16)"
 KEY = 'return Stream(derive(self._key, "noise", self.run, release, query, hashlib.sha256(total.tobytes()).digest()))'
 
 
@@ -589,7 +830,7 @@ MUTANTS = [
     bug(
         "M2 variance used as standard deviation",
         check_noise_scale,
-        (PRIVATE, SIGMA, SIGMA.replace("multiplier *", "multiplier**2 *")),
+        (PRIVATE, SIGMA, SIGMA + " * query.noise_multiplier"),
     ),
     bug("M2 clip factor applied twice", check_noise_scale, (PRIVATE, SIGMA, SIGMA + " * query.clip_norm")),
     bug(
@@ -748,7 +989,7 @@ MUTANTS = [
     bug(
         "M22 2 ^ k for 2**k",
         check_noise_scale,
-        (PRIVATE, SIGMA, SIGMA.replace("2**query.grid_bits", "(2 ^ query.grid_bits)")),
+        (QUERIES, "self.noise_multiplier * 2.0**self.grid_bits", "self.noise_multiplier * (2 ^ self.grid_bits)"),
     ),
     bug("R1 a fixed key", check_noise_source, (VAULT, "secrets.token_bytes(32)", "bytes(range(32))")),
     bug(
@@ -973,6 +1214,163 @@ MUTANTS = [
         (LEDGER, "unit) != (lines", "lines[0]['unit']) != (lines"),
     ),
     bug(
+        "M5 rank one: rounding passes C, and the product is not checked",
+        check_rank_one,
+        (CLIPPING, PRODUCT, "pass"),
+        (CLIPPING, REACH, "limit / squares.sqrt().clamp_min(1.0) + torch.zeros_like(norm)"),
+    ),
+    bug(
+        "M4 rank one: the left factor not clipped",
+        check_rank_one,
+        (CLIPPING, PRODUCT, "pass"),
+        (CLIPPING, WINDOW, ANY),
+        (CLIPPING, STEPS, "steps = largest * (2.0 ** (grid_bits - UNIT_BITS) / clip_norm)"),
+    ),
+    bug(
+        "M4 rank one: the right factor not of norm 1",
+        check_rank_one,
+        (CLIPPING, UNIT, "return torch.round(v * 2**12).clamp(-(2**15), 2**15 - 1).to(torch.int16)"),
+        (CLIPPING, PRODUCT, "pass"),
+        (CLIPPING, REACH, "limit / 2.0**UNIT_BITS - v.shape[1] ** 0.5 / 2 - 1 + torch.zeros_like(norm)"),
+    ),
+    bug(
+        "M6 rank one: rows with NaN kept",
+        check_rank_one,
+        (
+            CLIPPING,
+            "    v = torch.where(finite, v, torch.zeros_like(v))\n    unit = v / v.abs()",
+            "    v = torch.nan_to_num(v, 0.0, 0.0, 0.0)\n    unit = v / v.abs()",
+        ),
+    ),
+    bug(
+        "M7 rank one: a malformed image counts as a black one",
+        check_rank_one,
+        (FEATURES, "grid[~torch.from_numpy(valid)] = 0", "pass"),
+    ),
+    bug(
+        "T5 rank one: a label out of range counts",
+        check_rank_one,
+        (FEATURES, " & (y >= 0) & (y < private.n_classes)", ""),
+    ),
+    bug(
+        "R9 rank one: summed in float32",
+        check_rank_one,
+        (
+            FEATURES,
+            "query.grid_bits).T @ exact).to(torch.int64)",
+            "query.grid_bits).float().T @ exact.float()).to(torch.int64)",
+        ),
+    ),
+    bug(
+        "M10 rank one: the padding of a batch counts",
+        check_rank_one,
+        (
+            FEATURES,
+            "grid = torch.zeros(size, self.dim, dtype=torch.int16)",
+            "grid = torch.ones(size, self.dim, dtype=torch.int16)",
+        ),
+    ),
+    bug(
+        "M19 features with batch statistics, hidden by a left factor of zero",
+        check_rank_one,
+        (FEATURES, "self._worst = check_recordwise(unit, shape, classes, self.dim, 1.0)", "self._worst = 0.0"),
+    ),
+    bug(
+        "A1 rank one: all records, charged as a sample",
+        check_rank_one,
+        (FEATURES, "if query.sampling_prob < 1:", "if False:"),
+    ),
+    bug("L1 rank one: a made-up reservation", check_rank_one, (FEATURES, "door._check_charged(held, index)", "pass")),
+    bug(
+        "T2 shard by position",
+        check_shards,
+        (ENSEMBLE, "return np.array(numbers, np.int64)[inverse]", "return np.arange(len(records.labels)) % n_shards"),
+    ),
+    bug(
+        "T2 shard by content though ids are there", check_shards, (ENSEMBLE, "if records.ids is not None:", "if False:")
+    ),
+    bug("T2 shard by a hash without a key", check_shards, (ENSEMBLE, 'derive(key, "id"', 'derive(b"public", "id"')),
+    bug(
+        "T1 one generator for all shards",
+        check_shards,
+        (ENSEMBLE, "ROUNDING_GPU = 1e-4", "ROUNDING_GPU = 1e-4\nALL = torch.Generator()"),
+        (ENSEMBLE, "generator = torch.Generator().manual_seed(shard)", "generator = ALL"),
+    ),
+    bug(
+        "T1 normalised by all shards together",
+        check_shards,
+        (
+            ENSEMBLE,
+            "x = to_unit(records.images[rows], records.value_range)",
+            "x = to_unit(records.images[rows], records.value_range) - to_unit(records.images, records.value_range).mean()",
+        ),
+    ),
+    bug(
+        "T1 a shard in the order of the file",
+        check_shards,
+        (ENSEMBLE, "_train_one(records, _canonical(records, rows), train", "_train_one(records, rows, train"),
+    ),
+    bug(
+        "T3 a ledger of another unit",
+        check_shards,
+        (PRIVATE, 'if ledger.lines and ledger.lines[0]["unit"] != unit:', "if False:"),
+    ),
+    bug("T3 a sum over records charged by the id", check_votes, (PRIVATE, 'if self.unit != "record":', "if False:")),
+    bug("M2 votes: √Q for √(2Q)", check_votes, (QUERIES, "math.sqrt(2 * self.n_queries)", "math.sqrt(self.n_queries)")),
+    bug(
+        "M2 votes: noise misses the grid",
+        check_votes,
+        (QUERIES, "math.sqrt(2 * self.n_queries) * self.unit_steps", "math.sqrt(2 * self.n_queries)"),
+    ),
+    bug(
+        "M11 votes: a tie votes twice",
+        check_votes,
+        (
+            ENSEMBLE,
+            "return torch.nn.functional.one_hot(scores_of(model, queries, n_classes).argmax(dim=1), n_classes)",
+            "s = scores_of(model, queries, n_classes)\n    return (s == s.amax(dim=1, keepdim=True)).long()",
+        ),
+    ),
+    bug(
+        "M21 votes: a unit that moves is taken for one that stays",
+        check_votes,
+        (QUERIES, 'twice = relation == "replace_one" and self.unit_moves == 1', 'twice = relation == "replace_one"'),
+    ),
+    bug(
+        "M21 replace-one halved for sums as for votes",
+        check_votes,
+        (
+            QUERIES,
+            "return (self.sampling_prob, self.noise_multiplier, count)",
+            'return (self.sampling_prob, self.noise_multiplier * (2 if relation == "replace_one" else 1), count)',
+        ),
+    ),
+    bug(
+        "T1 a trainer that is not tried out",
+        check_votes,
+        (ENSEMBLE, "max(self._check(queries[:PROBE]), self.checks.get(query.name, 0.0))", "0.0"),
+    ),
+    bug(
+        "A5 charged for votes of another number of models",
+        check_votes,
+        (
+            ENSEMBLE,
+            "facts = (query.n_classes, query.n_models, query.unit_moves)",
+            "facts = (query.n_classes, self.n_models, query.unit_moves)",
+        ),
+    ),
+    bug(
+        "A4 two handles take one charged line",
+        check_votes,
+        (PRIVATE, "ensemble._pending = self.checks, self._pending", "_ = self.checks, self._pending"),
+    ),
+    bug(
+        "R5 answers: one noise at two scales",
+        check_answers,
+        (ANSWERS, 'f"answers {float(std)!r}".encode()', 'b"answers"'),
+    ),
+    bug("M20 answers: a scale below 0 switches noise off", check_answers, (ANSWERS, "if std == 0:", "if not std > 0:")),
+    bug(
         "R5 an overwritten key left to use",
         check_resume,
         (VAULT, "os.replace(key, erased)", "key.write_bytes(bytes(32))"),
@@ -1013,5 +1411,5 @@ def test_the_bug_is_caught(mutant: Mutant, packages: Path) -> None:
 
 
 def test_there_are_enough_of_them() -> None:
-    assert len({mutant.name for mutant in MUTANTS}) >= 50
+    assert len({mutant.name for mutant in MUTANTS}) >= 80
     assert {check.__name__ for check in CHECKS} == {mutant.check.__name__ for mutant in MUTANTS}

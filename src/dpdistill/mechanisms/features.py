@@ -44,6 +44,7 @@ class PrivateFeatures:
         self._private, self._fn, self.dim, self._progress = private, fn, dim, progress
         self._stride = -(-dim // ALIGN) * ALIGN
         self._rows: Tensor | None = None
+        self._worst: float | None = None
         self._labels = torch.empty(0, dtype=torch.int64)
 
     def check(self, query: GaussianSum, left: LeftFunction) -> None:
@@ -64,11 +65,15 @@ class PrivateFeatures:
 
         def whole(x: Tensor, y: Tensor) -> Tensor:
             right = self._aligned(unit_grid(self._fn(x.to(device))))
-            return (left(right.clone(), y.to(device))[:, :, None] * right[:, None, :]).flatten(1)
+            factor = left(right.clone(), y.to(device))
+            if factor.shape != (len(x), query.dim // self.dim):  # one row for all would pass by broadcasting
+                raise RecordwiseError(f"a left factor has shape {tuple(factor.shape)} for {len(x)} records")
+            return (factor[:, :, None] * right[:, None, :]).flatten(1)
 
         shape, classes = self._private.image_shape, self._private.n_classes
-        worst = check_recordwise(unit, shape, classes, self.dim, 1.0)  # a left factor may be 0 where the features mix
-        worst = max(worst, check_recordwise(whole, shape, classes, query.dim, query.clip_norm))
+        if self._worst is None:  # once, for the features by themselves: a left factor may be 0 where they mix
+            self._worst = check_recordwise(unit, shape, classes, self.dim, 1.0)
+        worst = max(self._worst, check_recordwise(whole, shape, classes, query.dim, query.clip_norm))
         checks = self._private.checks
         checks[query.name] = max(worst, checks.get(query.name, 0.0))
 
@@ -138,7 +143,9 @@ class PrivateFeatures:
                 valid = np.isfinite(x[:n]).all(axis=(1, 2, 3)) & (y >= 0) & (y < private.n_classes)
                 x[:n][~valid] = 0
                 with torch.no_grad():
-                    v = self._fn(torch.from_numpy(x).to(private.device))
+                    v = self._fn(
+                        torch.tensor(x, device=private.device)
+                    )  # a copy, where torch puts it: numpy's memory begins anywhere
                 if v.shape != (size, self.dim):
                     raise RecordwiseError(
                         f"a feature function returned shape {tuple(v.shape)}, wanted {(size, self.dim)}"
