@@ -12,9 +12,9 @@ import torch
 
 from dpdistill.errors import ConfigError
 from dpdistill.methods.base import Public
-from dpdistill.methods.joint import Config, _public_images, measure, plan
+from dpdistill.methods.joint import Config, _of_groups, _prior, _public_images, measure, plan
 from dpdistill.methods.joint import mixture as mix
-from dpdistill.methods.joint.matching import match_pool, packed
+from dpdistill.methods.joint.matching import apportioned, match_pool, packed
 from dpdistill.models import ConvNet, Dsa, expand
 from dpdistill.workspace import FolderWorkspace
 
@@ -54,6 +54,7 @@ def test_record_vectors_are_no_longer_than_one(space: mix.PixelSpace, nets: list
         (mix.moments(space, x), mix.n_moments(7)),
         (mix.local_means(space, centres, x, y), 4 * 8),
         (z(x), 13),
+        (measure.grouped(z(x), mix.nearest_group(centres, space.coordinates(x), y), 4), 4 * 13),
     ):
         assert vectors.shape == (len(x), dim)
         assert (vectors.double().norm(dim=1) <= 1 + 1e-6).all()
@@ -160,6 +161,62 @@ def test_weights_between_leave_what_the_noise_explains() -> None:
     assert not torch.allclose(weights, prior, atol=1e-4)
 
 
+def gathered(components: int = 6, used: tuple[int, int] = (3, 1), groups: int = 4) -> tuple[mix.Mixture, torch.Tensor]:
+    """Two classes whose components lie about three far points, and the centres of their groups."""
+    g = torch.Generator().manual_seed(0)
+    centres = 5 * torch.eye(3)[torch.arange(components) % 3].repeat(2, 1, 1) + 0.1 * torch.randn(
+        2, components, 3, generator=g
+    )
+    fitted = mix.mixture(
+        torch.full((2,), 90.0),
+        centres.mean(dim=1),
+        torch.eye(3).repeat(2, 1, 1) * 9,
+        centres,
+        torch.ones(2, components),
+    )
+    return fitted, mix.group_centres(fitted, used, groups, g)
+
+
+def test_groups_are_far_from_each_other_and_no_more_than_used() -> None:
+    _, centres = gathered()
+    assert centres.shape == (2, 4, 3)
+    assert centres.isfinite().all(dim=2).sum(dim=1).tolist() == [3, 1]
+    assert sorted(centres[0, :3].argmax(dim=1).tolist()) == [0, 1, 2]
+    z, y = 5 * torch.eye(3).repeat(2, 1), torch.tensor([0, 0, 0, 1, 1, 1])
+    nearest = mix.nearest_group(centres, z, y)
+    assert sorted(nearest[:3].tolist()) == [0, 1, 2]
+    assert nearest[3:].tolist() == [0, 0, 0]
+
+
+def test_a_vector_fills_the_block_of_its_group() -> None:
+    vectors = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
+    blocks = measure.grouped(vectors, torch.tensor([0, 1, 3, 3, 2]), 4).view(5, 4, 3)
+    for row, group in enumerate([0, 1, 3, 3, 2]):
+        assert torch.equal(blocks[row, group], vectors[row])
+        assert torch.equal(blocks[row].norm(), vectors[row].norm())
+
+
+def test_the_prior_of_a_group_is_its_own_images() -> None:
+    _, centres = gathered(used=(3, 3))
+    own = 5 * torch.eye(3).repeat(2, 4, 1)  # 12 of each class, none of the fourth group
+    prior = _prior(own, centres)
+    assert prior.shape == (24, 8)
+    assert torch.allclose(prior.sum(dim=0), torch.ones(8))
+    assert prior[:12, 4:].abs().sum() == prior[12:, :4].abs().sum() == 0
+    assert (prior > 0).sum(dim=0).tolist() == [4, 4, 4, 12] * 2
+
+
+def test_tiles_are_apportioned_and_drawn_from_their_groups() -> None:
+    wanted = apportioned(torch.tensor([[0.5, 0.3, 0.2, 0.0], [1.0, 0, 0, 0]]), 5)
+    assert wanted.tolist() in ([[0, 0, 0, 1, 2], [0] * 5], [[0, 0, 1, 1, 2], [0] * 5])
+    _, centres = gathered()
+    z = _of_groups(5 * torch.eye(3).repeat(2, 4, 1), centres, wanted)
+    assert z.shape == (2, 5, 3)
+    assert mix.nearest_group(centres, z[0], torch.zeros(5, dtype=torch.int64)).tolist() == wanted[0].tolist()
+    few = _of_groups(5 * torch.eye(3)[:1].repeat(2, 5, 1), centres, wanted)  # none for the other groups: any will do
+    assert few.isfinite().all()
+
+
 def test_coordinates_keep_what_the_plan_promised(nets: list[ConvNet]) -> None:
     """Fewer directions than coordinates, and none at all: zeros, never NaN."""
     for reference in (images(5), images(1).expand(20, -1, -1, -1), torch.zeros(20, *SHAPE)):
@@ -189,10 +246,14 @@ def fit(
     folder: Path, steps: int = 9, repeats: int = 4, parts: int = 1, save_every: int = 50, **changes
 ) -> torch.Tensor:
     pool = changes.get("pool", images(20, 1))
-    weights = torch.softmax(images(len(pool), 2)[:, 0, 0, :2] * 3, dim=0)
+    groups = changes.get("groups", 2)
+    weights = torch.softmax(images(len(pool), 2).flatten(1)[:, : 2 * groups] * 3, dim=0).view(-1, 2, groups)
+    share = torch.full((2, groups), 1 / groups)
     return match_pool(
         pool,
         weights,
+        share,
+        apportioned(share, 2 * parts**2),
         images(4, 3).view(2, 2, *SHAPE),
         parts=parts,
         steps=steps,
@@ -223,6 +284,42 @@ def test_the_fit_goes_on_from_any_step(tmp_path: Path, save_every: int) -> None:
     assert torch.equal(fit(tmp_path / "b", save_every=save_every), whole)  # from the last checkpoint
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_the_fit_comes_nearer_to_the_means_of_classes_and_groups(tmp_path: Path, groups: int) -> None:
+    """From noise to bars, in a network that took no part; with four groups and two images a class, some groups have none."""
+    shape = (1, 16, 16)
+    pool = torch.full((2 * groups, *shape), -1.0)
+    for row in range(2 * groups):
+        pool[row, :, 2 * row : 2 * row + 2] = 1
+    net = ConvNet(shape, 1, width=64, generator=torch.Generator().manual_seed(9)).requires_grad_(False)
+    target = net.embed(pool).view(2, groups, -1)
+    start, share = images(4, 3, shape).view(2, 2, *shape), torch.full((2, groups), 1 / groups)
+
+    def away(made: torch.Tensor) -> tuple[float, float]:
+        """Squared distances of the classes' means and, where each image stands for a group, of the images."""
+        mine = net.embed(made.flatten(0, 1)).view(2, 2, -1)
+        each = mine - target if groups == 2 else mine.new_zeros(1)
+        return float((mine.mean(dim=1) - target.mean(dim=1)).square().sum()), float(each.square().sum())
+
+    made = match_pool(
+        pool,
+        torch.eye(2 * groups).view(-1, 2, groups),
+        share,
+        apportioned(share, 2),
+        start,
+        parts=1,
+        steps=100,
+        repeats=4,
+        lr=0.1,
+        width=16,
+        dsa=Dsa(strategy="none"),
+        workspace=FolderWorkspace(tmp_path, quiet=True),
+    )
+    now, before = away(made), away(start)
+    assert now[0] < 0.7 * before[0]
+    assert now[1] <= 0.7 * before[1]
+
+
 def test_a_pool_of_equal_images_gives_no_nan(tmp_path: Path) -> None:
     assert fit(tmp_path, pool=torch.zeros(20, *SHAPE)).isfinite().all()
 
@@ -233,6 +330,12 @@ def test_the_shares_are_of_one_budget() -> None:
     assert sum(1 / planned.query.noise_multiplier**2 for planned in asked) == pytest.approx(1 / 9)
     assert {(p.query.sampling_prob, p.query.n_classes, p.count) for p in asked} == {(1.0, 2, 1)}
     assert asked[0].query.dim == mix.n_moments(64)  # no more coordinates than pixels
+    assert asked[3].query.dim == 4 * 301
+    coloured = Public(image_shape=(3, 8, 8), class_names=("a", "b"), auxiliary=images(4, shape=(3, 8, 8)))
+    assert plan(Config(), coloured, 3.0)[3].query.dim == 301
+    assert plan(Config(groups=3), coloured, 3.0)[3].query.dim == 3 * 301
+    small = Config(per_class=1, groups=9)  # 8x8 images are not cut into parts: one image, one group
+    assert plan(small, public, 3.0)[3].query.dim == 301
     for wrong in (
         {"share_means": 0.5},
         {"share_local": 0.0, "share_means": 0.8},
@@ -254,6 +357,7 @@ def test_the_shares_are_of_one_budget() -> None:
         {"components": 1501},
         {"components": 0},
         {"networks": 0},
+        {"groups": -1},
         {"pool_public": 0},
         {"repeats": 0},
         {"steps": -1},

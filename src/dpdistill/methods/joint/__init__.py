@@ -2,12 +2,12 @@
 
 1. Mixture (private, three releases): for each class the mean, covariance and local means of its images in public pixel coordinates.
 2. Pool (free): images drawn without limit from the mixture, and public ones.
-3. Means (private, one release): class means of the joint features of a few random networks.
+3. Means (private, one release): means of the joint features of a few random networks over each class, in a few groups of its records.
 4. Measure (free): signed weights over the pool that reproduce those means: targets for any network under any augmentation.
 5. Images (free): a few images fitted to the targets under fresh random networks.
 
 Every release is a `GaussianSum` of rate 1, so the budget adds up exactly: Σ 1/σ². Proof: docs/privacy/joint.md.
-σ noise_multiplier, K classes, d pixel dims, D feature dims, J components, M images per class, P pool images.
+σ noise_multiplier, K classes, d pixel dims, D feature dims, J components, G groups, M images per class, P pool images.
 """
 
 import math
@@ -24,7 +24,7 @@ from ...privacy import GaussianSum, Planned
 from ..base import Public, Synthetic, Workspace
 from . import measure
 from . import mixture as mix
-from .matching import match_pool, packed
+from .matching import apportioned, match_pool, packed
 
 N_PUBLIC = 6000
 
@@ -40,6 +40,8 @@ class Config:
       components: J.
       feature_dims: D.
       networks, feature_width: random ConvNets behind the feature means.
+      groups: G, at most: feature means are of each class's records nearest to each of G centres. A class too small for its noise has
+        fewer. 0 is 4 for grey images and 1 for colour, where it was not tried.
       share_moments, share_local, share_means: of Σ 1/σ²: step 1's moments, each of its two rounds of local means, step 3.
       pool_mixture: pool images drawn for each class.
       pool_public: public pool images, in all.
@@ -55,8 +57,9 @@ class Config:
     pixel_dims: int = 64
     components: int = 20
     feature_dims: int = 300
-    networks: int = 2
-    feature_width: int = 64
+    networks: int = 4
+    feature_width: int = 32
+    groups: int = 0
     share_moments: float = 0.2
     share_local: float = 0.2
     share_means: float = 0.4
@@ -75,6 +78,8 @@ class Config:
         for name in (*counts, "pool_mixture", "pool_public", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
+        if self.groups < 0:
+            raise ConfigError(f"Expected groups of 0 (automatic) or more, got {self.groups}.")
         if self.components > mix.N_SAMPLES:
             raise ConfigError(f"Expected components of at most {mix.N_SAMPLES}, got {self.components}.")
         if self.steps < 0 or not (0 < self.lr < math.inf):
@@ -103,6 +108,16 @@ def _dims(config: Config, public: Public) -> int:
     return min(config.pixel_dims, math.prod(public.image_shape))
 
 
+def _parts(config: Config, public: Public) -> int:
+    return config.parts or (2 if min(public.image_shape[1:]) >= 16 else 1)
+
+
+def _groups(config: Config, public: Public) -> int:
+    """Never more than training images, nor components."""
+    wanted = config.groups or (4 if public.image_shape[0] == 1 else 1)
+    return min(wanted, config.components, config.per_class * _parts(config, public) ** 2)
+
+
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
     """Four full-batch sums. Shares divide Σ 1/σ² (GDP), so all together cost what one sum with `noise_multiplier` would."""
     d, rows = _dims(config, public), public.n_classes
@@ -117,7 +132,7 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
         ask("joint-moments", mix.n_moments(d), config.share_moments),
         ask("joint-local-1", local, config.share_local),
         ask("joint-local-2", local, config.share_local),
-        ask("joint-means", config.feature_dims + 1, config.share_means),
+        ask("joint-means", _groups(config, public) * (config.feature_dims + 1), config.share_means),
     ]
 
 
@@ -129,39 +144,53 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     fitted = _fit_mixture(config, space, private, queries[:3], workspace)
 
     def draw(per_class: int, purpose: str) -> Tensor:
-        z = fitted.sample(per_class, workspace.generator("mixture", purpose))
-        return space.images(z.flatten(0, 1), public.image_shape)
+        return fitted.sample(per_class, workspace.generator("mixture", purpose))
+
+    def shown(z: Tensor) -> Tensor:
+        return space.images(z.flatten(0, -2), public.image_shape)
 
     k, m = public.n_classes, config.per_class
-    parts = config.parts or (2 if min(public.image_shape[1:]) >= 16 else 1)
-    # 2. The pool, and what each class's weights are before anything is known of its features.
+    parts, g = _parts(config, public), _groups(config, public)
+    # 2. The pool, and what each group's weights are before anything is known of its features.
+    noise = queries[3].noise_multiplier
+    # A group's mean may have noise of a tenth of the largest norm, within which the features lie, at the most; the counts are released.
+    used = (0.1 * fitted.count / (noise * math.sqrt(config.feature_dims))).long().clamp(1, g)
+    centres = mix.group_centres(fitted, used.tolist(), g, workspace.generator("groups"))
     seen = open_images[: config.pool_public]
-    pool = torch.cat([draw(config.pool_mixture, "pool"), seen])
-    own = torch.eye(k).repeat_interleave(config.pool_mixture, dim=0) / config.pool_mixture
+    own = draw(config.pool_mixture, "pool")
+    pool = torch.cat([shown(own), seen])
     mass = _share(config.pixel_prior, public, 1.0)
-    prior = torch.cat([mass * own, torch.full((len(seen), k), (1 - mass) / max(1, len(seen)))])
-    # 3. Class means of joint random features.
+    prior = torch.cat([mass * _prior(own, centres), torch.full((len(seen), k * g), (1 - mass) / max(1, len(seen)))])
+    # 3. Means of joint random features, of each group of each class.
     shape = public.image_shape
     nets = []
     for i in range(config.networks):
         net = ConvNet(shape, 1, width=config.feature_width, generator=workspace.generator("network", i))
         nets.append(net.requires_grad_(False).to(workspace.device))
     z = measure.coordinates(nets, pool, config.feature_dims)
+
+    def by_group(x: Tensor, y: Tensor) -> Tensor:
+        return measure.grouped(z(x), mix.nearest_group(centres, space.coordinates(x), y), g)
+
     with workspace.passing("private pass 4 of 4: feature means") as progress:
-        sums = private.release(queries[3], lambda x, y: z(x), progress=progress)  # private
-    # 4. The measure.
-    noise = queries[3].noise_multiplier
-    means, counts = measure.class_means(sums, noise)
+        sums = private.release(queries[3], by_group, progress=progress)  # private
+    # 4. The measure. The noise of a group that is not used is of no account.
+    means, counts = measure.class_means(sums.view(k * g, -1), noise)
+    counts = torch.where(torch.arange(g) < used[:, None], counts.view(k, g), 0.0)
     with torch.no_grad():
         features = torch.cat([z(x.to(workspace.device)).cpu() for x in pool.split(250)])
-    weights = measure.signed_weights(features, prior, means, counts, noise)
+    weights = measure.signed_weights(features, prior, means, counts.flatten().clamp_min(1.0), noise)
+    share = counts / counts.sum(dim=1, keepdim=True)
     # 5. The images.
-    start = packed(draw(m * parts**2, "start"), parts)
+    tiles = apportioned(share, m * parts**2)
+    start = packed(shown(_of_groups(draw(10 * m * parts**2, "start"), centres, tiles)), parts)
     start = torch.nn.functional.interpolate(start, size=shape[1:]).view(k, m, *shape)
     dsa = Dsa(strategy="color_crop_cutout_scale_rotate" + ("_flip" if config.flip else ""), fill=float(pool.amin()))
     images = match_pool(
         pool,
-        weights,
+        weights.view(-1, k, g),
+        share,
+        tiles,
         start,
         parts=parts,
         steps=config.steps,
@@ -172,6 +201,31 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
         workspace=workspace,
     )
     return Synthetic(images=images.flatten(0, 1), labels=torch.arange(k).repeat_interleave(m), parts=parts)
+
+
+def _prior(own_KND: Tensor, centres_KGD: Tensor) -> Tensor:
+    """Equal weights over the images drawn for a class that fall to each of its groups; over all of them where none does: [K·N, K·G]."""
+    k, n, d = own_KND.shape
+    g = centres_KGD.shape[1]
+    y = torch.arange(k).repeat_interleave(n)
+    group = mix.nearest_group(centres_KGD, own_KND.view(-1, d), y)
+    mine = torch.nn.functional.one_hot(y * g + group, k * g).float()
+    anyone = torch.nn.functional.one_hot(y, k).float().repeat_interleave(g, dim=1)
+    mine = torch.where(mine.sum(dim=0) > 0, mine, anyone)
+    return mine / mine.sum(dim=0)
+
+
+def _of_groups(drawn_KND: Tensor, centres_KGD: Tensor, wanted_KS: Tensor) -> Tensor:
+    """Takes for each wanted group the next of the drawn that falls to it, else the next of any: [K, S, d]."""
+    taken = []
+    for row, (drawn, wanted) in enumerate(zip(drawn_KND, wanted_KS, strict=True)):
+        group = mix.nearest_group(centres_KGD, drawn, torch.full((len(drawn),), row))
+        for each in wanted.tolist():
+            fitting = (group == each).nonzero().flatten()
+            index = int(fitting[0]) if len(fitting) else int((group >= 0).nonzero()[0])
+            taken.append(drawn[index])
+            group[index] = -1
+    return torch.stack(taken).view(len(wanted_KS), wanted_KS.shape[1], -1)
 
 
 def _public_images(config: Config, public: Public, workspace: Workspace) -> Tensor:

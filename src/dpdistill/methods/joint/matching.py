@@ -2,7 +2,7 @@
 
 Source: distribution matching (Zhao & Bilen 2023), with expected instead of sampled private targets: the pool holds only released
 and public images, so every network and every augmentation is free.
-K classes, M images per class, P pool images.
+K classes, G groups of each, M images per class, S = M·parts² training images per class, P pool images.
 """
 
 import math
@@ -16,7 +16,9 @@ from ..base import Workspace
 
 def match_pool(
     pool_PCHW: Tensor,
-    weights_PK: Tensor,
+    weights_PKG: Tensor,
+    share_KG: Tensor,
+    group_KS: Tensor,
     start_KMCHW: Tensor,
     *,
     parts: int,
@@ -28,15 +30,23 @@ def match_pool(
     workspace: Workspace,
     save_every: int = 50,
 ) -> Tensor:
-    """Returns images [K, M, C, H, W] whose class means of features agree with the weighted pool's.
+    """Returns images [K, M, C, H, W] whose means of features, of each class and of each group, agree with the weighted pool's.
 
     Args:
-      weights_PK: signed weight of each pool image in each class.
+      weights_PKG: signed weight of each pool image in each group of each class.
+      share_KG: of a class's records in each of its groups.
+      group_KS: group that each training image stands for.
       start_KMCHW: where the images begin.
       repeats: steps taken with one network and augmentation before the next: the pool is the dearer side.
     """
     device = workspace.device
-    pool, weights = pool_PCHW.to(device), weights_PK.to(device)
+    pool, share = pool_PCHW.to(device), share_KG.to(device)
+    groups = share.shape[1]
+    weights = weights_PKG.flatten(1).to(device)
+    member = torch.nn.functional.one_hot(group_KS.to(device), groups).float().transpose(1, 2)  # [K, G, S]
+    size = member.sum(dim=2)
+    averaging = member / size.clamp_min(1)[:, :, None]
+    told = share * (size > 0)  # a group may be too small for an image
     k, m = start_KMCHW.shape[:2]
     images = start_KMCHW.clone().to(device).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=lr, betas=(0.9, 0.99))
@@ -49,7 +59,7 @@ def match_pool(
         optimizer.state[images] = {"step": saved["adam_step"], **moments}
     shape = (int(pool.shape[1]), int(pool.shape[2]), int(pool.shape[3]))
     net = ConvNet(shape, 1, width=width).requires_grad_(False).to(device)
-    centre = target = torch.empty(0)
+    centre = target = whole = torch.empty(0)
     draws = dsa.draw(workspace.generator("none"))
     for step in workspace.track(range(first, steps), "fitting images"):
         optimizer.param_groups[0]["lr"] = lr * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
@@ -60,11 +70,15 @@ def match_pool(
             with torch.no_grad(), torch.autocast(device, torch.bfloat16):
                 seen = torch.cat([net.embed(dsa.apply(x, draws)).float() for x in pool.split(500)])
             centre = seen.mean(dim=0)  # weights sum to 1 for each class: centring changes nothing but the rounding
-            target = weights.T @ (seen - centre)
+            target = (weights.T @ (seen - centre)).view(k, groups, -1)
+            whole = (share[:, :, None] * target).sum(dim=1)
         with torch.autocast(device, torch.bfloat16):
             mine = net.embed(dsa.apply(expand(images.flatten(0, 1), parts), draws)).float()
-        gap = target - (mine - centre).view(k, m * parts**2, -1).mean(dim=1)
-        loss = gap.square().sum() / target.square().sum().clamp_min(1e-12)  # a pool of equal images has no target
+        mine = (mine - centre).view(k, m * parts**2, -1)
+        gap = (whole - mine.mean(dim=1)).square().sum()
+        if groups > 1:
+            gap = gap + (told * (target - averaging @ mine).square().sum(dim=2)).sum()
+        loss = gap / whole.square().sum().clamp_min(1e-12)  # a pool of equal images has no target
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -87,3 +101,13 @@ def packed(tiles_BCHW: Tensor, parts: int) -> Tensor:
     small = torch.nn.functional.interpolate(tiles_BCHW, size=size, mode="bilinear", antialias=True, align_corners=False)
     grid = small.view(b // parts**2, parts, parts, c, *size).permute(0, 3, 1, 4, 2, 5)
     return grid.reshape(b // parts**2, c, size[0] * parts, size[1] * parts)
+
+
+def apportioned(share_KG: Tensor, n: int) -> Tensor:
+    """Returns the group of each of n images of each class, in order: shares by largest remainder, [K, n]."""
+    exact = share_KG * n
+    size = exact.floor().long()
+    for row in range(len(size)):
+        missing = n - int(size[row].sum())
+        size[row, (exact[row] - size[row]).argsort(descending=True, stable=True)[:missing]] += 1
+    return torch.stack([torch.arange(share_KG.shape[1]).repeat_interleave(row) for row in size])

@@ -3,7 +3,8 @@
 Released are the class means m of z(x), features of a few random networks. Images of the pool (drawn from the mixture, public) have known
 features too, so weights α with Σ_j α_j z(x_j) = m say what the class looks like to *any* network ψ under any augmentation A:
 E[ψ(A(x)) | class] ≈ Σ_j α_j ψ(A(x_j)). That turns one private release into unlimited targets, free.
-K classes, P pool images, D feature dims, n records of a class (known only through a noisy count).
+A class is taken in a few groups of its records, so that the images show what varies in it, too: each group is such a measure.
+K classes, G groups of each, P pool images, D feature dims, n records of a class (known only through a noisy count).
 """
 
 import math
@@ -33,6 +34,11 @@ class Coordinates:
         z = (features - self.centre.to(features.device)) @ self.basis.to(features.device)
         z = z / z.norm(dim=1, keepdim=True).clamp_min(1.0)
         return torch.cat([_UNIT * z, z.new_full((len(z), 1), CONSTANT)], dim=1)
+
+
+def grouped(vectors_BD: Tensor, group_B: Tensor, groups: int) -> Tensor:
+    """Puts each vector into the block of its group: [B, G·D], of the same norm."""
+    return (torch.nn.functional.one_hot(group_B, groups).to(vectors_BD)[:, :, None] * vectors_BD[:, None]).flatten(1)
 
 
 def joint_features(networks: Sequence[ConvNet], x_BCHW: Tensor) -> Tensor:

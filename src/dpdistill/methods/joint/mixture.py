@@ -1,10 +1,11 @@
 """A class-conditional mixture of Gaussians in public pixel coordinates, fitted to noisy moments and noisy local means.
 
-d dims, J components per class, K classes, n records of a class (known only through a noisy count), P pixels.
+d dims, J components per class, G groups of them, K classes, n records of a class (known only through a noisy count), P pixels.
 The record functions here are what the door sees; everything that takes a released sum is post-processing.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -152,3 +153,32 @@ def mixture(count: Tensor, mean: Tensor, covariance: Tensor, centres: Tensor, we
     between = (centres * share[:, :, None]).transpose(1, 2) @ centres - mean[:, :, None] * mean[:, None]
     within = _positive(covariance - between, torch.zeros(len(mean)))
     return Mixture(count=count, mean=mean, covariance=covariance, centres=centres, weights=share, within=within)
+
+
+def nearest_group(centres_KGD: Tensor, z_BD: Tensor, y_B: Tensor) -> Tensor:
+    """Returns the index [B] of the nearest group centre of each one's class: of each row by itself."""
+    return (z_BD[:, None] - centres_KGD.to(z_BD.device)[y_B]).square().sum(dim=2).argmin(dim=1)
+
+
+def group_centres(fitted: Mixture, used: Sequence[int], groups: int, generator: torch.Generator) -> Tensor:
+    """Gathers each class's components into a few groups by k-means on their centres, by weight: [K, G, d].
+
+    Args:
+      used: groups wanted of each class, at most G; the rest lie at infinity, nearest to nothing.
+    """
+    k, j, d = fitted.centres.shape
+    result = torch.full((k, groups, d), math.inf)
+    for row in range(k):
+        points, weights, best = fitted.centres[row], fitted.weights[row], math.inf
+        for _ in range(5):
+            centres = points[torch.multinomial(weights + 1e-9, min(used[row], j), generator=generator)]
+            for _ in range(15):
+                member = torch.nn.functional.one_hot(torch.cdist(points, centres).argmin(dim=1), len(centres))
+                mass = (member * weights[:, None]).sum(dim=0)
+                moved = (member * weights[:, None]).T @ points / mass.clamp_min(1e-9)[:, None]
+                centres = torch.where((mass > 0)[:, None], moved, centres)
+            cost = float((torch.cdist(points, centres).amin(dim=1).square() * weights).sum())
+            if cost < best:
+                best = cost
+                result[row, : len(centres)] = centres
+    return result
