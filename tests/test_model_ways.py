@@ -25,6 +25,7 @@ from dpdistill.conversion import convert
 from dpdistill.data import load_images, to_unit
 from dpdistill.errors import ConfigError, DpdistillError, InputError, LedgerError
 from dpdistill.models import ConvNet
+from dpdistill.models.teachers import from_callable
 from dpdistill.privacy import gaussian_multiplier
 from dpdistill.privacy import ledger as ledgers
 
@@ -204,7 +205,7 @@ def test_an_opaque_teacher_gives_no_record_level_guarantee(
     found = certificate(out)
     assert found["guarantee"]["basis"] == "none"
     assert found["guarantee"]["epsilon"] is None
-    assert found["claim"]["query_level_epsilon"] == ("1" if noise else "inf")
+    assert found["claim"]["nominal_epsilon"] == ("1" if noise else "inf")
     assert "NO differential-privacy guarantee" in found["statement"]
     assert "NO RECORD-LEVEL GUARANTEE" in (out / "report.html").read_text()
     assert "# NO RECORD-LEVEL GUARANTEE" in (out / "README.md").read_text()
@@ -234,14 +235,16 @@ def test_an_opaque_release_cannot_be_dressed_up(
 
 
 def test_the_nominal_count_and_its_worst_case() -> None:
-    """The paper's ε for one answer, and the Gaussian's for a record that turns every row: sensitivity 2·sqrt(T·B), noise σ / B."""
+    """The paper's count, one answer, and a record that turns every row: sensitivities 2·sqrt(T), 2·B and 2·B·sqrt(T·B) over σ."""
     sigma = 2 * math.sqrt(100) * gaussian_multiplier(1.0, 1e-5)
     claim = Nominal(steps=100, batch=256, sigma=sigma, delta=1e-5, teacher="t")
-    assert claim.epsilon_query == pytest.approx(1.0, abs=1e-3)
+    assert claim.epsilon_nominal == pytest.approx(1.0, abs=1e-3)
+    assert claim.epsilon_query > 20
     mu = 2 * math.sqrt(100 * 256) * 256 / sigma
     assert claim.epsilon_worst == pytest.approx(mu * mu / 2 + mu * math.sqrt(2 * math.log(1e5)))
     small = Nominal(steps=1, batch=1, sigma=sigma, delta=1e-5, teacher="t")
-    assert small.epsilon_worst == pytest.approx(small.epsilon_query)  # one answer is all there is
+    # One answer is all there is.
+    assert small.epsilon_worst == pytest.approx(small.epsilon_query) == pytest.approx(small.epsilon_nominal)
     assert Nominal(steps=1, batch=1, sigma=0.0, delta=1e-5, teacher="t").epsilon_query == math.inf
 
 
@@ -291,6 +294,35 @@ def test_a_teacher_is_refused_before_anything_is_made(tmp_path: Path, run: Calla
     assert not (tmp_path / "home").exists() or not list((tmp_path / "home").rglob("*.jsonl"))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.state").exists()
+
+
+class Deaf(torch.autograd.Function):
+    """Answers like a network, and raises if a gradient is asked of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)[:, :3] * 3
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a gradient flowed into the teacher")
+
+
+def test_a_callable_teacher_is_asked_and_never_differentiated(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    teacher = from_callable(Deaf.apply, image_shape=(1, 8, 8), n_classes=3)
+    opaque = run(teacher="mine", accept_no_record_guarantee=True, out=str(tmp_path / "opaque"))
+    assert certificate(convert(opaque, teacher, quiet=True))["claim"]["teacher"] == "callable"
+    attested = run(teacher="mine", attested_epsilon=1.0, attested_delta=1e-5)
+    assert verify(convert(attested, teacher, quiet=True)).ok
+
+
+def test_the_planner_says_whether_the_shards_are_enough(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    few, many = (pipeline.make_plan(run(shards=n), (1, 28, 28), tuple("0123456789")).advice for n in (20, 5000))
+    assert "too few" in few[-1]
+    assert few[-1].startswith("too few: below about 135 models")
+    assert many[-1].startswith("enough:")
+    assert "units of information" in few[0]
+    assert not list(tmp_path.glob("home/ledgers/*"))
 
 
 def test_a_safetensors_teacher_names_its_architecture(

@@ -55,7 +55,7 @@ def _show_plan(plan: Any, config: Any) -> None:
         )
     console.print(table)
     console.print(
-        f"planned: ε = {plan.epsilon:.4f} at δ = {config.delta:g} (exchanging one record: {plan.epsilon_replace_one:.4f})"
+        f"planned: ε = {plan.epsilon:.4f} at δ = {config.delta:g} (exchanging one: {plan.epsilon_replace_one:.4f})"
     )
 
 

@@ -22,6 +22,7 @@ from .config import ModelConfig, build, config_hash, public_toml
 from .errors import ConfigError, InputError, ReleaseError
 from .mechanisms import Vault
 from .methods import MODEL_METHODS, Student
+from .models.teachers import Teacher
 from .pipeline import (
     _begin,
     _forget,
@@ -54,11 +55,14 @@ class Brought:
     differentiable: bool = False
 
 
-def convert(config: ModelConfig, *, quiet: bool = False, insecure_seed: int | None = None) -> Path:
+def convert(
+    config: ModelConfig, teacher: Teacher | None = None, *, quiet: bool = False, insecure_seed: int | None = None
+) -> Path:
     """Makes a student model, by the way that fits what is given: private images, models that vote, or one model.
 
     Args:
       config: what the person decided.
+      teacher: instead of a file: `models.teachers.from_callable(fn, …)`; `config.teacher` is then any name.
       quiet: shows no progress.
       insecure_seed: for tests only: reproducible noise; the release then says NOT PRIVATE and does not verify.
 
@@ -73,7 +77,7 @@ def convert(config: ModelConfig, *, quiet: bool = False, insecure_seed: int | No
         return distil(config, quiet=quiet, insecure_seed=insecure_seed)
     check_device(config)
     out, state = Path(config.out), Path(f"{Path(config.out)}.state")
-    brought = bring(config)
+    brought = bring(config, teacher)
     method: Any = MODEL_METHODS[config.method]
     settings = build(method.Config, {"per_class": config.per_class, **config.settings}, "settings.")
     sigma = settings.sigma(config.epsilon, config.delta) if config.method == "opaque" else 0.0
@@ -124,10 +128,10 @@ def _same_release(out: Path, toml: str) -> Path:
     raise ReleaseError(f"{out} exists and holds something else; choose another --out or remove it")
 
 
-def bring(config: ModelConfig) -> Brought:
+def bring(config: ModelConfig, given: Teacher | None = None) -> Brought:
     """Reads the teacher, and what is known of it. Raises InputError or ConfigError before any work is done."""
     path = Path(str(config.teacher))
-    if (path / "certificate.json").exists():
+    if given is None and (path / "certificate.json").exists():
         return _certified(config, path)
     if config.way == "conversion" and config.attested_epsilon is None:
         raise ConfigError(
@@ -135,19 +139,24 @@ def bring(config: ModelConfig) -> Brought:
             "vouches for them, train a private teacher with --data, or go on without any guarantee for its training records with "
             "--accept-no-record-guarantee"
         )
-    teacher = read_teacher(config, path)
+    teacher = given or read_teacher(config, path)
     facts: dict[str, Any] = {}
     if config.attested_epsilon is not None:
         epsilon, delta = float(config.attested_epsilon), float(config.attested_delta or 0)
-        claim = Attested(epsilon=epsilon, delta=delta, unit=config.attested_unit, teacher=teacher.sha256)
+        claim = Attested(epsilon=epsilon, delta=delta, unit=config.attested_unit, teacher=_digest(teacher))
         facts = {"claim": claim, "delta": delta}
     return Brought(
         outputs=teacher.outputs,
         image_shape=teacher.image_shape,
         class_names=tuple(str(k) for k in range(teacher.n_classes)),
-        sha256=teacher.sha256,
+        sha256=_digest(teacher),
         facts=facts,
     )
+
+
+def _digest(teacher: Teacher) -> str:
+    """The teacher's hash; a Python callable has none, and says so."""
+    return teacher.sha256 or "callable"
 
 
 def _certified(config: ModelConfig, path: Path) -> Brought:

@@ -17,6 +17,7 @@ from .data.images import LabelledImages, to_unit
 from .methods.base import Synthetic
 from .models import ConvNet, Dsa, expand
 from .models.augment import FULL_STRATEGY
+from .models.convnet import quick_pooling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,8 @@ def train_classifier(
     model = ConvNet(
         (channels, height, width), n_classes, width=training.width, depth=training.depth, generator=generator
     ).to(device)
+    if training.bf16:
+        quick_pooling(model)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay
     )

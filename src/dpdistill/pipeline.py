@@ -186,7 +186,7 @@ class Source:
 
     Attributes:
       unit: whose presence the ledger counts by.
-      ledger: the file to charge.
+      ledger: finds the file to charge (and makes a home for ledgers where there is none).
       handle: makes the one handle that a method gets.
       models: how many owners brought one, or 0.
     """
@@ -194,7 +194,7 @@ class Source:
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     unit: str
-    ledger: Path
+    ledger: Callable[[], Path]
     handle: Callable[[Ledger, Vault], Door]
     models: int = 0
 
@@ -216,12 +216,12 @@ def owners(config: ModelConfig) -> Source:
     # Each is opened by itself and checked against the first's facts, never against another's answers.
     teachers = [first, *(read_teacher(config, path, first.image_shape, first.n_classes) for path in files[1:])]
     names = tuple(str(k) for k in range(first.n_classes))
-    path = named_ledger(config) if config.ledger else ledger_of(*sorted(t.sha256.encode() for t in teachers))
+    hashes = sorted(t.sha256.encode() for t in teachers)
     return Source(
         image_shape=first.image_shape,
         class_names=names,
         unit="owner",
-        ledger=path,
+        ledger=lambda: named_ledger(config) if config.ledger else ledger_of(*hashes),
         handle=lambda ledger, vault: Ensemble.of_models([t.outputs for t in teachers], len(names), ledger, vault),
         models=len(teachers),
     )
@@ -263,7 +263,7 @@ def open_source(config: RunConfig) -> Source:
         image_shape=records.image_shape,
         class_names=records.class_names,
         unit="id" if records.ids is not None else "record",
-        ledger=_ledger_path(config, records),
+        ledger=lambda: _ledger_path(config, records),
         handle=lambda ledger, vault: PrivateData(records, ledger, vault, device=config.device),
     )
 
@@ -309,10 +309,11 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
     check_device(config)
     source = open_source(config)
     plan = make_plan(config, source.image_shape, source.class_names, source.models)
+    ledger_path = source.ledger()
     if os.path.lexists(out):
-        return _already_there(out, state, plan, source.ledger)
+        return _already_there(out, state, plan, ledger_path)
     _same_run(state, plan.toml)
-    with Ledger.open(source.ledger, cap=(config.budget or config.epsilon, config.delta), unit=source.unit) as ledger:
+    with Ledger.open(ledger_path, cap=(config.budget or config.epsilon, config.delta), unit=source.unit) as ledger:
         if config.budget is not None:
             ledger.raise_cap((config.budget, ledger.cap[1]))
         asked = [planned.part for planned in plan.releases]
@@ -343,7 +344,7 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
             image_shape=source.image_shape,
             per_class=config.per_class,
             config_toml=plan.toml,
-            ledger_raw=source.ledger.read_bytes(),
+            ledger_raw=ledger_path.read_bytes(),
             checks=handle.checks,
             auxiliary=auxiliary_of(config),
             insecure=vault.insecure,

@@ -183,6 +183,8 @@ def read_files(root: Path) -> dict[str, bytes]:
     if "certificate.json" not in found:
         raise ReleaseError("certificate.json: missing")
     wanted = _files_of(read_file(root, "certificate.json"))
+    used = {name.split("/")[0] for name in wanted if "/" in name}
+    found |= {folder for folder in folders if os.path.lexists(root / folder) and folder not in used}
     problems = [f"{name}: not a file of a release" for name in sorted(found - wanted)]
     problems += [f"{name}: missing" for name in sorted(wanted - found)]
     _raise(problems)

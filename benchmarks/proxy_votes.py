@@ -1,0 +1,79 @@
+"""Votes of shard teachers on public stand-ins for private data: how many shards and queries, and what to expect, without private data.
+
+  .venv/bin/python benchmarks/proxy_votes.py --data DIR --proxy letters --per-shard 60 --queries 8000
+
+Proxies as in proxy.py. Shards hold --per-shard of the proxy's records; the noise is that of a data set of --records of them, cut into as
+large shards. Prints one JSON line for each ε: accuracy on the proxy's test images of the classifier fitted to the noisy votes (the
+student's teacher), and of a single shard's. DIR: see common.py.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from proxy import letters, objects
+
+from dpdistill.data import procedural_images, to_unit
+from dpdistill.methods.base import Public
+from dpdistill.methods.model.prior import Prior
+from dpdistill.methods.model.teacher import public_images, untrained
+from dpdistill.methods.model.votes import Config, ShardTrainer, embed, fit_votes, queries
+from dpdistill.privacy import gaussian_multiplier
+from dpdistill.workspace import FolderWorkspace
+
+DELTA = 1e-5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of the data sets (see common.py)")
+    parser.add_argument("--proxy", choices=("letters", "objects"), default="letters")
+    parser.add_argument("--per-shard", type=int, default=60)
+    parser.add_argument("--records", type=int, default=60_000)
+    parser.add_argument("--queries", type=int, default=Config(models=1).queries)
+    parser.add_argument("--ridge", type=float, default=Config(models=1).ridge)
+    parser.add_argument("--epsilon", type=float, nargs="*", default=[1.0, 3.0, 10.0])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    x, y, x_test, y_test, _, _ = {"letters": letters, "objects": objects}[args.proxy](Path(args.data))
+    shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
+    made_up = torch.from_numpy(to_unit(procedural_images(4000, *shape, args.seed)))
+    public = Public(image_shape=shape, class_names=tuple("0123456789"), auxiliary=made_up)
+    config = Config(models=1, queries=args.queries, ridge=args.ridge)
+    with tempfile.TemporaryDirectory() as scratch:
+        workspace = FolderWorkspace(Path(scratch), seed=args.seed, quiet=True)
+        model = untrained(config.teacher_dims, public)
+        model.fit_public(public_images(public), workspace.generator("teacher-features"))
+        asked = embed(model, queries(config, Prior(config, public, workspace), None, workspace, 0), "cpu")
+    train = ShardTrainer(model, args.ridge, 10)
+    g = torch.Generator().manual_seed(args.seed)
+    n_shards = len(x) // args.per_shard
+    votes, alone = torch.zeros(len(asked), 10), []
+    phi_test = embed(model, x_test, "cpu")
+    for rows in torch.randperm(len(x), generator=g)[: n_shards * args.per_shard].view(n_shards, -1):
+        shard = train(x[rows], y[rows], g)
+        votes += F.one_hot(shard(asked).argmax(dim=1), 10)
+        alone.append(float((shard(phi_test).argmax(dim=1) == y_test).double().mean()))
+    models = args.records / args.per_shard
+    for epsilon in args.epsilon:
+        std = math.sqrt(2 * args.queries) * gaussian_multiplier(epsilon, DELTA) / models
+        shares = votes / n_shards + std * torch.randn(votes.shape, generator=g)
+        weights = fit_votes(asked, shares)
+        right = float(((phi_test @ weights.T).argmax(dim=1) == y_test).double().mean())
+        facts = {
+            "epsilon": epsilon,
+            "models": models,
+            "std": round(std, 4),
+            "accuracy": right,
+            "one_shard": sum(alone) / len(alone),
+        }
+        print(json.dumps({**vars(args), **facts}))
+
+
+if __name__ == "__main__":
+    main()
