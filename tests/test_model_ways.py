@@ -262,6 +262,7 @@ WRONG = {
     "another way": ({"method": "votes"}, ConfigError, "leave --method out"),
     "an unknown unit": ({"teacher": "t", "attested_unit": "a b"}, ConfigError, "one word"),
     "a low that is high": ({"teacher": "t", "input_low": 2.0}, ConfigError, "input_low below input_high"),
+    "auto of nothing": ({"shards": "auto"}, ConfigError, "plans from --expected-records"),
     "one shard": ({"shards": 1}, ConfigError, "shards in 2"),
 }
 
@@ -322,6 +323,11 @@ def test_the_planner_says_whether_the_shards_are_enough(tmp_path: Path, run: Cal
     assert few[-1].startswith("too few: below about 135 models")
     assert many[-1].startswith("enough:")
     assert "units of information" in few[0]
+    auto = {
+        epsilon: pipeline.with_way(run(shards="auto", expected_records=60_000, epsilon=epsilon))
+        for epsilon in (1.0, 10.0)
+    }
+    assert [config.shards for config in auto.values()] == [1000, 500]
     assert not list(tmp_path.glob("home/ledgers/*"))
 
 

@@ -127,7 +127,10 @@ def model(
     epsilon: Epsilon = None,
     delta: Delta = None,
     shards: Annotated[
-        int | None, typer.Option(help="Train K teachers on disjoint parts of --data, and let them vote.")
+        str | None, typer.Option(help="Train K teachers on disjoint parts of --data, and let them vote; or 'auto'.")
+    ] = None,
+    expected_records: Annotated[
+        int | None, typer.Option(help="Public guess of the number of records, for --shards auto.")
     ] = None,
     id_column: Annotated[
         str | None, typer.Option(help="Array of the .npz that says whose record each is: the guarantee is then per id.")

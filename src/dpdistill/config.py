@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import ConfigError
 
@@ -83,7 +83,8 @@ class ModelConfig(RunConfig):
       data: private images, where a private teacher or voting teachers are to be trained from them.
       method: a name in MODEL_METHODS, or empty: the way that fits what is given.
       per_class: images of the generator to release with the student, per class.
-      shards: K, disjoint shards of `data` with one voting teacher each.
+      shards: K, disjoint shards of `data` with one voting teacher each; "auto" lets the planner choose it from `expected_records`.
+      expected_records: public guess of how many records there are; never taken from the data.
       id_column: array of the .npz that says whose record each is; one person is in one shard, and the guarantee is per id.
       teachers: folder with one model of every owner, to vote.
       teacher: a model (.onnx, .safetensors with `architecture`), or a release folder of ours.
@@ -96,7 +97,8 @@ class ModelConfig(RunConfig):
 
     data: str = ""
     method: str = ""
-    shards: int | None = None
+    shards: int | Literal["auto"] | None = None
+    expected_records: int | None = None
     id_column: str | None = None
     teachers: str | None = None
     teacher: str | None = None
@@ -121,7 +123,11 @@ class ModelConfig(RunConfig):
             raise ConfigError("--shards and --id-column cut --data; give the images with --data")
         if self.id_column and self.shards is None:
             raise ConfigError("--id-column needs --shards K: only voting teachers keep one person's records together")
-        if self.shards is not None and not (2 <= self.shards <= 100_000):
+        if self.shards == "auto" and (self.expected_records is None or self.expected_records < 240):
+            raise ConfigError(
+                "--shards auto plans from --expected-records, a public guess of at least 240; or name a number"
+            )
+        if isinstance(self.shards, int) and not (2 <= self.shards <= 100_000):
             raise ConfigError(f"Expected shards in 2..100000, got {self.shards}.")
         attested = (self.attested_epsilon, self.attested_delta)
         if any(value is not None for value in attested):

@@ -136,8 +136,13 @@ def make_plan(
 
 
 def with_way(config: RunConfig) -> RunConfig:
-    """The configuration with its method named."""
-    return dataclasses.replace(config, method=config.way) if isinstance(config, ModelConfig) else config
+    """The configuration with its method named, and its shards counted."""
+    if not isinstance(config, ModelConfig):
+        return config
+    shards = config.shards
+    if shards == "auto":
+        shards = MODEL_METHODS["votes"].best_shards(config.expected_records, config.epsilon, config.delta)
+    return dataclasses.replace(config, method=config.way, shards=shards)
 
 
 def home() -> Path:

@@ -17,6 +17,20 @@ WIDTH, FREQUENCY = (
 )  # of the finest wavelet: standard deviation in pixels, centre in radians per pixel
 
 
+def _map_shape(image_shape: tuple[int, int, int], scales: int) -> tuple[int, int]:
+    _, height, width = image_shape
+    return max(1, round(height / 2**scales)), max(1, round(width / 2**scales))
+
+
+def _n_paths(scales: int, angles: int) -> int:
+    return 1 + scales * angles + angles**2 * scales * (scales - 1) // 2
+
+
+def n_features(image_shape: tuple[int, int, int], *, scales: int = 2, angles: int = 8) -> int:
+    """Returns `Scattering(…).out_dim` without making the filters."""
+    return image_shape[0] * _n_paths(scales, angles) * math.prod(_map_shape(image_shape, scales))
+
+
 class Scattering(nn.Module):
     """Low-passed image, low-passed moduli of Morlet wavelets, and of wavelets of those moduli: orders 0, 1 and 2.
 
@@ -42,9 +56,9 @@ class Scattering(nn.Module):
         if angles < 1 or scales < 1 or 2**scales > min(height, width):
             raise ValueError(f"Expected {angles=} >= 1 and {scales=} >= 1 with 2**scales <= {min(height, width)}.")
         self.image_shape, self.scales, self.angles = image_shape, scales, angles
-        self.map_shape = (max(1, round(height / 2**scales)), max(1, round(width / 2**scales)))
-        self.n_paths = 1 + scales * angles + angles**2 * scales * (scales - 1) // 2
-        self.out_dim: int = channels * self.n_paths * math.prod(self.map_shape)
+        self.map_shape = _map_shape(image_shape, scales)
+        self.n_paths = _n_paths(scales, angles)
+        self.out_dim: int = n_features(image_shape, scales=scales, angles=angles)
         padded = [_padded(side, scales) for side in (height, width)]
         before = [(p - side) // 2 for p, side in zip(padded, (height, width), strict=True)]
         self._padding = [before[1], padded[1] - width - before[1], before[0], padded[0] - height - before[0]]

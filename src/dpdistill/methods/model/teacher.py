@@ -16,6 +16,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...mechanisms import PrivateData
 from ...models.linear import LinearTeacher
+from ...models.scattering import n_features
 from ...privacy import GaussianSum, Planned
 from ..base import Public, Student, Workspace
 from .conversion import Conversion, convert
@@ -64,7 +65,8 @@ class Config(Conversion):
 
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
     """One count, and T gradients; together they cost what one release of `noise_multiplier` does, where q = 1."""
-    dim = public.n_classes * untrained(config.teacher_dims, public).n_features
+    # Components and the constant, as `LinearTeacher` has them.
+    dim = public.n_classes * (min(config.teacher_dims, n_features(public.image_shape)) + 1)
     count = GaussianSum(name="count", dim=1, noise_multiplier=noise_multiplier / math.sqrt(COUNT_SHARE))
     gradient = GaussianSum(
         name="teacher-gradient",

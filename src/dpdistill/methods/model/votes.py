@@ -68,6 +68,12 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
     return [Planned(votes, config.rounds)]
 
 
+def best_shards(expected_records: int, epsilon: float, delta: float) -> int:
+    """K for so many records: 60 a shard, or up to 120 where that many models are not needed against the noise."""
+    enough = 1000 * gaussian_multiplier(epsilon, delta)
+    return max(2, round(max(expected_records / 120, min(expected_records / 60, enough))))
+
+
 def advice(config: Config, public: Public, epsilon: float, delta: float) -> list[str]:
     """Whether K is enough, and what to expect, before anything is spent: from public numbers only.
 
