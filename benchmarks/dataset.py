@@ -5,8 +5,8 @@
 
 A cell is DATASET:METHOD:IMAGES_PER_CLASS:EPSILON; several are separated by commas. METHOD is joint, dosser, ndpdc, dpsgd, joint-1group
 (`joint` as it was before groups), or `auxiliary`, the control at ε = 0: `joint` behind the same door with no records in it. Every release
-draws its own noise and its own public seed. Runs are kept in docs/benchmarks/dataset.runs.jsonl, one line each, and a cell that has enough is
-not run again.
+draws its own noise and its own public seed. Runs are kept in docs/benchmarks/dataset.runs.jsonl, one line each, and a cell that has
+enough is not run again.
 DIR: see common.py.
 """
 

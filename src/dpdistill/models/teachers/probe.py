@@ -1,0 +1,113 @@
+"""A few made-up images that any teacher has to answer: shapes, numbers, rows by themselves, and the same twice.
+
+B images in a batch, C channels, H, W size, K classes, P images of the probe.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpdistill.data.files import no_warnings
+from dpdistill.data.procedural import procedural_images
+from dpdistill.errors import InputError
+
+with no_warnings():
+    pass
+from dpdistill.models.teachers.base import BATCH, MODEL_LIMITS, PROBE, Run, Teacher, Wants, show
+
+
+def probe_images(image_shape: tuple[int, int, int]) -> Tensor:
+    """Returns made-up images [P, C, H, W] in [-1, 1]: procedural, noise, smooth, black and white. Always the same."""
+    c, h, w = image_shape
+    rng = np.random.default_rng(0)
+    drawn = procedural_images(PROBE - 4, c, h, w, seed=0).astype(np.float32) / 127.5 - 1
+    noise = rng.uniform(-1, 1, (1, c, h, w)).astype(np.float32)
+    ramp = np.broadcast_to(np.linspace(-1, 1, w, dtype=np.float32), (1, c, h, w))
+    flat = np.ones((1, c, h, w), np.float32)
+    return torch.from_numpy(np.concatenate([drawn, noise, ramp, -flat, flat]))
+
+
+def probe(
+    run: Run,
+    source: object,
+    name: str,
+    image_shape: tuple[int, int, int],
+    n_classes: int | None,
+    wants: Wants,
+    sha256: str,
+) -> Teacher:
+    """Asks the model about made-up images, and returns it as a teacher if its answers are a classifier's.
+
+    Raises:
+      InputError: rows that are missing, not finite, not repeatable, not each image's own, the same for all, or of another K.
+    """
+    x = probe_images(image_shape)
+    first = answer(run, wants.feed(x), source)
+    k = first.shape[1]
+    if n_classes is not None and k != n_classes:
+        raise InputError(
+            source, f"returns {k} classes, wanted {n_classes}", "change n_classes, or the model's last layer"
+        )
+    if not 2 <= k <= MODEL_LIMITS.max_classes:
+        hint = "a yes-or-no model must return two columns"
+        raise InputError(source, f"returns {k} classes, wanted 2 to {MODEL_LIMITS.max_classes:,}", hint)
+    scale = max(float(first.abs().max()), 1e-6)
+    if not same(first, answer(run, wants.feed(x), source), scale):
+        hint = "switch off dropout and other randomness: model.eval()"
+        raise InputError(source, "gives two answers to the same images", hint)
+    for rows in (slice(0, 1), slice(3, 6)):
+        if not same(first[rows], answer(run, wants.feed(x[rows]), source), scale):
+            hint = "a network in training mode mixes a batch: model.eval() before export"
+            raise InputError(source, "answers an image otherwise when other images are beside it", hint)
+    if float((first - first[:1]).abs().max()) <= 1e-6 * scale:
+        hint = "check value_range, mean and std, and that the weights are trained"
+        raise InputError(source, "gives the same answer to every image", hint)
+    sums = first.sum(1)
+    rows_are = bool((first >= -1e-6).all()) and bool(((sums - 1).abs() <= 1e-3).all())
+    if wants.outputs == "probabilities" and not rows_are:
+        raise InputError(source, "returns rows that are not probabilities", "say outputs='logits'")
+    log = wants.outputs == "probabilities" or (wants.outputs is None and rows_are)
+
+    def outputs(x_BCHW: Tensor) -> Tensor:
+        if tuple(x_BCHW.shape[1:]) != image_shape:
+            raise ValueError(f"Expected images {show(image_shape)}, got {show(x_BCHW.shape[1:])}.")
+        if not len(x_BCHW):
+            return x_BCHW.new_zeros(0, k)
+        rows_BK = torch.cat([answer(run, wants.feed(part), source, k) for part in x_BCHW.detach().split(BATCH)])
+        return (rows_BK.clamp_min(1e-8).log() if log else rows_BK).to(x_BCHW.device)
+
+    return Teacher(name=name, image_shape=image_shape, n_classes=k, outputs=outputs, sha256=sha256)
+
+
+def same(a_BK: Tensor, b_BK: Tensor, scale: float) -> bool:
+    """Whether two answers agree up to rounding, in a thousandth of the largest."""
+    return a_BK.shape == b_BK.shape and float((a_BK - b_BK).abs().max()) <= 1e-3 * scale
+
+
+def answer(run: Run, x: Tensor, source: object, n_classes: int | None = None) -> Tensor:
+    """Returns the model's rows for a batch, [B, K] float32, finite."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a person's model may warn as it likes
+            found = run(x)
+            rows = found.detach() if isinstance(found, Tensor) else torch.from_numpy(np.array(found))
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"fails on images {show(x.shape[1:])} ({type(error).__name__})"
+        raise InputError(source, reason, "check image_shape and layout") from error
+    if not rows.is_floating_point():
+        raise InputError(source, f"returns {str(rows.dtype).removeprefix('torch.')}, wanted floats", "return logits")
+    if rows.ndim != 2 or len(rows) != len(x) or n_classes not in (None, rows.shape[1]):
+        wanted = f"wanted [{len(x)}, {n_classes or 'K'}]"
+        raise InputError(
+            source, f"returns {list(rows.shape)} for {len(x)} images, {wanted}", "one row of logits for each"
+        )
+    rows = rows.float()
+    if not rows.isfinite().all():
+        raise InputError(source, "returns values that are not finite", "check value_range, mean and std")
+    return rows
