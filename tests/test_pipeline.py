@@ -433,7 +433,7 @@ def test_a_finished_run_whose_state_was_not_removed(
     tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_forget", lambda *_: 1 / 0)
+        patch.setattr(pipeline, "forget", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             distil(tiny(), quiet=True)
     key = tmp_path / "out.state" / "vault" / "key"

@@ -24,12 +24,12 @@ from .mechanisms import Vault
 from .methods import MODEL_METHODS, Student
 from .models.teachers import Teacher
 from .pipeline import (
-    _begin,
-    _forget,
-    _same_run,
     auxiliary_of,
+    begin,
     check_device,
+    check_same_run,
     distil,
+    forget,
     public_facts,
     read_teacher,
     write_result,
@@ -84,8 +84,8 @@ def convert(
     toml = f"# teacher: {brought.sha256}\n" + public_toml(config, settings, sigma)
     if os.path.lexists(out):
         return _same_release(out, toml)
-    _same_run(state, toml)
-    _begin(state, toml)
+    check_same_run(state, toml)
+    begin(state, toml)
     vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
     public = public_facts(config, brought.image_shape, brought.class_names)
     workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)
@@ -115,7 +115,7 @@ def convert(
         }
     )
     write_result(out, made, facts)
-    _forget(state, vault)
+    forget(state, vault)
     return out
 
 

@@ -317,14 +317,14 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
     ledger_path = source.ledger()
     if os.path.lexists(out):
         return _already_there(out, state, plan, ledger_path)
-    _same_run(state, plan.toml)
+    check_same_run(state, plan.toml)
     with Ledger.open(ledger_path, cap=(config.budget or config.epsilon, config.delta), unit=source.unit) as ledger:
         if config.budget is not None:
             ledger.raise_cap((config.budget, ledger.cap[1]))
         asked = [planned.part for planned in plan.releases]
         if not state.exists():
             ledger.check_affordable(asked)  # first, so that a refused run leaves nothing behind
-        _begin(state, plan.toml)
+        begin(state, plan.toml)
         vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
         if not ledgers.parts(ledger.lines, vault.run):
             ledger.check_affordable(asked)
@@ -356,7 +356,7 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
             seed=config.seed,
         )
         write_result(out, made, facts)
-        _forget(state, vault)  # under the ledger's lock: the same command, given twice, must not begin in its remains
+        forget(state, vault)  # under the ledger's lock: the same command, given twice, must not begin in its remains
     return out
 
 
@@ -383,7 +383,7 @@ def _identity(toml: str) -> bytes:
     return json.dumps({"config": config_hash(toml)}).encode()
 
 
-def _same_run(state: Path, toml: str) -> None:
+def check_same_run(state: Path, toml: str) -> None:
     """Refuses to go on in a state folder that another configuration began. Writes nothing."""
     path = state / "run.json"
     try:
@@ -396,7 +396,7 @@ def _same_run(state: Path, toml: str) -> None:
         )
 
 
-def _begin(state: Path, toml: str) -> None:
+def begin(state: Path, toml: str) -> None:
     """Makes the state folder and says whose it is, if it is new."""
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -418,11 +418,11 @@ def _already_there(out: Path, state: Path, plan: Plan, ledger_path: Path) -> Pat
             f"{out} exists and holds something else, or other data's release; choose another --out or remove it"
         )
     if state.exists():
-        _forget(state, Vault.open(state / "vault"))
+        forget(state, Vault.open(state / "vault"))
     return out
 
 
-def _forget(state: Path, vault: Vault) -> None:
+def forget(state: Path, vault: Vault) -> None:
     """Destroys the noise key, then everything else that the run kept beside the release."""
     point("pipeline: before the key is erased")
     vault.erase()

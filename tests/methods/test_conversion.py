@@ -183,3 +183,16 @@ def test_settings_are_checked() -> None:
     ):
         with pytest.raises(ConfigError):
             Conversion(**wrong)  # type: ignore[arg-type]
+
+
+def test_public_images_that_a_person_gave_are_half_of_what_is_asked(tmp_path: Path) -> None:
+    workspace = FolderWorkspace(tmp_path, quiet=True)
+    given = torch.full((3, 1, 8, 8), 0.125)
+    made_up = torch.zeros(5, 1, 8, 8)
+    config = Conversion(pool=64, vary=0.0)
+    names = ("a", "b")
+    public = Public(image_shape=(1, 8, 8), class_names=names, auxiliary=given, procedural=made_up)
+    pool = Prior(config, public, workspace).first(64)
+    assert int((pool == 0.125).flatten(1).all(dim=1).sum()) == 32
+    none = Public(image_shape=(1, 8, 8), class_names=names, auxiliary=given)
+    assert not (Prior(config, none, workspace).first(64) == 0.125).flatten(1).all(dim=1).any()

@@ -43,7 +43,7 @@ class Conversion:
       loss: between centred logits in units of their spread over prior images ("l1", "l2", "smooth"), or "kl" at `temperature`.
       temperature: of softmax in the generator's losses and in "kl", in the same unit.
       generated: share of a batch that the generator makes; 0 leaves it out.
-      prior: "procedural", "noise", or "none": what the rest of the batch is made of.
+      prior: "procedural" (half of it public images, if some were given), "noise", or "none": what the rest of the batch is made of.
       figures: share of the procedural images that are strokes and silhouettes only, beside those in the usual mix; "auto" is a
         half for grey images and 0 for colour.
       vary: share of images that are moved, mixed or recoloured at random.

@@ -34,6 +34,8 @@ class Prior:
 
     def __init__(self, config: PriorSettings, public: Public, workspace: Workspace) -> None:
         self.config, self.shape, self.workspace = config, public.image_shape, workspace
+        # Public images that a person gave: half of every pool. Without them `auxiliary` is made up, and so is the whole pool.
+        self.given = public.auxiliary if public.procedural is not None else public.auxiliary[:0]
         self.number, self.images = -1, torch.empty(0)
 
     def _pool(self, number: int) -> Tensor:
@@ -44,11 +46,14 @@ class Prior:
                 share = self.config.figures
                 if share == "auto":
                     share = 0.5 if self.shape[0] == 1 else 0.0
-                n_figures = round(share * self.config.pool)
-                others = procedural_images(self.config.pool - n_figures, *self.shape, seed)
-                self.images = torch.from_numpy(
-                    np.concatenate([to_unit(others), figures(n_figures, self.shape, seed + 1)])
-                )
+                n_given = self.config.pool // 2 if len(self.given) else 0
+                n_figures = round(share * (self.config.pool - n_given))
+                others = procedural_images(self.config.pool - n_given - n_figures, *self.shape, seed)
+                made_up = np.concatenate([to_unit(others), figures(n_figures, self.shape, seed + 1)])
+                self.images = torch.from_numpy(made_up)
+                if n_given:
+                    chosen = torch.randint(len(self.given), (n_given,), generator=g)
+                    self.images = torch.cat([self.images, self.given[chosen]])
             else:
                 self.images = torch.rand(self.config.pool, *self.shape, generator=g) * 2 - 1
             self.number = number
