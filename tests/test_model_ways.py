@@ -312,7 +312,11 @@ class Deaf(torch.autograd.Function):
 def test_a_callable_teacher_is_asked_and_never_differentiated(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
     teacher = from_callable(Deaf.apply, image_shape=(1, 8, 8), n_classes=3)
     opaque = run(teacher="mine", accept_no_record_guarantee=True, out=str(tmp_path / "opaque"))
-    assert certificate(convert(opaque, teacher, quiet=True))["claim"]["teacher"] == "callable"
+    assert certificate(convert(opaque, teacher, quiet=True))["claim"]["teacher"].startswith("callable-")
+    assert convert(opaque, teacher, quiet=True) == tmp_path / "opaque"
+    other = from_callable(lambda x: -Deaf.apply(x), image_shape=(1, 8, 8), n_classes=3)
+    with pytest.raises(DpdistillError, match="holds something else"):  # not the other teacher's release
+        convert(opaque, other, quiet=True)
     attested = run(teacher="mine", attested_epsilon=1.0, attested_delta=1e-5)
     assert verify(convert(attested, teacher, quiet=True)).ok
 

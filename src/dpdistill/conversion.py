@@ -5,12 +5,14 @@ nothing (the paper's way, which says so). Everything that can be wrong with the 
 """
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .bundle import BundleFacts
@@ -19,6 +21,7 @@ from .bundle.product import ModelProduct
 from .bundle.release import student_of
 from .bundle.verification import inspect
 from .config import ModelConfig, build, config_hash, public_toml
+from .data import procedural_images, to_unit
 from .errors import ConfigError, InputError, ReleaseError
 from .mechanisms import Vault
 from .methods import MODEL_METHODS, Student
@@ -35,6 +38,8 @@ from .pipeline import (
     write_result,
 )
 from .workspace import FolderWorkspace
+
+N_ASKED = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +160,11 @@ def bring(config: ModelConfig, given: Teacher | None = None) -> Brought:
 
 
 def _digest(teacher: Teacher) -> str:
-    """The teacher's hash; a Python callable has none, and says so."""
-    return teacher.sha256 or "callable"
+    """The teacher's hash; of a Python callable, the hash of its answers to made-up images: another one must not pass for it."""
+    if teacher.sha256:
+        return teacher.sha256
+    made_up = torch.from_numpy(to_unit(procedural_images(N_ASKED, *teacher.image_shape, seed=0)))
+    return "callable-" + hashlib.sha256(teacher.outputs(made_up).cpu().numpy().tobytes()).hexdigest()[:32]
 
 
 def _certified(config: ModelConfig, path: Path) -> Brought:
