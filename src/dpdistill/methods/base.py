@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..mechanisms import PrivateData
 from ..models.convnet import ConvNet
@@ -71,6 +71,34 @@ class Student:
 
     model: ConvNet
     generator: StudentGenerator
+    images: Synthetic
+    figures: dict[str, float]
+
+
+class Denoising(Protocol):
+    """A denoiser: what a diffusion model is inside."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
+        """Returns the expected clean images [B, C, H, W] of noisy ones, x = clean + sigma · normal.
+
+        Args:
+          x: float32 [B, C, H, W]; clean images lie in [-1, 1].
+          sigma: float32 [B], standard deviation of the noise.
+          y: int64 [B], classes; K stands for "any".
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """A diffusion model to sample from without limit.
+
+    Attributes:
+      unet: the student: diffusers' UNet2DModel, in the parametrisation of its ConsistencyModelPipeline.
+      images: some of its images, labelled: what is stored and shown.
+      figures: numbers from public or released things only.
+    """
+
+    unet: nn.Module
     images: Synthetic
     figures: dict[str, float]
 
