@@ -34,8 +34,8 @@ from dpdistill.data import LabelledImages, procedural_images, to_unit
 from dpdistill.evaluation import Training, accuracy, train_on_real
 from dpdistill.mechanisms import PrivateData, Vault
 from dpdistill.methods import MODEL_METHODS, Public
-from dpdistill.methods.model import teacher as teacher_method
 from dpdistill.methods.model import votes as votes_method
+from dpdistill.methods.shared import linear
 from dpdistill.models import ConvNet
 from dpdistill.models.linear import LinearTeacher
 from dpdistill.privacy import Ledger, calibrate
@@ -91,6 +91,8 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
     if setting == "votes":
         records = with_ids(folder, dataset, records) if args.by_id else records
         given |= {"models": args.shards, "unit_moves": 1 if args.by_id else 2}
+    if setting == "teacher":  # by itself: the whole budget is its own
+        given = {"share_prior": "0", **given}
     settings = build(method.Config, given)
     asked: dict[str, Any] = {}
     inner = method.convert
@@ -119,7 +121,7 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
                 )
                 if setting == "teacher":
                     share_features(private, shared)
-                    model = teacher_method.train(settings, public, private, plan, workspace)
+                    model = linear.train(settings, public, private, plan[:2], workspace)
                     if "test" not in shared:
                         shared["test"] = votes_method.embed(model, torch.from_numpy(test.to_unit()), args.device)
                     chosen = model.cpu().head(shared["test"]).argmax(dim=1).numpy()

@@ -20,8 +20,8 @@ from proxy import letters, objects
 from dpdistill.data import procedural_images, to_unit
 from dpdistill.methods.base import Public
 from dpdistill.methods.model.prior import Prior
-from dpdistill.methods.model.teacher import public_images, untrained
 from dpdistill.methods.model.votes import Config, ShardTrainer, embed, fit_votes, queries
+from dpdistill.methods.shared.linear import public_images, untrained
 from dpdistill.privacy import gaussian_multiplier
 from dpdistill.workspace import FolderWorkspace
 

@@ -197,6 +197,75 @@ def model(
     _tell(folder)
 
 
+@app.command()
+def diffusion(
+    data: Data = None,
+    out: Out = None,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
+    expected_records: Annotated[
+        int | None, typer.Option(help="Public guess of the number of records; sampling is planned from it.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="dpsad (ours), dpdm, shards, or paper (with the flag below)."),
+    ] = None,
+    accept_no_record_guarantee: Annotated[
+        bool | None,
+        typer.Option(
+            "--accept-no-record-guarantee",
+            help="With --method paper: its own form, which guarantees nothing for a record.",
+        ),
+    ] = None,
+    per_class: Annotated[int | None, typer.Option(help="Samples to release beside the model, per class.")] = None,
+    auxiliary: Auxiliary = None,
+    classes: Classes = None,
+    resize: Resize = None,
+    budget: Budget = None,
+    ledger: LedgerPath = None,
+    seed: Seed = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the input, show settings and planned ε, and stop.")
+    ] = False,
+) -> None:
+    """Trains a private diffusion model that may be handed out and sampled without limit. Stopped, the same command goes on."""
+    chosen = _config("DiffusionConfig", **{name: value for name, value in locals().items() if name != "dry_run"})
+    from . import diffusion as way
+    from . import pipeline
+
+    if chosen.method != "paper":
+        source = pipeline.open_source(chosen)
+        planned = pipeline.make_plan(chosen, source.image_shape, source.class_names)
+        for line in planned.advice:
+            console.print(line, markup=False)
+        if dry_run:
+            _show_plan(planned, chosen)
+            return
+    elif dry_run:
+        console.print("way: paper; no guarantee for any record; nothing will be charged")
+        return
+    _tell(way.diffuse(chosen))
+
+
+@app.command()
+def sample(
+    release: Release,
+    out: Annotated[Path, typer.Option(help="A folder of PNG files by class, or a file: .npz or .parquet.")],
+    count: Annotated[int, typer.Option(min=1, help="Images in all.")] = 10_000,
+    classes: Annotated[str | None, typer.Option(help="Names of classes, with commas; all by default.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Passes of the network for an image: 1 to 4 are meant.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+) -> None:
+    """Samples a diffusion release, as many images as you like: the guarantee stays what it is."""
+    from .sampling import sample as run
+
+    run(release, out, count=count, classes=None if classes is None else classes.split(","), steps=steps, seed=seed)
+    console.print(f"{count} images: {out}", markup=False)
+
+
 def _tell(folder: Path) -> None:
     from .bundle.verification import verify
 

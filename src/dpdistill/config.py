@@ -154,6 +154,36 @@ class ModelConfig(RunConfig):
         return "opaque" if self.accept_no_record_guarantee else "conversion"
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(RunConfig):
+    """One diffusion model.
+
+    Attributes:
+      method: a name in DIFFUSION_METHODS.
+      per_class: samples to release beside the model, per class.
+      expected_records: public guess of how many records there are; never taken from the data.
+      accept_no_record_guarantee: with `method` paper: the paper's own form, which has none.
+    """
+
+    method: str = "dpsad"
+    expected_records: int | None = None
+    accept_no_record_guarantee: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.method == "paper") != self.accept_no_record_guarantee:
+            raise ConfigError(
+                "the paper's own form has no guarantee for any record: --method paper and --accept-no-record-guarantee go together"
+            )
+        if self.expected_records is None:
+            raise ConfigError(
+                "give --expected-records, a public guess of how many images there are: sampling is planned from it, and the "
+                "exact number is private"
+            )
+        if self.expected_records < 1:
+            raise ConfigError(f"Expected expected_records of at least 1, got {self.expected_records}.")
+
+
 def _convert(name: str, value: Any, wanted: Any) -> Any:
     """`value` as the annotated type: numbers and booleans may come as text; a number has to be finite."""
     options = (

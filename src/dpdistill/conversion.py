@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .bundle import BundleFacts
-from .bundle.certificate import Attested, Nominal
+from .bundle.claims import Attested, Nominal
 from .bundle.product import ModelProduct
 from .bundle.release import student_of
 from .bundle.verification import inspect

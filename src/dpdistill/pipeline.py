@@ -11,7 +11,7 @@ import hmac
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .bundle import BundleFacts, product_of, write_bundle
-from .config import ModelConfig, RunConfig, build, config_hash, public_toml
+from .bundle import BundleFacts, product_of, product_of_sampler, write_bundle
+from .config import DiffusionConfig, ModelConfig, RunConfig, build, config_hash, public_toml
 from .data import LabelledImages, Limits, load_images, procedural_images, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError
 from .mechanisms import Door, Ensemble, PrivateData, Vault
 from .mechanisms.vault import write_atomically
-from .methods import METHODS, MODEL_METHODS, Method, Public, Student, Synthetic
+from .methods import DIFFUSION_METHODS, METHODS, MODEL_METHODS, Method, Public, Sampler, Student, Synthetic
 from .privacy import Ledger, Planned, accounting, calibrate
 from .privacy import ledger as ledgers
 from .privacy.faults import point
@@ -98,16 +98,15 @@ def make_plan(
       models: how many models vote, where owners brought them.
     """
     config = with_way(config)
-    method: Any
+    known = methods_of(config)
+    if config.method not in known:
+        raise ConfigError(f"unknown method {config.method!r}; known: {', '.join(known)}")
+    method: Any = known[config.method]
     given: dict[str, Any] = {"per_class": config.per_class}
-    if isinstance(config, ModelConfig):
-        method = MODEL_METHODS[config.method]
-        if config.method == "votes":
-            given |= {"models": models or config.shards, "unit_moves": 2 if config.data and not config.id_column else 1}
-    elif config.method in METHODS:
-        method = METHODS[config.method]
-    else:
-        raise ConfigError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
+    if isinstance(config, DiffusionConfig):
+        given |= {"unit_moves": 2} if config.method == "shards" else {"expected_records": config.expected_records}
+    elif config.method == "votes" and isinstance(config, ModelConfig):
+        given |= {"models": models or config.shards, "unit_moves": 2 if config.data and not config.id_column else 1}
     for name in given:
         if name in config.settings:
             raise ConfigError(
@@ -133,6 +132,13 @@ def make_plan(
         if hasattr(method, "advice")
         else (),
     )
+
+
+def methods_of(config: RunConfig) -> Mapping[str, Any]:
+    """The methods that make what this configuration asks for."""
+    if isinstance(config, ModelConfig):
+        return MODEL_METHODS
+    return DIFFUSION_METHODS if isinstance(config, DiffusionConfig) else METHODS
 
 
 def with_way(config: RunConfig) -> RunConfig:
@@ -371,12 +377,17 @@ def auxiliary_of(config: RunConfig) -> str:
     return "procedural" if config.auxiliary == "none" else f"{Path(config.auxiliary).name}, public by the user's word"
 
 
-def write_result(out: Path, made: Synthetic | Student, facts: BundleFacts) -> Path:
+def write_result(out: Path, made: Synthetic | Student | Sampler, facts: BundleFacts) -> Path:
     """Writes what a method made."""
     if isinstance(made, Synthetic):
         return write_bundle(out, made, facts)
     facts = dataclasses.replace(facts, figures=made.figures)
-    return write_bundle(out, made.images, facts, product_of(made, facts.class_names))
+    product = (
+        product_of(made, facts.class_names)
+        if isinstance(made, Student)
+        else product_of_sampler(made, facts.class_names)
+    )
+    return write_bundle(out, made.images, facts, product)
 
 
 def _identity(toml: str) -> bytes:

@@ -749,6 +749,99 @@ def check_votes(m: SimpleNamespace, folder: Path) -> None:
             del seen[:]
 
 
+def check_shard_sum(m: SimpleNamespace, folder: Path) -> None:
+    """Each model's vector once, clipped whole; one model moves the sum by 2C at most; noise σ·2C; refused before the charge or the read."""
+    clip, n_queries, width = 2.5, 4, 6
+    queries = torch.rand(n_queries, 1, 2, 4, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    rng = np.random.default_rng(3)
+    answers = [torch.from_numpy(rng.normal(0, scale, (n_queries, width))) for scale in (0.1, 0.2, 3.0, 1e6, 1e-9)]
+    answers += [torch.full((n_queries, width), math.nan), torch.ones(n_queries, width) * 9]
+    facts = {"name": "v", "dim": n_queries * width, "n_models": 7, "noise_multiplier": 0.3, "clip_norm": clip}
+    vault = m.vault.Vault(folder, "run", b"k" * 32, False)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def saying(rows: Tensor) -> Any:
+        return lambda x: rows[:1].repeat(len(x), 1) if len(x) != n_queries else rows
+
+    def total(rows: list[Tensor]) -> np.ndarray:
+        held = m.ensemble.Ensemble.of_models([saying(r) for r in rows], K, NoLedger(), vault)
+        steps: np.ndarray = held._sum(m.queries.ShardSum(**facts), queries, None)
+        return steps.astype(object)
+
+    unit = 2**20
+    base = total(answers)
+    truth = sum(r / max(1.0, float(r.norm()) / clip) for r in answers if torch.isfinite(r).all())
+    assert np.abs(base.astype(float) / unit * clip - truth.flatten().numpy()).max() < 1e-4, "not each vector once"
+    for which in range(7):
+        for other in (answers[3] * -1, answers[6] * -1, answers[5], answers[2] * 1e30):
+            moved = total([*answers[:which], other, *answers[which + 1 :]]) - base
+            assert (moved**2).sum() <= (2 * unit) ** 2, "one model moves the sum by more than 2C"
+    with m.ledger.Ledger.open(folder / "owners", cap=(1e6, 1e-5), data="toy", unit="owner") as ledger:
+        nothing = saying(torch.zeros(n_queries, 900))
+        held = m.ensemble.Ensemble.of_models([nothing] * 7, K, ledger, vault)
+        query = m.queries.ShardSum(**facts | {"dim": n_queries * 900})
+        drawn = held.release_vectors(held.reserve(query), 0, queries).double()
+    assert drawn.shape == (n_queries, 900)
+    assert abs(float(drawn.std()) / (0.3 * 2 * clip) - 1) < 5 * math.sqrt(0.5 / 3600), "noise of another scale"
+    for moves in (1, 2):
+        planned = m.queries.Planned(m.queries.ShardSum(**facts | {"noise_multiplier": 9.0, "unit_moves": moves}), 2)
+        for relation, part, sigma in (
+            ("add_or_remove_one", planned.part, 9.0),
+            ("replace_one", planned.part_replace_one, 9.0 / moves),
+        ):
+            value = m.accounting.epsilon([part], 1e-5, relation)
+            assert abs(value - m.accounting.gaussian_epsilon(sigma / math.sqrt(2), 1e-5)) < 1e-3, relation
+    seen: list[int] = []
+
+    def train(images: Tensor, labels: Tensor, generator: torch.Generator) -> Any:
+        seen.append(len(images))
+        return lambda x: x.flatten(1)[:, :width] * images.mean()
+
+    def leaking(images: Tensor, labels: Tensor, generator: torch.Generator) -> Any:
+        seen.append(len(images))
+        weight = images.mean() + len(seen)
+        return lambda x: x.flatten(1)[:, :width] * weight
+
+    def refused(error: type[Exception], action: Callable[[], Any], why: str) -> None:
+        try:
+            action()
+        except error:
+            return
+        raise AssertionError(why)
+
+    for data, unit_name, moves in ((people(), "id", 1), (people(n_ids=None), "record", 2)):
+        with m.ledger.Ledger.open(folder / unit_name, cap=(1e6, 1e-5), data="toy", unit=unit_name) as ledger:
+            held = m.private.PrivateData(data, ledger, vault).shards(7, train)
+            good = facts | {"unit_moves": moves}
+            for wrong in ({"unit_moves": 3 - moves}, {"n_models": 6}, {"n_models": 8}):
+                query = m.queries.ShardSum(**good | wrong)
+                refused(m.errors.ConfigError, lambda: held.reserve(query), f"charged for {wrong}")  # noqa: B023
+            query = m.queries.ShardSum(**good)
+            made_up = m.private.Reservation(query, 1, 0)
+            refused(m.errors.LedgerError, lambda: held.release_vectors(made_up, 0, queries), "not charged")  # noqa: B023
+            reserved = held.reserve(query)
+            assert not seen, "a model was trained before it was asked for"
+            held.release_vectors(reserved, 0, queries)
+            bad = m.private.PrivateData(data, ledger, m.vault.Vault(folder / "bad", "bad", b"k" * 32, False)).shards(
+                7, leaking
+            )
+            (folder / "bad").mkdir(exist_ok=True)
+            del seen[:]
+            refused(m.errors.TeacherError, lambda: bad.release_vectors(bad.reserve(query), 0, queries), "a leak")  # noqa: B023
+            assert max(seen, default=0) <= m.ensemble.PROBE, "a leaking trainer saw a record"
+            del seen[:]
+    few = some(people(), np.arange(60) % 15 < 2)
+    held = m.ensemble.Ensemble.of_shards(few, 7, train, NoLedger(), vault)
+    query = m.queries.ShardSum(**facts)
+    some_vectors = held._sum(query, queries, None)
+    by_hand = sum(
+        m.ensemble.one_vector(model, queries, query)
+        for model in held._models
+        if not isinstance(model, m.ensemble.Nobody)
+    )
+    assert (some_vectors == by_hand.numpy()).all(), "shards without records move the sum"
+
+
 def check_answers(m: SimpleNamespace, folder: Path) -> None:
     """Noise on a teacher's answers: its scale, never off by a bad one, and none that two outputs share."""
     vault = m.vault.Vault(folder, "run", b"k" * 32, False)
@@ -786,6 +879,7 @@ CHECKS: list[Callable[[SimpleNamespace, Path], None]] = [
     check_rank_one,
     check_shards,
     check_votes,
+    check_shard_sum,
     check_answers,
 ]
 
@@ -809,6 +903,11 @@ STEPS = "steps = torch.minimum(largest * (2.0 ** (grid_bits - UNIT_BITS) / clip_
 WINDOW = "fits = (grid.abs() <= 2.0 ** (grid_bits - UNIT_BITS) * 2).all(dim=1, keepdim=True)"
 ANY = "fits = torch.ones_like(squares, dtype=torch.bool)"
 UNIT = "return torch.round(unit / norm * 2**UNIT_BITS).to(torch.int16)"
+WHOLE = "clip_to_grid(answers.reshape(1, -1), query.clip_norm, query.grid_bits)[0]"
+EXCHANGE = (
+    'as for `NoisyVotes`, an exchange in one shard is no more than a removal."""\n'
+    '        twice = relation == "replace_one" and self.unit_moves == 1'
+)
 KEY = 'return Stream(derive(self._key, "noise", self.run, release, query, hashlib.sha256(total.tobytes()).digest()))'
 
 
@@ -1363,6 +1462,93 @@ MUTANTS = [
         "A4 two handles take one charged line",
         check_votes,
         (PRIVATE, "ensemble._pending = self.checks, self._pending", "_ = self.checks, self._pending"),
+    ),
+    # Sums of vectors of models on disjoint shards.
+    bug(
+        "M2 shard sum: noise for C, where a unit moves 2C",
+        check_shard_sum,
+        (QUERIES, "self.noise_multiplier * 2 * 2.0**self.grid_bits", "self.noise_multiplier * 2.0**self.grid_bits"),
+    ),
+    bug(
+        "M1 shard sum: noise divided by the number of models, the sum not",
+        check_shard_sum,
+        (
+            QUERIES,
+            "self.noise_multiplier * 2 * 2.0**self.grid_bits",
+            "self.noise_multiplier * 2 * 2.0**self.grid_bits / self.n_models",
+        ),
+    ),
+    bug(
+        "M4 shard sum: not clipped",
+        check_shard_sum,
+        (ENSEMBLE, WHOLE, "torch.round(torch.nan_to_num(answers.flatten()) * query.unit_steps).to(torch.int64)"),
+    ),
+    bug(
+        "M5 shard sum: every answer clipped at C by itself",
+        check_shard_sum,
+        (ENSEMBLE, WHOLE, "clip_to_grid(answers, query.clip_norm, query.grid_bits).flatten()"),
+    ),
+    bug(
+        "M3 shard sum: the clip norm of the sum, not of a model",
+        check_shard_sum,
+        (ENSEMBLE, WHOLE, "clip_to_grid(answers.reshape(1, -1), query.clip_norm * query.n_models, query.grid_bits)[0]"),
+    ),
+    bug(
+        "M11 shard sum: one shard counted twice",
+        check_shard_sum,
+        (
+            ENSEMBLE,
+            "for model in self._trained(progress):\n            total += one_vector",
+            "for model in [*self._trained(progress), self._trained(progress)[0]]:\n            total += one_vector",
+        ),
+    ),
+    bug(
+        "T1 shard sum: every model is shard 0's",
+        check_shard_sum,
+        (ENSEMBLE, "total += one_vector(model,", "total += one_vector(self._trained(progress)[0],"),
+    ),
+    bug(
+        "M12 shard sum: divided by the realised number of models",
+        check_shard_sum,
+        (
+            ENSEMBLE,
+            "return total.numpy()\n\n    def _trained",
+            "return total.numpy() // max(1, sum(not isinstance(m, Nobody) for m in self._trained(None)))\n\n    def _trained",
+        ),
+    ),
+    bug(
+        "M21 shard sum: a unit that moves is taken for one that stays",
+        check_shard_sum,
+        (QUERIES, EXCHANGE, EXCHANGE.replace(" and self.unit_moves == 1", "")),
+    ),
+    bug(
+        "M21 shard sum: the exchange counted twice",
+        check_shard_sum,
+        (QUERIES, EXCHANGE, EXCHANGE.replace('relation == "replace_one" and self.unit_moves == 1', "False")),
+    ),
+    bug(
+        "A5 charged for a sum over another number of models",
+        check_shard_sum,
+        (
+            ENSEMBLE,
+            "if (query.n_models, query.unit_moves) != (self.n_models, self.unit_moves):",
+            "if query.unit_moves != self.unit_moves:",
+        ),
+    ),
+    bug(
+        "T1 shard sum: a trainer that is not tried out",
+        check_shard_sum,
+        (ENSEMBLE, "worst = self._check(queries[:PROBE], query.dim // len(queries))", "worst = 0.0"),
+    ),
+    bug(
+        "L1 shard sum: a made-up reservation",
+        check_shard_sum,
+        (ENSEMBLE, "self._check_charged(held, index)\n        worst =", "worst ="),
+    ),
+    bug(
+        "T5 shard sum: a shard without records stops the run",
+        check_shard_sum,
+        (ENSEMBLE, "if isinstance(model, Nobody):\n        return torch.zeros(query.dim, dtype=torch.int64)", "pass"),
     ),
     bug(
         "R5 answers: one noise at two scales",

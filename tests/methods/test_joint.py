@@ -13,8 +13,8 @@ import torch
 from dpdistill.errors import ConfigError
 from dpdistill.methods.base import Public
 from dpdistill.methods.joint import Config, _of_groups, _prior, _public_images, measure, plan
-from dpdistill.methods.joint import mixture as mix
 from dpdistill.methods.joint.matching import apportioned, match_pool, packed
+from dpdistill.methods.shared import mixture as mix
 from dpdistill.models import ConvNet, Dsa, expand
 from dpdistill.workspace import FolderWorkspace
 

@@ -56,7 +56,9 @@ def direction_faults(path: Path) -> list[str]:
         if mine in ALLOWED and top not in ALLOWED[mine]:
             faults.append(f"{me} imports {name}")
         sibling = (
-            me != "methods" and top == "methods" and name.split(".")[1:2] not in ([], ["base"], me.split(".")[1:2])
+            me != "methods"
+            and top == "methods"
+            and name.split(".")[1:2] not in ([], ["base"], ["shared"], me.split(".")[1:2])
         )
         if mine == "methods" and (top in TOPS or sibling):
             faults.append(f"{me} imports {name}")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dpdistill.errors import ConfigError
 from dpdistill.privacy import GaussianSum, NoisyVotes, Planned, accounting, calibrate
-from dpdistill.privacy.queries import SIGMA_GRID, WASTE, parse_query
+from dpdistill.privacy.queries import SIGMA_GRID, WASTE, ShardSum, parse_query
 
 BAD = [
     {"noise_multiplier": math.nan},
@@ -239,3 +239,81 @@ def test_votes_beside_a_sampled_sum() -> None:
     value = accounting.epsilon(mixed, 1e-5, "replace_one")
     alone = accounting.epsilon([both[0].part], 1e-5)
     assert alone < value < accounting.gaussian_epsilon((1 / 4 + 40 / 81) ** -0.5, 1e-5)
+
+
+# Sums over models: S + N(0, σ²·(2C)² I), where one unit moves S by 2C at most.
+
+SHARDS = {"name": "v", "dim": 200, "n_models": 40, "noise_multiplier": 3.0, "clip_norm": 2.0}
+BAD_SHARDS: list[dict[str, object]] = [
+    *({"noise_multiplier": bad} for bad in (math.nan, math.inf, 0, -1.0, 6e8, 1e-9)),
+    *({"clip_norm": bad} for bad in (math.nan, math.inf, 0, -1.0)),
+    *({name: bad} for name in ("dim", "n_models") for bad in (0, -1, 1.0, True, math.nan, 2**41)),
+    *({"unit_moves": bad} for bad in (0, 3, 1.0, True)),
+    *({"grid_bits": bad} for bad in (7, 25, 20.5)),
+    {"dim": 257, "grid_bits": 8},
+    {"name": 3},
+]
+
+
+def shards(**change: object) -> ShardSum:
+    return ShardSum(**SHARDS | change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", BAD_SHARDS, ids=str)
+def test_bad_fact_of_a_sum_over_models_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        shards(**change)
+
+
+@given(
+    st.builds(
+        ShardSum,
+        name=st.text(max_size=20),
+        dim=st.integers(1, 60000),
+        n_models=st.integers(1, 10**6),
+        noise_multiplier=st.floats(1e-3, 1e4),
+        clip_norm=st.floats(1e-30, 1e30),
+        unit_moves=st.integers(1, 2),
+        grid_bits=st.integers(12, 24),
+    )
+)
+def test_a_sum_over_models_reads_back_exactly(query: ShardSum) -> None:
+    assert parse_query(query.describe()) == query
+    assert query.part(3) == (1.0, query.noise_multiplier, 3)
+    assert query.sigma_steps / query.unit_steps == pytest.approx(2 * query.clip_norm * query.noise_multiplier)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mechanism": "gaussian_sum"},
+        {"noise_multiplier": "3"},
+        {"models": 40},
+        {"dim": "0200"},
+        {"unit_moves": "3"},
+        {"extra": "1"},
+        {"name": 1},
+        {"clip_norm": "2"},
+    ],
+    ids=str,
+)
+def test_a_sum_over_models_in_any_other_form_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises((ValueError, KeyError, ConfigError)):
+        parse_query(shards().describe() | change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("missing", sorted(shards().describe()))
+def test_a_sum_over_models_with_a_field_missing_is_refused(missing: str) -> None:
+    description = shards().describe()
+    del description[missing]
+    with pytest.raises(KeyError):
+        parse_query(description)
+
+
+def test_exchange_of_one_unit_of_a_sum_over_models() -> None:
+    for moves, factor in ((1, 1.0), (2, 2.0)):
+        planned = Planned(shards(unit_moves=moves, noise_multiplier=20.0), 5)
+        once = accounting.epsilon([planned.part], 1e-5)
+        exchanged = accounting.epsilon([planned.part_replace_one], 1e-5, "replace_one")
+        assert once == pytest.approx(accounting.gaussian_epsilon(20 / math.sqrt(5), 1e-5), rel=1e-3)
+        assert exchanged == pytest.approx(accounting.gaussian_epsilon(20 / factor / math.sqrt(5), 1e-5), rel=1e-3)

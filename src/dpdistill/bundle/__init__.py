@@ -1,7 +1,7 @@
 """The release folder: written whole or not at all, read, checked by a stranger, shown to a person. Nothing here needs torch to verify."""
 
 from .certificate import BundleFacts
-from .release import load_student, product_of, read_bundle, write_bundle
+from .release import load_student, product_of, product_of_sampler, read_bundle, write_bundle
 from .report import write_report
 from .verification import Verdict, verify
 
@@ -10,6 +10,7 @@ __all__ = [
     "Verdict",
     "load_student",
     "product_of",
+    "product_of_sampler",
     "read_bundle",
     "verify",
     "write_bundle",

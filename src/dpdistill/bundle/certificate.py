@@ -22,6 +22,8 @@ from ..privacy import Guarantee, accounting
 from ..privacy import ledger as ledgers
 from ..privacy.guarantee import Basis
 from ..privacy.guarantee import shown as rounded_up
+from . import claims
+from .claims import Attested, Claim, decimal
 from .contents import Contents
 from .product import Product
 
@@ -48,60 +50,6 @@ LIMITS = (  # what it does not cover
     "Whether the input could be read at all: a file that cannot be decoded stops a run before it begins.",
     "How good, or how fair, a model is that comes of it.",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attested:
-    """A teacher's guarantee by the word of whoever supplied it: repeated, never proved. There is no ledger behind it.
-
-    Attributes:
-      teacher: SHA-256 of the teacher's file, or a name for a Python callable.
-    """
-
-    epsilon: float
-    delta: float
-    unit: str
-    teacher: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nominal:
-    """The paper's way with one opaque teacher: what its ε covers (one answer), and what one record costs at worst.
-
-    Attributes:
-      steps, batch, sigma: answers of `batch` queries in each of `steps` steps; each row, of norm at most 1, with noise of sigma / batch,
-        as the published code adds it. 0 is no noise.
-    """
-
-    steps: int
-    batch: int
-    sigma: float
-    delta: float
-    teacher: str
-
-    @property
-    def epsilon_nominal(self) -> float:
-        """ε by the paper's count: T sums of rows with noise σ, of which one row moves by 2."""
-        return self._gaussian(2 * math.sqrt(self.steps))
-
-    @property
-    def epsilon_query(self) -> float:
-        """ε about the teacher's answer to one query: its row moves by 2, under the noise that the row has."""
-        return self._gaussian(2 * self.batch)
-
-    @property
-    def epsilon_worst(self) -> float:
-        """ε about a training record, which can turn every row of every step."""
-        return self._gaussian(2 * math.sqrt(self.steps * self.batch) * self.batch)
-
-    def _gaussian(self, moves: float) -> float:
-        """ε of a Gaussian of standard deviation σ whose mean moves so far: exact, or the Rényi bound where that is out of reach."""
-        if not self.sigma:
-            return math.inf
-        mu = moves / self.sigma
-        if mu > 12:
-            return mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / self.delta))
-        return accounting.gaussian_epsilon(1 / mu, self.delta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +85,13 @@ class BundleFacts:
     auxiliary: str
     insecure: bool
     seed: int
-    claim: Attested | Nominal | None = None
+    claim: Claim | None = None
     conversion_toml: str = ""
     figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def basis(self) -> Basis:
-        if self.insecure or isinstance(self.claim, Nominal):
+        if self.insecure or isinstance(self.claim, claims.Nothing):
             return "none"
         return "attested" if self.claim else "proved"
 
@@ -167,11 +115,6 @@ class Figures:
 
 
 NO_FIGURES = Figures(epsilon="inf", epsilon_replace_one="inf", epsilon_all_runs="inf", spent="inf", rdp="inf")
-
-
-def decimal(value: float) -> str:
-    """The shortest text that reads back as the same float."""
-    return repr(float(value))
 
 
 def epsilons(lines: list[ledgers.Line], run: str, delta: float) -> dict[str, float]:
@@ -242,13 +185,8 @@ def guarantee(facts: BundleFacts, found: Figures) -> Guarantee:
 
 def statement(facts: BundleFacts, found: Figures) -> str:
     """The promise as a sentence: generated, never typed."""
-    if isinstance(facts.claim, Nominal) and not facts.insecure:
-        claim = facts.claim
-        return (
-            "NO differential-privacy guarantee for the teacher's training records: one of them can change every answer (worst case of this "
-            f"run: ε = {rounded_up(claim.epsilon_worst)}). Noise limits what the answer to one query tells (ε = "
-            f"{rounded_up(claim.epsilon_query)}; by the paper's count {rounded_up(claim.epsilon_nominal)}; δ = {claim.delta!r})."
-        )
+    if isinstance(facts.claim, claims.Nothing) and not facts.insecure:
+        return facts.claim.statement()
     return str(guarantee(facts, found))
 
 
@@ -271,7 +209,9 @@ def _mechanisms(lines: list[ledgers.Line], run: str) -> list[dict[str, Any]]:
 
 
 def shape(mechanism: dict[str, Any]) -> tuple[int, int]:
-    """Rows and coordinates of a release: classes × dimensions of a sum, queries × classes of votes."""
+    """Rows and coordinates of a release: classes × dimensions of a sum, queries × classes of votes, one vector of a sum over models."""
+    if mechanism["mechanism"] == "shard_sum":
+        return 1, int(mechanism["dim"])
     votes = mechanism["mechanism"] == "noisy_votes"
     rows, columns = ("queries", "classes") if votes else ("classes", "dim")
     return int(mechanism[rows]), int(mechanism[columns])
@@ -347,7 +287,7 @@ def build(
         "limits": list(LIMITS) if kept else [],
         "assumptions": _assumptions(facts, mechanisms) if kept else [],
         "mechanisms": mechanisms,
-        "claim": _claim(facts),
+        "claim": facts.claim.describe() if facts.claim else None,
         "figures": {name: decimal(value) for name, value in facts.figures.items()},
         "accountant": _accountant(versions, shown(found.rdp)) if lines else None,
         "randomness": _randomness(mechanisms, facts.insecure) if lines else None,
@@ -364,30 +304,9 @@ def _assumptions(facts: BundleFacts, mechanisms: list[dict[str, Any]]) -> list[d
     if facts.claim is not None:
         texts = {key: texts[key] for key in ("code", "public-inputs")}
         texts["attested"] = MODEL_ASSUMPTIONS["attested"]
-    if any(mechanism["mechanism"] == "noisy_votes" for mechanism in mechanisms):
+    if any(mechanism["mechanism"] in ("noisy_votes", "shard_sum") for mechanism in mechanisms):
         texts["disjoint"] = MODEL_ASSUMPTIONS["disjoint"]
     return [{"id": key, "text": text} for key, text in sorted(texts.items())]
-
-
-def _claim(facts: BundleFacts) -> dict[str, Any] | None:
-    """What a release without a ledger rests on, in a form that reads back."""
-    claim = facts.claim
-    if claim is None:
-        return None
-    if isinstance(claim, Attested):
-        facts_of = {"epsilon": decimal(claim.epsilon), "delta": decimal(claim.delta), "unit": claim.unit}
-        return {"kind": "attested", **facts_of, "teacher": claim.teacher}
-    return {
-        "kind": "nominal",
-        "steps": claim.steps,
-        "batch": claim.batch,
-        "sigma": decimal(claim.sigma),
-        "delta": decimal(claim.delta),
-        "teacher": claim.teacher,
-        "nominal_epsilon": rounded_up(claim.epsilon_nominal),
-        "query_level_epsilon": rounded_up(claim.epsilon_query),
-        "worst_case_record_epsilon": rounded_up(claim.epsilon_worst),
-    }
 
 
 def _accountant(versions: dict[str, str], rdp: str | None) -> dict[str, Any]:

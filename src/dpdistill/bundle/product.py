@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import ReleaseError
 from . import tensors
+from .diffusion_product import DiffusionProduct
 from .onnx_file import student_onnx
 
 Weights = dict[str, NDArray[np.float32]]
@@ -105,5 +106,7 @@ class ModelProduct:
         return product
 
 
-PRODUCTS: dict[str, type[ModelProduct]] = {ModelProduct.KIND: ModelProduct}
+PRODUCTS: dict[str, type[ModelProduct] | type[DiffusionProduct]] = {
+    kind.KIND: kind for kind in (ModelProduct, DiffusionProduct)
+}
 KINDS = ("dataset", *PRODUCTS)

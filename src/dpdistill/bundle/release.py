@@ -17,15 +17,16 @@ from . import certificate as certificates
 from . import contents, png, report, table, verification
 from .certificate import BundleFacts
 from .contents import Contents, one_line, printable_names
+from .diffusion_product import DiffusionProduct
 from .product import ModelProduct, Product, Weights
 
 if TYPE_CHECKING:
     import torch
 
-    from ..methods.base import Student, Synthetic
+    from ..methods.base import Sampler, Student, Synthetic
     from ..models.convnet import ConvNet
 
-__all__ = ["BundleFacts", "load_student", "product_of", "read_bundle", "write_bundle"]
+__all__ = ["BundleFacts", "load_student", "product_of", "product_of_sampler", "read_bundle", "write_bundle"]
 
 
 def write_bundle(out: Path, synthetic: "Synthetic", facts: BundleFacts, product: Product | None = None) -> Path:
@@ -53,7 +54,7 @@ def write_bundle(out: Path, synthetic: "Synthetic", facts: BundleFacts, product:
         _fresh(partial)
         for name, raw in files.items():
             _write(partial / name, raw)
-        for folder in (*(path for path in sorted(partial.iterdir()) if path.is_dir()), partial):
+        for folder in (*(path for path in sorted(partial.rglob("*"), reverse=True) if path.is_dir()), partial):
             sync_directory(folder)
         point("release: written beside, not yet checked")
         verification.inspect(partial)
@@ -105,7 +106,7 @@ def _fresh(folder: Path) -> None:
 
 
 def _write(path: Path, raw: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         file.write(raw)
         file.flush()
@@ -138,6 +139,13 @@ def product_of(student: "Student", class_names: tuple[str, ...]) -> ModelProduct
         generator_config=student.generator.config,
         class_names=printable_names(class_names),
     )
+
+
+def product_of_sampler(sampler: "Sampler", class_names: tuple[str, ...]) -> DiffusionProduct:
+    """Returns a method's diffusion model as the files of its pipeline."""
+    from ..models import unet
+
+    return DiffusionProduct.of(unet.pipeline(sampler.unet), printable_names(class_names))
 
 
 def load_student(path: str | os.PathLike[str]) -> "ConvNet":

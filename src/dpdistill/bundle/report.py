@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import ReleaseError
 from ..privacy.guarantee import shown
@@ -23,6 +24,7 @@ from .contents import Contents, one_line
 _TEMPLATES = Path(__file__).parent / "templates"
 ACROSS = 10  # images shown per class
 MOST_SHOWN = 1000  # images on a page
+MOST_COMPARED, MOST_PAIRS = 2000, 20  # images among which a neighbour is looked for, and classes that show one
 _MAX_ROWS = 60
 
 
@@ -59,9 +61,34 @@ def _strips(held: Contents) -> list[dict[str, Any]]:
     pixels, strips = held.pixels, []
     for k, name in enumerate(held.class_names[:MOST_SHOWN]):
         chosen = np.flatnonzero(held.labels == k)[:across]
-        sources = ["data:image/png;base64," + base64.b64encode(png.encode(pixels[index])).decode() for index in chosen]
-        strips.append({"name": name, "sources": sources, "images": int((held.labels == k).sum())})
+        strips.append(
+            {
+                "name": name,
+                "sources": [_uri(pixels[index]) for index in chosen],
+                "images": int((held.labels == k).sum()),
+            }
+        )
     return strips
+
+
+def _neighbours(held: Contents) -> list[dict[str, Any]]:
+    """For each class its first image beside the most similar other released one, and how far apart they are, in grey levels (RMS)."""
+    pixels = held.pixels[:MOST_COMPARED]
+    flat, rows = pixels.reshape(len(pixels), -1).astype(np.int32), []
+    for k, name in enumerate(held.class_names[:MOST_PAIRS]):
+        mine = np.flatnonzero(held.labels[: len(flat)] == k)
+        if len(mine) and len(flat) > 1:
+            squares = np.square(flat - flat[mine[0]]).sum(axis=1, dtype=np.int64)  # whole numbers: the same everywhere
+            squares[mine[0]] = np.iinfo(np.int64).max
+            other = int(squares.argmin())
+            pair = [_uri(pixels[index]) for index in (mine[0], other)]
+            apart = f"{(int(squares[other]) / flat.shape[1]) ** 0.5:.1f}"
+            rows.append({"name": name, "pair": pair, "of": held.class_names[int(held.labels[other])], "apart": apart})
+    return rows
+
+
+def _uri(pixels: NDArray[np.uint8]) -> str:
+    return "data:image/png;base64," + base64.b64encode(png.encode(pixels)).decode()
 
 
 def _bars(certificate: dict[str, Any]) -> list[dict[str, Any]]:
@@ -130,9 +157,10 @@ def render_report(certificate: dict[str, Any], held: Contents, evaluation: dict[
         c=certificate,
         proved=basis == "proved",
         kept=basis != "none",
-        model=certificate["release"]["kind"] == "model",
+        kind=certificate["release"]["kind"],
         shape=shape,
         strips=_strips(held),
+        neighbours=_neighbours(held) if certificate["release"]["kind"] == "diffusion" else [],
         bars=_bars(certificate) if basis == "proved" else [],
         short=_short,
         evaluation=_figures(evaluation) if evaluation else [],
@@ -141,10 +169,10 @@ def render_report(certificate: dict[str, Any], held: Contents, evaluation: dict[
 
 
 def render_card(certificate: dict[str, Any]) -> str:
-    """Returns README.md: a Hugging Face data set card, or a model card."""
+    """Returns README.md: a Hugging Face data set card, or the card of another kind of release."""
     release, basis = certificate["release"], certificate["guarantee"]["basis"]
-    if release["kind"] == "model":
-        return _environment().get_template("card_model.md").render(c=certificate, kept=basis != "none")
+    if release["kind"] != "dataset":
+        return _environment().get_template(f"card_{release['kind']}.md").render(c=certificate, kept=basis != "none")
     _, height, width = release["image_shape"]
     parts, images = release["parts"], release["images"]
     sizes = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..errors import ReleaseError
 
 MAX_HEADER = 2**20
-MAX_TENSORS = 64
+MAX_TENSORS = 256
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 

@@ -9,9 +9,9 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ from ..privacy import Guarantee
 from ..privacy import ledger as ledgers
 from ..privacy.guarantee import shown
 from . import certificate as certificates
-from . import contents, png, report, table
-from .certificate import Attested, BundleFacts, Figures, Nominal, decimal
+from . import claims, contents, png, report, table
+from .certificate import BundleFacts, Figures
+from .claims import ID, expect, number
 from .contents import Contents, one_line
 from .ledger_check import check_ledger
 from .product import PRODUCTS, Product
@@ -164,17 +165,18 @@ def _raise(problems: list[str]) -> None:
 def read_files(root: Path) -> dict[str, bytes]:
     """Returns every file of a release. Raises ReleaseError on one too many, too few or too large, a link, a device."""
     sizes = SIZES | _MORE
-    folders = sorted({name.split("/")[0] for name in sizes if "/" in name})
+    folders = sorted(_folders(sizes))  # an outer one comes before those within it
     found: set[str] = set()
     try:
         for folder in ("", *folders):
-            if folder and (not (root / folder).is_dir() or (root / folder).is_symlink()):
+            if folder and not _is_folder(root, folder):
                 continue
             with os.scandir(root / folder) as entries:
                 for entry in entries:
-                    if not folder and entry.name in folders and entry.is_dir(follow_symlinks=False):
+                    name = f"{folder}/{entry.name}".lstrip("/")
+                    if name in folders and entry.is_dir(follow_symlinks=False):
                         continue
-                    found.add(f"{folder}/{entry.name}".lstrip("/"))
+                    found.add(name)
                     if len(found) > 100:
                         raise ReleaseError(f"{root} holds over 100 files; a release has at most {len(sizes)}")
     except OSError as error:
@@ -183,12 +185,22 @@ def read_files(root: Path) -> dict[str, bytes]:
     if "certificate.json" not in found:
         raise ReleaseError("certificate.json: missing")
     wanted = _files_of(read_file(root, "certificate.json"))
-    used = {name.split("/")[0] for name in wanted if "/" in name}
-    found |= {folder for folder in folders if os.path.lexists(root / folder) and folder not in used}
+    found |= {folder for folder in set(folders) - _folders(wanted) if os.path.lexists(root / folder)}
     problems = [f"{name}: not a file of a release" for name in sorted(found - wanted)]
     problems += [f"{name}: missing" for name in sorted(wanted - found)]
     _raise(problems)
     return {name: read_file(root, name) for name in sorted(wanted)}
+
+
+def _folders(names: Iterable[str]) -> set[str]:
+    """All folders that these files lie in, at any depth."""
+    return {str(parent) for name in names for parent in PurePosixPath(name).parents} - {"."}
+
+
+def _is_folder(root: Path, folder: str) -> bool:
+    """Whether a folder of a release is one, and no link at any depth."""
+    places = [root / part for part in (*reversed(PurePosixPath(folder).parents), folder) if str(part) != "."]
+    return all(place.is_dir() and not place.is_symlink() for place in places)
 
 
 def _files_of(raw: bytes) -> set[str]:
@@ -254,68 +266,42 @@ def _read_certificate(raw: bytes) -> dict[str, Any]:
     return certificate
 
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def _expect(value: Any, kind: type, what: str, ok: bool = True) -> Any:
-    """`value` if it is of the very type (True is no int) and `ok`."""
-    if type(value) is not kind or not ok:
-        raise ReleaseError(f"certificate.json: {what} is not what it has to be")
-    return value
-
-
-def _number(text: Any, what: str, write: Callable[[float], str] = decimal) -> float:
-    """A number written as `write` writes it, finite and not negative."""
-    value = float(_expect(text, str, what)) if re.fullmatch(r"[0-9.e+-]{1,30}", str(text)) else -1.0
-    if not (0 <= value < float("inf")) or write(value) != text:
-        raise ReleaseError(f"certificate.json: {what} is not a number of ours")
-    return value
-
-
 def _claims(certificate: dict[str, Any], files: dict[str, bytes]) -> tuple[BundleFacts, Figures]:
     """What the certificate claims and nobody can derive: the rest is built anew from it."""
     try:
         release, promise, book = certificate["release"], certificate["guarantee"], certificate["ledger"]
-        names = tuple(
-            _expect(name, str, "a class name") for name in _expect(release["class_names"], list, "class_names")
-        )
-        shape = tuple(
-            _expect(side, int, "image_shape") for side in _expect(release["image_shape"], list, "image_shape")
-        )
-        claim = _claim_of(certificate["claim"])
+        names = tuple(expect(name, str, "a class name") for name in expect(release["class_names"], list, "class_names"))
+        shape = tuple(expect(side, int, "image_shape") for side in expect(release["image_shape"], list, "image_shape"))
+        claim = claims.parse(certificate["claim"])
         insecure = {"proved": False, "attested": False, "none": claim is None}[promise["basis"]]
-        checks = {
-            name: _number(text, "a check") for name, text in _expect(certificate["checks"], dict, "checks").items()
-        }
-        for name, text in _expect(certificate["software"], dict, "software").items():
-            _expect(text, str, "a version", re.fullmatch(r"[\w.+!-]{1,60}", str(text)) is not None and len(name) < 60)
-        _expect(
-            certificate["pages"], str, "pages", re.fullmatch(r"[0-9a-f]{16}", str(certificate["pages"])) is not None
-        )
+        checks = {name: number(text, "a check") for name, text in expect(certificate["checks"], dict, "checks").items()}
+        for name, text in expect(certificate["software"], dict, "software").items():
+            expect(text, str, "a version", re.fullmatch(r"[\w.+!-]{1,60}", str(text)) is not None and len(name) < 60)
+        expect(certificate["pages"], str, "pages", re.fullmatch(r"[0-9a-f]{16}", str(certificate["pages"])) is not None)
         if set(certificate["software"]) != set(certificates.software()):
             raise ReleaseError("certificate.json: software lists other packages")
-        auxiliary = _expect(certificate["auxiliary"], str, "auxiliary")
+        auxiliary = expect(certificate["auxiliary"], str, "auxiliary")
         facts = BundleFacts(
-            method=_expect(release["method"], str, "method", _ID.fullmatch(str(release["method"])) is not None),
-            run=_expect(release["run"], str, "run", _ID.fullmatch(str(release["run"])) is not None),
-            delta=1e-5 if promise["basis"] == "none" else _number(promise["delta"], "delta"),
+            method=expect(release["method"], str, "method", ID.fullmatch(str(release["method"])) is not None),
+            run=expect(release["run"], str, "run", ID.fullmatch(str(release["run"])) is not None),
+            delta=1e-5 if promise["basis"] == "none" else number(promise["delta"], "delta"),
             class_names=names,
             image_shape=shape,  # compared with the tensors below
-            per_class=_expect(release["per_class"], int, "per_class"),
+            per_class=expect(release["per_class"], int, "per_class"),
             config_toml=files["config.toml"].decode("utf-8"),
             ledger_raw=files.get("ledger.jsonl", b""),
             checks=checks,
-            auxiliary=_expect(auxiliary, str, "auxiliary", one_line(auxiliary) == auxiliary),
+            auxiliary=expect(auxiliary, str, "auxiliary", one_line(auxiliary) == auxiliary),
             insecure=insecure,
-            seed=_expect(release["seed"], int, "seed"),
+            seed=expect(release["seed"], int, "seed"),
             claim=claim,
             conversion_toml=files.get("conversion.toml", b"").decode("utf-8"),
             figures={
-                _expect(name, str, "a figure", _ID.fullmatch(name) is not None): _number(text, "a figure")
-                for name, text in _expect(certificate["figures"], dict, "figures").items()
+                expect(name, str, "a figure", ID.fullmatch(name) is not None): number(text, "a figure")
+                for name, text in expect(certificate["figures"], dict, "figures").items()
             },
         )
-        if isinstance(claim, Nominal) and facts.delta != claim.delta:
+        if isinstance(claim, claims.Nothing) and facts.delta != claim.delta:
             facts = replace(facts, delta=claim.delta)
         if facts.basis != promise["basis"]:
             raise ReleaseError("certificate.json: a basis that its claim does not give")
@@ -324,7 +310,7 @@ def _claims(certificate: dict[str, Any], files: dict[str, bytes]) -> tuple[Bundl
         claimed = {name: promise[name] for name in ("epsilon", "epsilon_replace_one", "epsilon_all_runs")}
         claimed |= {"spent": book["spent_epsilon"], "rdp": certificate["accountant"]["rdp_epsilon"]}
         for name, text in claimed.items():
-            _number(text, name, shown)
+            number(text, name, shown)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReleaseError(
             f"certificate.json: a field is missing or of another kind ({type(error).__name__})"
@@ -332,27 +318,6 @@ def _claims(certificate: dict[str, Any], files: dict[str, bytes]) -> tuple[Bundl
     if not (0 < facts.delta < 1):
         raise ReleaseError("certificate.json: delta is not in (0, 1)")
     return facts, Figures(**claimed)
-
-
-def _claim_of(value: Any) -> Attested | Nominal | None:
-    """The claim of a release without a ledger. Raises ReleaseError or KeyError on one that is not ours."""
-    if value is None:
-        return None
-    kind = _expect(value, dict, "claim")["kind"]
-    teacher = _expect(value["teacher"], str, "teacher", _ID.fullmatch(str(value["teacher"])) is not None)
-    delta = _number(value["delta"], "delta")
-    if not (0 < delta < 1):
-        raise ReleaseError("certificate.json: delta is not in (0, 1)")
-    if kind == "attested":
-        unit = _expect(value["unit"], str, "unit", value["unit"].isascii() and value["unit"].isalpha())
-        return Attested(epsilon=_number(value["epsilon"], "epsilon"), delta=delta, unit=unit, teacher=teacher)
-    if kind != "nominal":
-        raise ReleaseError("certificate.json: a claim of no known kind")
-    steps, batch = (_expect(value[name], int, name, 1 <= value[name] <= 2**40) for name in ("steps", "batch"))
-    sigma = _number(value["sigma"], "sigma")
-    if 0 < sigma < 1e-6:
-        raise ReleaseError("certificate.json: sigma is none")
-    return Nominal(steps=steps, batch=batch, sigma=sigma, delta=delta, teacher=teacher)
 
 
 def _compare_figures(claimed: Figures, lines: list[ledgers.Line], facts: BundleFacts) -> list[str]:

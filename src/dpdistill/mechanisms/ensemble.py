@@ -1,13 +1,15 @@
-r"""Votes of models trained on disjoint shards. What belongs to one unit reaches one model, so it moves one vote a query.
+r"""Votes of models trained on disjoint shards, and sums of their vectors. What belongs to one unit reaches one model, so it moves one
+vote a query, or one vector.
 
 A record goes to shard HMAC(key, id) mod K, with a key of the run and a stable id: adding, removing or changing everything under one id
-leaves the other shards as they were, bit for bit. Models and votes stay behind the door; noisy votes come out.
-Proof: docs/privacy/votes.md.
+leaves the other shards as they were, bit for bit. Models, votes and vectors stay behind the door; noisy sums of them come out.
+Proofs: docs/privacy/votes.md, docs/privacy/shard_sum.md.
 
-N records (never told), K shards, Q queries, C classes.
+N records (never told), K shards, Q queries, C classes, D coordinates of an answer.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +20,8 @@ from torch import Tensor
 from ..data.images import LabelledImages, to_unit
 from ..errors import ConfigError, TeacherError
 from ..privacy.ledger import Ledger
-from ..privacy.queries import VOTE_BITS, NoisyVotes, Query
+from ..privacy.queries import VOTE_BITS, NoisyVotes, Query, ShardSum
+from .clipping import clip_to_grid
 from .noise import derive
 from .private import Door, Progress, Reservation
 from .recordwise import probe
@@ -27,7 +30,9 @@ from .vault import Vault
 PROBE = 12  # made-up images that a trainer is tried on, and public queries that its models are asked
 ROUNDING_GPU = 1e-4
 
-Model = Callable[[Tensor], Tensor]  # images [B, C, H, W] -> scores [B, classes]
+Model = Callable[
+    [Tensor], Tensor
+]  # images [B, C, H, W] -> scores [B, classes]; for a sum of vectors, queries -> answers [B, D]
 
 
 class Trainer(Protocol):
@@ -37,7 +42,7 @@ class Trainer(Protocol):
 
 
 class Ensemble(Door):
-    """A handle on models that vote. Each of them depends on one shard only: `shards` sees to that, or K owners do."""
+    """A handle on models that vote, or whose vectors are summed. Each depends on one shard only: `shards` sees to that, or K owners do."""
 
     def __init__(
         self,
@@ -47,7 +52,7 @@ class Ensemble(Door):
         ledger: Ledger,
         vault: Vault,
         unit: str,
-        check: Callable[[Tensor], float] = lambda _: 0.0,
+        check: Callable[..., float] = lambda *_: 0.0,
     ) -> None:
         super().__init__(ledger, vault, unit)
         self.n_models, self.n_classes, self.unit_moves = n_models, n_classes, 2 if unit == "record" else 1
@@ -76,7 +81,7 @@ class Ensemble(Door):
           records: with `ids`, the guarantee is about everything under one id; without, about one record.
           n_shards: K, frozen before the data is looked at.
           train: called once for each shard with its images [n, C, H, W] (float32 in [-1, 1]), labels [n] and a generator of its own.
-            A shard without a record gets no call: its votes go round the classes.
+            A shard without a record gets no call: its votes go round the classes, and its vector is zero.
         """
         if n_shards < 1:
             raise ConfigError(f"Expected at least one shard, got {n_shards}.")
@@ -93,15 +98,19 @@ class Ensemble(Door):
                     progress((k + 1) / n_shards)
             return made
 
-        def check(queries: Tensor) -> float:
-            return check_trainer(train, queries, records.image_shape, records.n_classes, device)
+        def check(queries: Tensor, n_columns: int = records.n_classes) -> float:
+            return check_trainer(train, queries, records.image_shape, records.n_classes, device, n_columns)
 
         unit = "record" if records.ids is None else "id"
         return cls(n_shards, records.n_classes, models, ledger, vault, unit, check)
 
     def _fits(self, query: Query) -> None:
+        if isinstance(query, ShardSum):
+            if (query.n_models, query.unit_moves) != (self.n_models, self.unit_moves):
+                raise ConfigError(f"query {query.name!r} is about other models or units than these")
+            return
         if not isinstance(query, NoisyVotes):
-            raise ConfigError(f"query {query.name!r} is not a vote")
+            raise ConfigError(f"query {query.name!r} is not a vote, nor a sum over models")
         facts = (query.n_classes, query.n_models, query.unit_moves)
         if facts != (self.n_classes, self.n_models, self.unit_moves):
             raise ConfigError(f"query {query.name!r} is about other classes, models or units than these")
@@ -132,24 +141,66 @@ class Ensemble(Door):
         self.checks[query.name] = max(self._check(queries[:PROBE]), self.checks.get(query.name, 0.0))
         return self._noisy(held, index, lambda _: self._count(query, queries, progress))
 
-    def _count(self, query: NoisyVotes, queries: Tensor, progress: Progress | None) -> NDArray[np.int64]:
+    def release_vectors(
+        self, held: Reservation, index: int, queries: Tensor, *, progress: Progress | None = None
+    ) -> Tensor:
+        r"""Returns a noisy sum over the models, S + N(0, σ²·(2C)² I) with S = Σ_k min(1, C/‖v_k‖)·v_k, and v_k all answers of model k.
+
+        Source: the idea is G-PATE's (Long et al. 2021); the release is one plain Gaussian sum. One unit's change moves one v_k, from
+        anywhere to anywhere in the ball of radius C: by 2C. Proof: docs/privacy/shard_sum.md.
+
+        Args:
+          held: of a `ShardSum` query of these models; `index` of its releases.
+          queries: [Q, ...] that derive from public data and released values only. A model maps them to answers [Q, D], dim = Q·D.
+          progress: told the fraction of the models trained.
+
+        Returns:
+          [Q, D] float32: a sum, not a mean. Divide by the public number of models.
+
+        Raises:
+          TeacherError: on made-up images, what `train` returns depends on what else was trained. Nothing was read.
+        """
+        query = held.query
+        self._fits(query)
+        if not isinstance(query, ShardSum) or not len(queries) or query.dim % len(queries):
+            raise ConfigError(f"query {query.name!r} is about other queries than these {len(queries)}")
+        self._check_charged(held, index)
+        worst = self._check(queries[:PROBE], query.dim // len(queries))
+        self.checks[query.name] = max(worst, self.checks.get(query.name, 0.0))
+        return self._noisy(held, index, lambda _: self._sum(query, queries, progress)).reshape(len(queries), -1)
+
+    def _sum(self, query: ShardSum, queries: Tensor, progress: Progress | None) -> NDArray[np.int64]:
+        total = torch.zeros(query.dim, dtype=torch.int64)
+        for model in self._trained(progress):
+            total += one_vector(model, queries, query)
+        return total.numpy()
+
+    def _trained(self, progress: Progress | None) -> Sequence[Model]:
         if self._models is None:
             self._models = self._make(progress)
+        return self._models
+
+    def _count(self, query: NoisyVotes, queries: Tensor, progress: Progress | None) -> NDArray[np.int64]:
         total = torch.zeros(query.n_queries, query.n_classes, dtype=torch.int64)
-        for model in self._models:
+        for model in self._trained(progress):
             total += one_vote(model, queries, query.n_classes)
         return total.numpy() << VOTE_BITS
 
 
-def scores_of(model: Model, queries: Tensor, n_classes: int) -> Tensor:
-    """Returns what a model makes of the queries: [Q, C], float64, all of it numbers."""
+def answers_of(model: Model, queries: Tensor, n_columns: int) -> Tensor:
+    """Returns what a model makes of the queries: [Q, n_columns], float64."""
     with torch.no_grad():
-        scores = model(queries.detach().clone()).detach().double().cpu()
-    if scores.shape != (len(queries), n_classes):
+        answers = model(queries.detach().clone()).detach().double().cpu()
+    if answers.shape != (len(queries), n_columns):
         raise TeacherError(
-            f"a model returned scores of shape {tuple(scores.shape)}, wanted {(len(queries), n_classes)}"
+            f"a model returned answers of shape {tuple(answers.shape)}, wanted {(len(queries), n_columns)}"
         )
-    return torch.nan_to_num(scores, nan=-1e300, posinf=1e300, neginf=-1e300)
+    return answers
+
+
+def scores_of(model: Model, queries: Tensor, n_classes: int) -> Tensor:
+    """Returns a model's answers [Q, C], all of them numbers."""
+    return torch.nan_to_num(answers_of(model, queries, n_classes), nan=-1e300, posinf=1e300, neginf=-1e300)
 
 
 def one_vote(model: Model, queries: Tensor, n_classes: int) -> Tensor:
@@ -157,13 +208,26 @@ def one_vote(model: Model, queries: Tensor, n_classes: int) -> Tensor:
     return torch.nn.functional.one_hot(scores_of(model, queries, n_classes).argmax(dim=1), n_classes)
 
 
+def one_vector(model: Model, queries: Tensor, query: ShardSum) -> Tensor:
+    """Returns one model's answers as one vector [dim] of int64, clipped whole: its norm is at most C, whatever the model returns."""
+    if isinstance(model, Nobody):
+        return torch.zeros(query.dim, dtype=torch.int64)
+    answers = answers_of(model, queries, query.dim // len(queries))
+    return clip_to_grid(answers.reshape(1, -1), query.clip_norm, query.grid_bits)[0]
+
+
 def check_trainer(
-    train: Trainer, queries: Tensor, image_shape: tuple[int, int, int], n_classes: int, device: str
+    train: Trainer,
+    queries: Tensor,
+    image_shape: tuple[int, int, int],
+    n_classes: int,
+    device: str,
+    n_columns: int | None = None,
 ) -> float:
-    """Returns by how much a model's scores change when another shard is trained in between, on made-up images: 0, but for a GPU's rounding.
+    """Returns by how much a model's answers change when another shard is trained in between, on made-up images: 0 but for a GPU's rounding.
 
     It catches a network that is trained again and again, statistics kept from shard to shard, and random numbers from a generator that all
-    shards share: then one id would move the votes of many models.
+    shards share: then one id would move the votes of many models. `n_columns` is the width of an answer; a vote has one for each class.
 
     Raises:
       TeacherError: they change, or have another shape.
@@ -173,12 +237,12 @@ def check_trainer(
     def trained(rows: slice) -> Model:
         return train(x[rows].to(device), y[rows].to(device), torch.Generator().manual_seed(0))
 
-    half = PROBE // 2
+    half, width = PROBE // 2, n_columns or n_classes
     model = trained(slice(0, half))
-    first = scores_of(model, queries, n_classes)
+    first = scores_of(model, queries, width)
     trained(slice(half, PROBE))
-    second = scores_of(model, queries, n_classes)  # the same model, before anything else happens
-    third = scores_of(trained(slice(0, half)), queries, n_classes)
+    second = scores_of(model, queries, width)  # the same model, before anything else happens
+    third = scores_of(trained(slice(0, half)), queries, width)
     apart = torch.stack([second - first, third - first]).abs().max() / first.abs().max().clamp_min(1e-300)
     worst = float(apart)
     if not (worst <= (0.0 if device == "cpu" else ROUNDING_GPU)):
@@ -214,7 +278,7 @@ def _train_one(records: LabelledImages, rows: NDArray[np.int64], train: Trainer,
     y = records.labels[rows]
     valid = np.isfinite(x).all(axis=(1, 2, 3)) & (y >= 0) & (y < records.n_classes)
     if not valid.any():
-        return lambda queries: round_robin(len(queries), records.n_classes, shard)
+        return Nobody(records.n_classes, shard)
     generator = torch.Generator().manual_seed(shard)
     return train(torch.from_numpy(x[valid]).to(device), torch.from_numpy(y[valid]).to(device), generator)
 
@@ -222,3 +286,14 @@ def _train_one(records: LabelledImages, rows: NDArray[np.int64], train: Trainer,
 def round_robin(n_queries: int, n_classes: int, shard: int) -> Tensor:
     """The votes [Q, C] of a shard without records: public, and no class has more of them, lest empty shards drown the others."""
     return torch.nn.functional.one_hot((torch.arange(n_queries) + shard) % n_classes, n_classes)
+
+
+@dataclass(frozen=True)
+class Nobody:
+    """The model of a shard without records: public. It votes by `round_robin`, and its vector is zero."""
+
+    n_classes: int
+    shard: int
+
+    def __call__(self, queries: Tensor) -> Tensor:
+        return round_robin(len(queries), self.n_classes, self.shard)

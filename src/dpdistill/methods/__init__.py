@@ -4,7 +4,8 @@ from types import ModuleType
 from typing import cast
 
 from . import dosser, joint, ndpdc
-from .base import Method, Public, Student, Synthetic, Workspace
+from .base import Method, Public, Sampler, Student, Synthetic, Workspace
+from .diffusion import dpdm, dpsad, paper, shard_teachers
 from .model import conversion_way, opaque, teacher, votes
 
 METHODS: dict[str, Method] = {
@@ -21,4 +22,22 @@ MODEL_METHODS: dict[str, ModuleType] = {
     "opaque": opaque,
 }
 
-__all__ = ["METHODS", "MODEL_METHODS", "Method", "Public", "Student", "Synthetic", "Workspace"]
+# The ways to a diffusion model. All but the last ask the door; the paper's own form sees the records, and guarantees nothing.
+DIFFUSION_METHODS: dict[str, ModuleType] = {
+    "dpsad": dpsad,
+    "dpdm": dpdm,
+    "shards": shard_teachers,
+    "paper": paper,
+}
+
+__all__ = [
+    "DIFFUSION_METHODS",
+    "METHODS",
+    "MODEL_METHODS",
+    "Method",
+    "Public",
+    "Sampler",
+    "Student",
+    "Synthetic",
+    "Workspace",
+]

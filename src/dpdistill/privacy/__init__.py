@@ -3,6 +3,16 @@
 from .accounting import epsilon, gaussian_multiplier
 from .guarantee import Guarantee
 from .ledger import Ledger
-from .queries import GaussianSum, NoisyVotes, Planned, calibrate
+from .queries import GaussianSum, NoisyVotes, Planned, ShardSum, calibrate
 
-__all__ = ["GaussianSum", "Guarantee", "Ledger", "NoisyVotes", "Planned", "calibrate", "epsilon", "gaussian_multiplier"]
+__all__ = [
+    "GaussianSum",
+    "Guarantee",
+    "Ledger",
+    "NoisyVotes",
+    "Planned",
+    "ShardSum",
+    "calibrate",
+    "epsilon",
+    "gaussian_multiplier",
+]

@@ -199,12 +199,113 @@ class NoisyVotes:
         }
 
 
-Query = GaussianSum | NoisyVotes
+VECTOR_BITS = (8, 24)  # of a vector that is clipped whole: above, its norm is not checked exactly
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSum:
+    r"""A noisy sum of clipped vectors, one of each model trained on disjoint shards: S + N(0, σ²·(2C)² I), S in R^D.
+
+    What belongs to one unit is in one shard, so whatever is done to it changes one model, and that model's vector from anywhere to
+    anywhere in the ball of radius C: S moves by 2C at most, whether a unit is added, removed or exchanged. Where `unit_moves` is 2,
+    exchanging a unit touches two shards: 4C. Proof: docs/privacy/shard_sum.md.
+
+    Attributes:
+      name: what the sum is for; goes into the ledger.
+      dim: D, coordinates of a model's vector: of its answers to all queries of the release together.
+      n_models: how many vectors are summed, public.
+      noise_multiplier: σ, standard deviation of the noise over 2C.
+      clip_norm: C, of a model's whole vector.
+      unit_moves: shards that exchanging one unit touches; see `NoisyVotes`.
+      grid_bits: C is 2**grid_bits steps of the integer grid.
+    """
+
+    name: str
+    dim: int
+    n_models: int
+    noise_multiplier: float
+    clip_norm: float = 1.0
+    unit_moves: int = 1
+    grid_bits: int = 20
+
+    def __post_init__(self) -> None:
+        for times in (1, 2):  # `part` doubles it: a charge that could not be reported would spoil its ledger
+            check_part(1.0, times * self.noise_multiplier, 1)
+        if not (self.clip_norm > 0 and math.isfinite(self.clip_norm)):
+            raise ConfigError(f"Expected a finite clip_norm > 0, got {self.clip_norm}.")
+        numbers = (self.dim, self.n_models, self.unit_moves, self.grid_bits)
+        if not all(type(value) is int and value >= 1 for value in numbers) or self.unit_moves > 2:
+            raise ConfigError(f"Expected whole numbers of at least 1, got {self}.")
+        if self.n_models > 2**38:  # int64 holds 2**62: so many vectors of 2**24 steps
+            raise ConfigError(f"Expected at most 2**38 models, got {self.n_models}.")
+        if not isinstance(self.name, str):
+            raise ConfigError(f"Expected a text as name, got {self.name!r}.")
+        if not (VECTOR_BITS[0] <= self.grid_bits <= VECTOR_BITS[1]):
+            raise ConfigError(f"Expected grid_bits in {VECTOR_BITS}, got {self.grid_bits}.")
+        if not (SIGMA_GRID[0] <= self.sigma_steps <= SIGMA_GRID[1]):
+            raise ConfigError(f"Expected noise that can be drawn, got {self.noise_multiplier=} at {self.grid_bits=}.")
+        if self.dim > 4 ** (self.grid_bits - 4):  # rounding to the grid costs sqrt(D)/2 steps: keep it under 1/32 of C
+            raise ConfigError(f"{self.dim} coordinates are too many for grid_bits={self.grid_bits}; raise grid_bits.")
+
+    @classmethod
+    def parse(cls, description: dict[str, str]) -> "ShardSum":
+        """Reads what `describe` wrote. Raises ValueError, KeyError or ConfigError unless it is exactly that."""
+        query = cls(
+            name=description["name"],
+            dim=int(description["dim"]),
+            n_models=int(description["models"]),
+            noise_multiplier=float(description["noise_multiplier"]),
+            clip_norm=float(description["clip_norm"]),
+            unit_moves=int(description["unit_moves"]),
+            grid_bits=int(description["grid_bits"]),
+        )
+        if query.describe() != description:
+            raise ValueError("not a description in its one canonical form")
+        return query
+
+    @property
+    def rows(self) -> int:
+        return 1
+
+    def part(self, count: int = 1, relation: Relation = "add_or_remove_one") -> Part:
+        """What the accountant needs of `count` such releases: as for `NoisyVotes`, an exchange in one shard is no more than a removal."""
+        twice = relation == "replace_one" and self.unit_moves == 1
+        return (1.0, self.noise_multiplier * (2 if twice else 1), count)
+
+    @property
+    def unit_steps(self) -> float:
+        """Grid steps in a distance of 1 in the units that the sum is given in."""
+        return 2.0**self.grid_bits / self.clip_norm
+
+    @property
+    def sigma_steps(self) -> float:
+        """Standard deviation of the noise, in grid steps: σ·2C."""
+        return self.noise_multiplier * 2 * 2.0**self.grid_bits
+
+    def describe(self) -> dict[str, str]:
+        """Every public fact as a string, numbers in the shortest form that reads back exactly."""
+        return {
+            "mechanism": "shard_sum",
+            "name": self.name,
+            "dim": str(self.dim),
+            "models": str(self.n_models),
+            "noise_multiplier": repr(float(self.noise_multiplier)),
+            "clip_norm": repr(float(self.clip_norm)),
+            "unit_moves": str(self.unit_moves),
+            "grid_bits": str(self.grid_bits),
+        }
+
+
+Query = GaussianSum | NoisyVotes | ShardSum
 
 
 def parse_query(description: dict[str, str]) -> Query:
     """Reads what any query's `describe` wrote. Raises ValueError, KeyError or ConfigError on every other mechanism."""
-    kinds: dict[str, type[GaussianSum] | type[NoisyVotes]] = {"gaussian_sum": GaussianSum, "noisy_votes": NoisyVotes}
+    kinds: dict[str, type[GaussianSum] | type[NoisyVotes] | type[ShardSum]] = {
+        "gaussian_sum": GaussianSum,
+        "noisy_votes": NoisyVotes,
+        "shard_sum": ShardSum,
+    }
     return kinds[description["mechanism"]].parse(description)
 
 

@@ -22,8 +22,8 @@ from ...mechanisms import PrivateData
 from ...models import ConvNet, Dsa
 from ...privacy import GaussianSum, Planned
 from ..base import Public, Synthetic, Workspace
+from ..shared import mixture as mix
 from . import measure
-from . import mixture as mix
 from .matching import apportioned, match_pool, packed
 
 N_PUBLIC = 6000
@@ -127,11 +127,8 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
             GaussianSum(name=name, dim=dim, n_classes=rows, noise_multiplier=noise_multiplier / math.sqrt(share))
         )
 
-    local = config.components * (d + 1)
     return [
-        ask("joint-moments", mix.n_moments(d), config.share_moments),
-        ask("joint-local-1", local, config.share_local),
-        ask("joint-local-2", local, config.share_local),
+        *mix.planned("joint", rows, d, config.components, noise_multiplier, config.share_moments, config.share_local),
         ask("joint-means", _groups(config, public) * (config.feature_dims + 1), config.share_means),
     ]
 
@@ -141,7 +138,7 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     queries = [planned.query for planned in plan]
     open_images = _public_images(config, public, workspace)
     space = mix.pixel_space(open_images, _dims(config, public))
-    fitted = _fit_mixture(config, space, private, queries[:3], workspace)
+    fitted = mix.fit(space, config.components, private, queries[:3], workspace)
 
     def draw(per_class: int, purpose: str) -> Tensor:
         return fitted.sample(per_class, workspace.generator("mixture", purpose))
@@ -172,7 +169,7 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     def by_group(x: Tensor, y: Tensor) -> Tensor:
         return measure.grouped(z(x), mix.nearest_group(centres, space.coordinates(x), y), g)
 
-    with workspace.passing("private pass 4 of 4: feature means") as progress:
+    with workspace.passing("private pass over the records: feature means") as progress:
         sums = private.release(queries[3], by_group, progress=progress)  # private
     # 4. The measure. The noise of a group that is not used is of no account.
     means, counts = measure.class_means(sums.view(k * g, -1), noise)
@@ -242,24 +239,3 @@ def _public_images(config: Config, public: Public, workspace: Workspace) -> Tens
         taken.append(source[torch.randperm(len(source), generator=workspace.generator("public", i))[:n]])
     mixed = torch.cat(taken)
     return mixed[torch.randperm(len(mixed), generator=workspace.generator("public"))]
-
-
-def _fit_mixture(
-    config: Config, space: mix.PixelSpace, private: PrivateData, queries: list[GaussianSum], workspace: Workspace
-) -> mix.Mixture:
-    d = space.basis.shape[1]
-    with workspace.passing("private pass 1 of 4: moments") as progress:
-        total = private.release(queries[0], lambda x, y: mix.moments(space, x), progress=progress)  # private
-    count, mean, covariance = mix.read_moments(total, d, queries[0].noise_multiplier)
-    centres = mix.first_centres(mean, covariance, config.components, workspace.generator("centres"))
-    weights = torch.ones(centres.shape[:2])
-    for number, query in enumerate(queries[1:], start=2):
-        with workspace.passing(f"private pass {number} of 4: local means") as progress:
-            fixed = centres  # the record function must not change under the loop
-
-            def nearest(x: Tensor, y: Tensor, fixed: Tensor = fixed) -> Tensor:
-                return mix.local_means(space, fixed, x, y)
-
-            total = private.release(query, nearest, progress=progress)  # private
-        centres, weights = mix.refine_centres(total, centres, mean, query.noise_multiplier)
-    return mix.mixture(count, mean, covariance, centres, weights)

@@ -19,10 +19,10 @@ from ...mechanisms.ensemble import Model
 from ...models.linear import LinearTeacher
 from ...privacy import NoisyVotes, Planned, gaussian_multiplier
 from ..base import Public, Student, Workspace
+from ..shared.linear import public_images, untrained
 from .conversion import Conversion, Converted, convert
 from .gallery import finish, probe_agreement
 from .prior import Prior, vary
-from .teacher import public_images, untrained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """A class-conditional mixture of Gaussians in public pixel coordinates, fitted to noisy moments and noisy local means.
 
+Three full-batch releases: moments of each class, then twice the means of the records nearest to each of J centres of their class. Images
+can be drawn from the result without limit. Proof: docs/privacy/joint.md, where it is the first of four.
 d dims, J components per class, G groups of them, K classes, n records of a class (known only through a noisy count), P pixels.
 The record functions here are what the door sees; everything that takes a released sum is post-processing.
 """
@@ -10,6 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ...mechanisms import PrivateData
+from ...privacy import GaussianSum, Planned
+from ..base import Workspace
 
 FIRST, COUNT = 0.5, 0.2  # shares of a record's unit vector that its coordinates and the constant coordinate take
 _SECOND = math.sqrt(1 - FIRST**2 - COUNT**2)
@@ -182,3 +188,57 @@ def group_centres(fitted: Mixture, used: Sequence[int], groups: int, generator: 
                 best = cost
                 result[row, : len(centres)] = centres
     return result
+
+
+def planned(
+    name: str,
+    n_classes: int,
+    dims: int,
+    components: int,
+    noise_multiplier: float,
+    share_moments: float,
+    share_local: float,
+) -> list[Planned]:
+    """The three releases that `fit` asks for.
+
+    Args:
+      name: what their names begin with.
+      share_moments, share_local: of Σ 1/σ², for the first and for each of the others.
+    """
+
+    def ask(what: str, dim: int, share: float) -> Planned:
+        sigma = noise_multiplier / math.sqrt(share)
+        return Planned(GaussianSum(name=f"{name}-{what}", dim=dim, n_classes=n_classes, noise_multiplier=sigma))
+
+    local = components * (dims + 1)
+    return [
+        ask("moments", n_moments(dims), share_moments),
+        ask("local-1", local, share_local),
+        ask("local-2", local, share_local),
+    ]
+
+
+def fit(
+    space: PixelSpace,
+    components: int,
+    private: PrivateData,
+    queries: list[GaussianSum],
+    workspace: Workspace,
+) -> Mixture:
+    """Fits the mixture behind the door, with the three queries of `planned`."""
+    d = space.basis.shape[1]
+    with workspace.passing("private pass over the records: moments") as progress:
+        total = private.release(queries[0], lambda x, y: moments(space, x), progress=progress)  # private
+    count, mean, covariance = read_moments(total, d, queries[0].noise_multiplier)
+    centres = first_centres(mean, covariance, components, workspace.generator("centres"))
+    weights = torch.ones(centres.shape[:2])
+    for query in queries[1:]:
+        with workspace.passing(f"private pass over the records: {query.name}") as progress:
+            fixed = centres  # the record function must not change under the loop
+
+            def nearest(x: Tensor, y: Tensor, fixed: Tensor = fixed) -> Tensor:
+                return local_means(space, fixed, x, y)
+
+            total = private.release(query, nearest, progress=progress)  # private
+        centres, weights = refine_centres(total, centres, mean, query.noise_multiplier)
+    return mixture(count, mean, covariance, centres, weights)

@@ -1,0 +1,303 @@
+"""Benchmark of private diffusion: writes docs/benchmarks/diffusion.md and diffusion.json.
+
+  .venv/bin/python benchmarks/diffusion.py --data DIR --cells 'digits:student:1,digits:student:10' --releases 3
+  .venv/bin/python benchmarks/diffusion.py --data DIR --cells 'mnist:student:1' --releases 1 --set adversarial=0
+  .venv/bin/python benchmarks/diffusion.py --table            # rebuild the table from the runs so far
+
+A cell is DATASET:SETTING:EPSILON; several are separated by commas. `digits` is bundled and needs no DIR. SETTING is
+  student   `dpsad`, the default, whole: gives the rows `teacher` and `student` of one release;
+  control   the same recipe behind the same door with no records in it (ε = 0: noise and public data alone);
+  dpdm      plain DP-SGD diffusion from scratch, and its student;
+  dpmerf    DP-MERF, images drawn from its generator;
+  shards    shard teachers: noisy sums of their clipped vectors;
+  real      the classifiers trained on the real images (not private): the upper reference.
+Utility: three classifiers (softmax regression, a network with one hidden layer, a ConvNet) trained on synthetic images only, for a number
+of epochs fixed in advance; accuracy on the test images. Distance: Fréchet's, between 500 public scattering components of synthetic and
+of test images; precision and recall (Kynkäänniemi et al. 2019, k = 3) in the same space. Test images are used for these figures only.
+Runs are kept in docs/benchmarks/diffusion.runs.jsonl, one line each, and a cell that has enough is not run again. DIR: see common.py.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from common import in_own_process, peak_gib, read
+from torch import Tensor, nn
+
+from dpdistill.config import build
+from dpdistill.data import LabelledImages, load_images, procedural_images, to_unit
+from dpdistill.evaluation import Training, train_classifier
+from dpdistill.mechanisms import PrivateData, Vault
+from dpdistill.methods import DIFFUSION_METHODS, Public, Synthetic, dpmerf
+from dpdistill.methods.diffusion import dpsad
+from dpdistill.methods.diffusion import student as student_of
+from dpdistill.models import unet
+from dpdistill.models.linear import LinearTeacher
+from dpdistill.privacy import Ledger, calibrate
+from dpdistill.workspace import FolderWorkspace
+
+DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
+RUNS = DOCS / "diffusion.runs.jsonl"
+DELTA = 1e-5
+DRAWN = 10_000  # images that are judged
+FLIP = {"cifar10"}  # sets whose mirror images are of the same class: a public fact
+
+
+def public_of(records: LabelledImages, seed: int) -> Public:
+    """Procedural images only."""
+    made_up = torch.from_numpy(to_unit(procedural_images(4000, *records.image_shape, seed)))
+    return Public(image_shape=records.image_shape, class_names=records.class_names, auxiliary=made_up)
+
+
+def both(args: argparse.Namespace, dataset: str) -> tuple[LabelledImages, LabelledImages]:
+    if dataset == "digits":
+        return load_images("digits:train"), load_images("digits:test")
+    return read(Path(args.data), dataset, "train"), read(Path(args.data), dataset, "test")
+
+
+class Judge:
+    """Says how good synthetic images are, by a test set."""
+
+    def __init__(self, test: LabelledImages, public: Public) -> None:
+        self.x, self.y = torch.from_numpy(test.to_unit()), torch.from_numpy(test.labels)
+        self.features = LinearTeacher(test.image_shape, test.n_classes)
+        self.features.fit_public(public.auxiliary, torch.Generator().manual_seed(0))
+        self.real = self.embed(self.x)
+        self.flip = test.source in FLIP
+
+    def embed(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([self.features.features(part) for part in x.split(250)])[:, :-1].double()
+
+    def __call__(self, made: Synthetic, seed: int) -> dict[str, Any]:
+        shuffled = torch.randperm(len(made.images), generator=torch.Generator().manual_seed(seed))
+        x, y = made.images[shuffled], made.labels[shuffled]
+        found = {"logistic": self.plain(x, y, 0, seed), "mlp": self.plain(x, y, 256, seed), "cnn": self.cnn(x, y, seed)}
+        fake = self.embed(x)
+        return {**found, "accuracy": found["cnn"], "frechet": frechet(fake, self.real), **near(fake, self.real)}
+
+    def plain(self, x: Tensor, y: Tensor, hidden: int, seed: int) -> float:
+        """Softmax regression on pixels, or one hidden layer: AdamW, 20 epochs, its rate falling to 0."""
+        g, d, k = torch.Generator().manual_seed(seed), x[0].numel(), int(self.y.max()) + 1
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Flatten(), *([nn.Linear(d, hidden), nn.ReLU()] if hidden else []), nn.Linear(hidden or d, k)
+        )
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
+        epochs = 20
+        for epoch in range(epochs):
+            optimizer.param_groups[0]["lr"] = 1e-3 * (1 - epoch / epochs)
+            for rows in torch.randperm(len(x), generator=g).split(64):
+                loss = F.cross_entropy(net(x[rows]), y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        with torch.no_grad():
+            return float((net(self.x).argmax(dim=1) == self.y).float().mean())
+
+    def cnn(self, x: Tensor, y: Tensor, seed: int) -> float:
+        """The ConvNet of `evaluate`, width 32, moved and scaled images; about 3,000 steps whatever the number of images."""
+        side = x.shape[-1]
+        augment = "crop_scale_rotate" + ("_flip" if self.flip else "")
+        epochs = max(5, round(3000 * 64 / len(x)))
+        training = Training(
+            epochs=epochs, batch=64, lr=0.02, width=32, depth=2 if side <= 16 else 3, augment=augment, bf16=side > 16
+        )
+        net = train_classifier(
+            Synthetic(images=x, labels=y), int(self.y.max()) + 1, training, torch.Generator().manual_seed(seed)
+        )
+        with torch.no_grad():
+            guess = torch.cat([net(part).argmax(dim=1) for part in self.x.split(500)])
+        return float((guess == self.y).float().mean())
+
+
+def frechet(fake: Tensor, real: Tensor) -> float:
+    """Fréchet distance of two Gaussians with the features' means and covariances; features have norm 1, so it is given times 1,000."""
+    a, b = np.cov(fake.numpy(), rowvar=False), np.cov(real.numpy(), rowvar=False)
+    apart = float(np.square(fake.mean(0).numpy() - real.mean(0).numpy()).sum())
+    root = scipy.linalg.sqrtm(a @ b).real
+    return 1000 * (apart + float(np.trace(a) + np.trace(b) - 2 * np.trace(root)))
+
+
+def near(fake: Tensor, real: Tensor, k: int = 3, n: int = 3000) -> dict[str, float]:
+    """Precision and recall: share of one set inside the other's k-nearest-neighbour balls."""
+    fake, real = fake[:n], real[:n]
+
+    def radii(x: Tensor) -> Tensor:
+        return torch.cdist(x, x).kthvalue(k + 1, dim=1).values
+
+    between = torch.cdist(fake, real)
+    return {
+        "precision": float((between <= radii(real)[None]).any(dim=1).float().mean()),
+        "recall": float((between.T <= radii(fake)[None]).any(dim=1).float().mean()),
+    }
+
+
+def one(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One cell's run: its rows."""
+    dataset, setting, epsilon = args.one.split(":")
+    torch.set_num_threads(1)
+    records, test = both(args, dataset)
+    public = public_of(records, args.seed)
+    judge = Judge(test, public)
+    rows: list[dict[str, Any]] = []
+    started = time.monotonic()
+
+    def add(name: str, made: Synthetic, **facts: Any) -> None:
+        spent = time.monotonic() - started - paused[0]
+        begun = time.monotonic()
+        found = judge(made, args.seed)
+        paused[0] += time.monotonic() - begun
+        common = {"dataset": dataset, "setting": name, "epsilon": epsilon, "delta": DELTA, "unit": "record"}
+        common |= {
+            "seconds": spent,
+            "peak_gib": peak_gib(),
+            "device": args.device,
+            "seed": args.seed,
+            "note": args.note,
+        }
+        rows.append({**common, **found, "images": len(made.images), **facts})
+
+    paused = [0.0]
+    if setting == "real":
+        add("real", Synthetic(images=torch.from_numpy(records.to_unit()), labels=torch.from_numpy(records.labels)))
+        return rows
+    given: dict[str, Any] = dict(item.partition("=")[::2] for item in args.set)
+    expected = len(records.labels)  # of a benchmark's set; public
+    if setting == "control":
+        records = replace(records, images=records.images[:0], labels=records.labels[:0])
+    method: Any = (
+        dpmerf if setting == "dpmerf" else DIFFUSION_METHODS["dpsad" if setting in ("student", "control") else setting]
+    )
+    given |= {"per_class": DRAWN // records.n_classes} if setting == "dpmerf" else {"expected_records": expected}
+    settings = build(method.Config, given)
+    sigma = calibrate(lambda value: method.plan(settings, public, value), float(epsilon), DELTA)
+    plan = method.plan(settings, public, sigma)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        with Ledger.open(place / "ledger.jsonl", cap=(float(epsilon) * 1.001, DELTA)) as ledger:
+            private = PrivateData(records, ledger, Vault.open(place / "vault"), device=args.device)
+            workspace = FolderWorkspace(place / "work", seed=args.seed, device=args.device, quiet=True)
+            if method is dpsad and setting == "student":
+                teacher, guide = dpsad.train(settings, public, private, plan, workspace)
+                at = time.monotonic()
+                drawn = student_of.samples(teacher, guide, public, settings, workspace, DRAWN)
+                add("teacher", drawn, sampling_seconds=time.monotonic() - at)
+                made = student_of.finish(teacher, guide, public, settings, workspace)
+            else:
+                made = method.run(settings, public, private, plan, workspace)
+    if isinstance(made, Synthetic):
+        add(setting, made)
+        return rows
+    labels = torch.arange(records.n_classes).repeat_interleave(DRAWN // records.n_classes)
+    at, pipe = time.monotonic(), unet.pipeline(made.unet)
+    drawn_by_student = unet.draw(pipe, labels, args.steps, torch.Generator().manual_seed(args.seed))
+    took = time.monotonic() - at
+    add(setting, Synthetic(images=drawn_by_student, labels=labels), sampling_seconds=took, steps=args.steps)
+    return rows
+
+
+def runs() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+
+
+def table() -> None:
+    """Writes diffusion.json and diffusion.md from the runs so far."""
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in runs():
+        cells.setdefault((run["dataset"], float(run["epsilon"]), run["setting"], run["note"]), []).append(run)
+    rows, text = [], [(DOCS / "diffusion.head.md").read_text() if (DOCS / "diffusion.head.md").exists() else ""]
+    text.append(
+        "| data | ε | setting | CNN, % | spread | MLP | softmax | Fréchet | precision | recall | releases | minutes | peak GiB | what |"
+    )
+    text.append("|" + "---|" * 14)
+    for (dataset, epsilon, setting, note), found in sorted(cells.items()):
+
+        def mean(name: str, found: list[dict[str, Any]] = found) -> float:
+            return statistics.mean(run[name] for run in found)
+
+        spread = statistics.stdev(run["accuracy"] for run in found) if len(found) > 1 else None
+        row = {
+            "dataset": dataset,
+            "method": "dpdistill",
+            "setting": setting,
+            "unit": "record",
+            "epsilon": epsilon,
+            "delta": DELTA,
+            "metric": "test accuracy of a ConvNet trained on samples",
+            "mean": round(mean("accuracy"), 4),
+            "std": None if spread is None else round(spread, 4),
+            **{name: round(mean(name), 4) for name in ("mlp", "logistic", "frechet", "precision", "recall")},
+            "releases": len(found),
+            "seconds": round(mean("seconds"), 1),
+            "peak_gib": round(max(run["peak_gib"] for run in found), 2),
+            "device": found[0]["device"],
+            "note": note,
+        }
+        rows.append(row)
+        shown = "–" if spread is None else f"± {100 * spread:.1f}"
+        others = " | ".join(f"{100 * row[name]:.1f}" for name in ("mlp", "logistic"))
+        text.append(
+            f"| {dataset} | {epsilon:g} | {setting} | {100 * row['mean']:.1f} | {shown} | {others} "
+            f"| {row['frechet']:.1f} | {row['precision']:.2f} | {row['recall']:.2f} | {len(found)} | {row['seconds'] / 60:.1f} "
+            f"| {row['peak_gib']:.1f} | {note} |"
+        )
+    (DOCS / "diffusion.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (DOCS / "diffusion.md").write_text("\n".join(text) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of the data sets (see common.py); not needed for digits")
+    parser.add_argument("--cells", default="")
+    parser.add_argument("--releases", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], help="name=value for the method's Config")
+    parser.add_argument("--steps", type=int, default=1, help="of the student, for an image")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.note = ", ".join(args.set)
+    if args.one:
+        print(json.dumps({"rows": one(args)}))
+        return
+    DOCS.mkdir(parents=True, exist_ok=True)
+    todo = []
+    for cell in filter(None, args.cells.split(",")):
+        dataset, setting, epsilon = cell.split(":")
+        key = (dataset, setting, epsilon, args.note)
+        have = {run["seed"] for run in runs() if (run["dataset"], run["setting"], run["epsilon"], run["note"]) == key}
+        todo += [(cell, seed) for seed in range(args.releases) if seed not in have]
+    passed = ["--data", str(args.data), "--device", args.device, "--steps", str(args.steps)]
+    passed += [word for item in args.set for word in ("--set", item)]
+
+    def work(job: tuple[str, int]) -> None:
+        cell, seed = job
+        found = in_own_process(__file__, [*passed, "--one", cell, "--seed", str(seed)])["rows"]
+        with RUNS.open("a") as file:
+            file.writelines(json.dumps(run) + "\n" for run in found)
+        for run in found:
+            print(
+                f"{cell} {run['setting']} seed {seed}: {100 * run['accuracy']:.2f} % at {run['seconds'] / 60:.1f} min",
+                flush=True,
+            )
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(work, todo))
+    table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""A diffusion model from private images: through the door, or the paper's own way, which no guarantee covers."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .bundle import BundleFacts
+from .bundle.claims import NominalDiffusion
+from .config import DiffusionConfig, build, public_toml
+from .data import LabelledImages
+from .errors import ReleaseError
+from .mechanisms import Vault
+from .methods import DIFFUSION_METHODS
+from .pipeline import (
+    auxiliary_of,
+    begin,
+    check_device,
+    check_same_run,
+    distil,
+    forget,
+    load_private,
+    public_facts,
+    write_result,
+)
+from .workspace import FolderWorkspace
+
+
+def diffuse(config: DiffusionConfig, *, quiet: bool = False, insecure_seed: int | None = None) -> Path:
+    """Makes a diffusion release, or goes on where the same command was stopped.
+
+    Args:
+      config: what the person decided.
+      quiet: shows no progress.
+      insecure_seed: for tests only: reproducible noise; the release then says NOT PRIVATE and does not verify.
+
+    Returns:
+      The release folder.
+
+    Raises:
+      DpdistillError: one line that says the way out. Nothing was charged, unless the ledger says so.
+    """
+    if not config.accept_no_record_guarantee:
+        return distil(config, quiet=quiet, insecure_seed=insecure_seed)
+    return _paper(config, quiet, insecure_seed)
+
+
+def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> Path:
+    """The paper's own form: the records are read without a door, nothing is charged, and the release says that it promises nothing."""
+    check_device(config)
+    out, state = Path(config.out), Path(f"{Path(config.out)}.state")
+    records = load_private(config)
+    method: Any = DIFFUSION_METHODS["paper"]
+    given = {"per_class": config.per_class, "expected_records": config.expected_records}
+    settings = build(method.Config, {**given, **config.settings}, "settings.")
+    sigma = settings.sigma(config.epsilon, config.delta)
+    toml = public_toml(config, settings, sigma)
+    if os.path.lexists(out):
+        raise ReleaseError(f"{out} exists; choose another --out or remove it")
+    check_same_run(state, toml)
+    begin(state, toml)
+    vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
+    public = public_facts(config, records.image_shape, records.class_names)
+    workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)
+    images, labels = _readable(records)
+    made = method.release(settings, public, images, labels, sigma, vault, workspace)
+    claim = NominalDiffusion(
+        steps=settings.steps,
+        batch=settings.batch,
+        rate=settings.rate,
+        dilution=settings.dilution,
+        sigma=sigma,
+        delta=config.delta,
+    )
+    facts = BundleFacts(
+        method=config.method,
+        run=vault.run,
+        delta=config.delta,
+        class_names=records.class_names,
+        image_shape=records.image_shape,
+        per_class=config.per_class,
+        config_toml=toml,
+        ledger_raw=b"",
+        checks={},
+        auxiliary=auxiliary_of(config),
+        insecure=vault.insecure,
+        seed=config.seed,
+        claim=claim,
+    )
+    write_result(out, made, facts)
+    forget(state, vault)
+    return out
+
+
+def _readable(records: LabelledImages) -> tuple[torch.Tensor, torch.Tensor]:
+    """The records that are images of a known class, as tensors."""
+    unit = records.to_unit()
+    good = np.isfinite(unit).all(axis=(1, 2, 3)) & (records.labels >= 0) & (records.labels < records.n_classes)
+    return torch.from_numpy(unit[good].astype(np.float32)), torch.from_numpy(records.labels[good])

@@ -1,0 +1,353 @@
+"""Free stochastic adversarial distillation: a private diffusion teacher becomes a small student that draws in one to four steps.
+
+Source: the losses of DP-SAD (ECCV 2024): one random noise level for each sample, L_dis + λ·L_adv. There the student's inputs are noisy
+private images, and the noise that is meant to protect them does not. Here inputs derive from noise and from the teacher's own samples.
+Private: nothing. Everything is post-processing of a private teacher; the student is as private as the teacher is, not more.
+Symbols: x_r input at a level r, x_ψ the teacher's answer, x_θ the student's, λ `adversarial`.
+B images, C channels, H, W size, K classes, P pool images, D features.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...models.muon import Muon
+from ...models.unet import LEVELS, SIGMA_MIN, clean, level, student_unet
+from ..base import Denoising, Public, Synthetic, Workspace
+
+RHO = 7.0  # of the teacher's steps
+LOWEST = LEVELS * 3 // 4  # lower levels are not visited in up to four steps
+PUSH = 0.2  # of L_dis's gradient, the length of L_adv's at λ = 1; five times as long, it costs points of accuracy
+TRIES = 2  # answers to pure noise for one that is kept, where a guide chooses
+CHUNK = 512  # pool images that the teacher denoises at once
+
+
+Guide = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Public settings.
+
+    Attributes:
+      student_width: see `models.unet`.
+      student_steps, student_batch: of its training.
+      student_matrix_lr, student_lr: of Muon on the convolutions, and of AdamW on the rest; both warm up over `student_warmup` steps,
+        then fall to 0 by a cosine.
+      student_ema: decay of the average of the weights that is returned.
+      from_noise: share of samples that start from pure noise; the others from noisy samples of the teacher.
+      answer_steps: DDIM steps of the teacher from a sample's level to the clean image.
+      sigma_max, guidance: of the teacher's own samples. From a higher level, the teacher starts at sigma_max with the same noise.
+      pool, reuse: the teacher answers `pool` inputs at a time, and each is used `reuse` times.
+      adversarial: λ. At 1 the gradient of L_adv in the student's images is a fifth as long as that of L_dis; 0 leaves L_adv out.
+      critic_width, critic_lr: channels of the discriminator's first layer, and Adam's rate.
+      bf16: autocast the student to bfloat16.
+      checkpoint_steps: steps between checkpoints; does not change the result.
+    """
+
+    student_width: int = 16
+    student_steps: int = 800
+    student_batch: int = 64
+    student_matrix_lr: float = 0.02
+    student_lr: float = 3e-3
+    student_warmup: int = 50
+    student_ema: float = 0.99
+    from_noise: float = 0.5
+    answer_steps: int = 12
+    sigma_max: float = 80.0
+    guidance: float = 1.0
+    pool: int = 2048
+    reuse: int = 4
+    adversarial: float = 1.0
+    critic_width: int = 32
+    critic_lr: float = 1e-3
+    bf16: bool = True
+    checkpoint_steps: int = 200
+
+    def __post_init__(self) -> None:
+        for name in (
+            "student_width",
+            "student_steps",
+            "student_batch",
+            "answer_steps",
+            "pool",
+            "reuse",
+            "critic_width",
+            "checkpoint_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
+        if self.pool < self.student_batch:
+            raise ConfigError(f"Expected a pool of at least student_batch={self.student_batch}, got {self.pool}.")
+        for name in ("student_ema", "from_noise"):
+            if not (0 <= getattr(self, name) <= 1):
+                raise ConfigError(f"Expected {name} in [0, 1], got {getattr(self, name)}.")
+        for name in ("student_matrix_lr", "student_lr", "critic_lr"):
+            if not (0 < getattr(self, name) < math.inf):
+                raise ConfigError(f"Expected a finite {name} > 0, got {getattr(self, name)}.")
+        for name in ("adversarial", "student_warmup", "guidance"):
+            if not (0 <= getattr(self, name) < math.inf):
+                raise ConfigError(f"Expected a finite {name} of at least 0, got {getattr(self, name)}.")
+        if not SIGMA_MIN < self.sigma_max < math.inf:
+            raise ConfigError(f"Expected a finite sigma_max above {SIGMA_MIN}, got {self.sigma_max}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Inputs and the teacher's answers: x_r and x_ψ [P, C, H, W], σ_r float64 [P], classes int64 [P]."""
+
+    noisy: Tensor
+    sigma: Tensor
+    classes: Tensor
+    targets: Tensor
+
+
+def distil(
+    teacher: Denoising,
+    seeds: Synthetic,
+    public: Public,
+    config: DistillationConfig,
+    workspace: Workspace,
+    guide: Guide | None = None,
+) -> Any:
+    """Trains a student to answer in one step what the teacher answers in many. A stopped run goes on with the same bytes.
+
+    Args:
+      teacher: private by itself; asked about noise, and about its own noisy samples.
+      seeds: samples of the teacher, or anything else that is released.
+      guide: released as well; maps images to logits. Of answers to pure noise, those come first that it takes for their class.
+
+    Returns:
+      A UNet2DModel in the parametrisation of `models.unet.clean`, its weights averaged.
+
+    Raises:
+      ConfigError: a shape that the student cannot have, or diffusers is missing.
+    """
+    device = workspace.device
+    student = student_unet(
+        public.image_shape,
+        public.n_classes,
+        width=config.student_width,
+        generator=workspace.generator("distillation-student"),
+    ).to(device)
+    average = copy.deepcopy(student).requires_grad_(False)
+    critic = Critic(
+        public.image_shape,
+        public.n_classes,
+        width=config.critic_width,
+        generator=workspace.generator("distillation-critic"),
+    ).to(device)
+    optimizer = Muon(student.parameters(), matrix_lr=config.student_matrix_lr, lr=config.student_lr, weight_decay=0.0)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99))
+    modules: dict[str, nn.Module] = {"student": student, "average": average, "critic": critic}
+    optimizers: dict[str, torch.optim.Optimizer] = {"student": optimizer, "critic": critic_optimizer}
+
+    start = restore(workspace.load("distillation"), modules, optimizers)
+    pools = Pools(teacher, seeds, public, config, workspace, guide)
+    for step in workspace.track(range(start, config.student_steps), "distilling the teacher"):
+        pool = pools.batch(step)
+        optimizer.scale = share = _rate(config, step)
+
+        # The student: L_dis + λ·L_adv, joined where they meet, at its image.
+        with torch.autocast(device, torch.bfloat16, enabled=config.bf16):
+            answer = clean(student, pool.noisy, pool.sigma, pool.classes)
+        gradient = answer.detach() - pool.targets  # of L_dis = ½·MSE, but for the number of pixels
+        if config.adversarial:
+            # The critic: hinge loss, teacher's images above 1 and student's below -1.
+            fake = answer.detach()
+            for group in critic_optimizer.param_groups:
+                group["lr"] = config.critic_lr * share
+            scores = critic(torch.cat([pool.targets, fake]), pool.classes.repeat(2))
+            loss = F.relu(1 - scores[: len(fake)]).mean() + F.relu(1 + scores[len(fake) :]).mean()
+            critic_optimizer.zero_grad()
+            loss.backward()
+            critic_optimizer.step()
+            fake.requires_grad_()
+            (push,) = torch.autograd.grad(-critic(fake, pool.classes).sum(), fake)
+            gradient = gradient + config.adversarial * PUSH * gradient.norm() / (push.norm() + 1e-12) * push
+        optimizer.zero_grad()
+        answer.backward(gradient / len(answer))
+        optimizer.step()
+
+        decay = min(config.student_ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for mine, new in zip(average.parameters(), student.parameters(), strict=True):
+                mine.lerp_(new, 1 - decay)
+        if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.student_steps:
+            workspace.save("distillation", saved(step + 1, modules, optimizers))
+    return average.cpu().eval()
+
+
+class Pools:
+    """What the student learns from, made `pool` at a time; the same for a step after a resume, from the step's number alone."""
+
+    _pool: Pool
+
+    def __init__(
+        self,
+        teacher: Denoising,
+        seeds: Synthetic,
+        public: Public,
+        config: DistillationConfig,
+        workspace: Workspace,
+        guide: Guide | None = None,
+    ) -> None:
+        self._guide = guide
+        self._teacher, self._seeds, self._public = teacher, seeds, public
+        self._config, self._workspace = config, workspace
+        self._number = -1
+
+    def batch(self, step: int) -> Pool:
+        """The samples of one step: a pool is gone through `reuse` times, in another order each."""
+        config = self._config
+        per_pass = max(1, config.pool // config.student_batch)
+        turn, place = divmod(step, per_pass)
+        if turn // config.reuse != self._number:
+            self._number = turn // config.reuse
+            self._pool = self._make(self._number)
+        order = torch.randperm(config.pool, generator=self._workspace.generator("distillation-order", turn))
+        rows = order[place * config.student_batch : (place + 1) * config.student_batch]
+        return Pool(**{name: value[rows].to(self._workspace.device) for name, value in vars(self._pool).items()})
+
+    def _make(self, number: int) -> Pool:
+        config, g = self._config, self._workspace.generator("distillation-pool", number)
+        wanted = round(config.from_noise * config.pool)
+        n_noise = wanted * (1 if self._guide is None else TRIES)
+        drawn = config.pool - wanted + n_noise
+        shape = (drawn, *self._public.image_shape)
+        picked = torch.randint(len(self._seeds.images), (drawn,), generator=g)
+        x, classes = self._seeds.images[picked], self._seeds.labels[picked]
+        index = torch.randint(1, LOWEST + 1, (drawn,), generator=g)
+        index[:n_noise] = 0
+        classes[:n_noise] = torch.randint(self._public.n_classes, (n_noise,), generator=g)
+        sigma, normal = level(index), torch.randn(shape, generator=g)
+        x = x * (index > 0).view(-1, 1, 1, 1)
+        known = sigma.clamp_max(config.sigma_max)  # levels that the teacher knows
+        device = self._workspace.device
+        parts = [
+            self._answers(*(t.to(device) for t in part)).cpu()
+            for part in zip(
+                _noisy(x, known, normal).split(CHUNK), known.split(CHUNK), classes.split(CHUNK), strict=True
+            )
+        ]
+        targets = torch.cat(parts)
+        kept = torch.cat([self._best(targets[:n_noise], classes[:n_noise])[:wanted], torch.arange(n_noise, drawn)])
+        noisy = _noisy(x[kept], sigma[kept], normal[kept])
+        return Pool(noisy=noisy, sigma=sigma[kept], classes=classes[kept], targets=targets[kept])
+
+    @torch.no_grad()
+    def _best(self, x: Tensor, classes: Tensor) -> Tensor:
+        """Rows of x, those first that the guide takes for their class; all in their order without one."""
+        if self._guide is None:
+            return torch.arange(len(x))
+        found = [self._guide(part.to(self._workspace.device)).argmax(dim=1).cpu() for part in x.split(CHUNK)]
+        wrong = torch.cat([*found, classes[:0]]) != classes
+        return wrong.to(torch.int8).argsort(stable=True)
+
+    def _answers(self, x: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
+        """x_ψ, by the teacher's guided path."""
+        config, anything = self._config, torch.full_like(y, self._public.n_classes)
+
+        def guided(x: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
+            estimate = self._teacher(x, sigma, y)
+            if config.guidance == 1:
+                return estimate
+            free = self._teacher(x, sigma, anything)
+            return free + config.guidance * (estimate - free)
+
+        return denoised(guided, x, sigma, y, steps=config.answer_steps)
+
+
+def _noisy(x: Tensor, sigma: Tensor, normal: Tensor) -> Tensor:
+    return x + sigma.float().view(-1, 1, 1, 1) * normal
+
+
+@torch.no_grad()
+def denoised(teacher: Denoising, x: Tensor, sigma: Tensor, y: Tensor, *, steps: int) -> Tensor:
+    """Returns where the teacher's deterministic path leads from x: `steps` DDIM steps from each image's own level, in [-1, 1].
+
+    Source: Karras et al. (2022), Eq. 5, for the levels between; the last step goes to 0.
+    """
+    high = sigma.double() ** (1 / RHO)
+    low = SIGMA_MIN ** (1 / RHO)
+    for step in range(steps):
+        here = (high + step / steps * (low - high)) ** RHO
+        after = (high + (step + 1) / steps * (low - high)) ** RHO * (step + 1 < steps)
+        estimate = teacher(x, here.float(), y)
+        x = estimate + (after / here).float().view(-1, 1, 1, 1) * (x - estimate)
+    return x.clamp(-1, 1)
+
+
+class Critic(nn.Module):
+    """Scores images [B, C, H, W] of classes [B]: three convolutions, two of which halve the sides, and a projection on the class.
+
+    Source: spectral normalisation and projection discriminator (Miyato et al. 2018; Miyato & Koyama 2018). No batch statistics: the
+    largest singular value is computed from the weights alone, every time.
+    """
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], n_classes: int, *, width: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        channels = image_shape[0]
+        sizes = (channels, width, 2 * width, 2 * width)
+        self.layers = nn.ModuleList(
+            nn.utils.skip_init(nn.Conv2d, sizes[i], sizes[i + 1], 4 if i else 3, stride=2 if i else 1, padding=1)
+            for i in range(3)
+        )
+        self.classes = nn.Parameter(torch.randn(n_classes + 1, 2 * width, generator=generator) * (2 * width) ** -0.5)
+        with torch.no_grad():
+            for name, weight in self.layers.named_parameters():
+                weight.copy_(torch.randn(weight.shape, generator=generator) * name.endswith("weight"))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+            norm = torch.linalg.matrix_norm(weight.flatten(1), ord=2)
+            # Half of what comes out of a rectifier is small: times 2, activations keep their size.
+            x = F.leaky_relu(F.conv2d(x, 2 / norm * weight, bias, stride=2 if i else 1, padding=1), 0.2)
+        features_BD = x.mean(dim=(2, 3))
+        return (features_BD * (self.classes[-1] + self.classes[y])).sum(dim=1)
+
+
+def _rate(config: DistillationConfig, step: int) -> float:
+    """Share of the learning rates: linear warm-up, then a cosine to 0."""
+    return (
+        min(1.0, (step + 1) / max(1, config.student_warmup)) * (1 + math.cos(math.pi * step / config.student_steps)) / 2
+    )
+
+
+def saved(step: int, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """All that a resumed run needs, as tensors: weights as `part:name`, and what an optimiser keeps for each as `part:name:key`."""
+    state = {"step": torch.tensor(step)}
+    for part, module in modules.items():
+        for name, weight in module.named_parameters():
+            state[f"{part}:{name}"] = weight.detach()
+            if part in optimizers:
+                state |= {f"{part}:{name}:{key}": value for key, value in optimizers[part].state[weight].items()}
+    return state
+
+
+@torch.no_grad()
+def restore(
+    state: dict[str, Tensor] | None, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
+) -> int:
+    """Puts a checkpoint back; returns the step to go on from."""
+    if state is None:
+        return 0
+    weights = {f"{part}:{name}": weight for part, m in modules.items() for name, weight in m.named_parameters()}
+    for name, value in state.items():
+        part, _, key = name.rpartition(":")
+        if name in weights:
+            weights[name].copy_(value)
+        elif part in weights:  # a step count stays on the CPU, where the optimiser put it
+            kept = value.clone() if key == "step" else value.to(weights[part].device)
+            optimizers[part.split(":")[0]].state[weights[part]][key] = kept
+    return int(state["step"])

@@ -1,0 +1,1 @@
+"""What several methods ask the door for: a mixture of Gaussians for each class, and a linear classifier."""

@@ -1,0 +1,254 @@
+"""Images without limit from a released diffusion model: PNG class folders, .npz or Parquet. Nothing here is private or charged.
+
+N images, C channels, S side, K classes.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from .bundle import png, verification
+from .bundle.diffusion_product import DiffusionProduct
+from .errors import ConfigError, InputError, ReleaseError
+from .models import unet
+from .workspace import passing
+
+Pixels = NDArray[np.uint8]
+FORMATS = {".npz": "npz", ".parquet": "parquet", "": "folder"}
+MAX_MEMBER = 2**31 - 2**16  # bytes in a member of a plain zip file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawer:
+    """A released diffusion model.
+
+    Attributes:
+      pipe: diffusers' ConsistencyModelPipeline.
+      image_shape: (C, S, S).
+      class_names: K names.
+    """
+
+    pipe: Any
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+
+    def __call__(self, labels: torch.Tensor, steps: int, generator: torch.Generator) -> torch.Tensor:
+        """Returns float32 images [B, C, S, S] in [-1, 1] of the classes `labels`."""
+        return unet.draw(self.pipe, labels, steps, generator, batch=max(1, len(labels)))
+
+
+def load_sampler(release: str | os.PathLike[str]) -> Drawer:
+    """Returns the diffusion model of a release that holds together, private or not: for the promise ask `verify`.
+
+    Raises:
+      ReleaseError: it is not what it says, or holds no diffusion model.
+      ConfigError: diffusers is not installed.
+    """
+    product = verification.inspect(Path(release)).product
+    if not isinstance(product, DiffusionProduct):
+        raise ReleaseError(f"{release}: holds no diffusion model to sample from; `dpdistill diffusion` makes one")
+    return sampler_of(product)
+
+
+def sampler_of(product: DiffusionProduct) -> Drawer:
+    """The model of checked arrays."""
+    settings = {name: value for name, value in product.unet_config.items() if not name.startswith("_")}
+    with torch.device("meta"):  # weights are not drawn, only loaded
+        model = unet.diffusers().UNet2DModel(**settings)
+    arrays = {name: torch.tensor(array) for name, array in product.unet.items()}
+    model.load_state_dict(arrays, assign=True)
+    side = product.config["side"]
+    return Drawer(
+        pipe=unet.pipeline(model.eval()),
+        image_shape=(product.config["channels"], side, side),
+        class_names=product.class_names,
+    )
+
+
+def sample(
+    release: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    count: int = 10_000,
+    *,
+    classes: Sequence[str] | None = None,
+    steps: int = 1,
+    batch: int = 256,
+    seed: int = 0,
+    fmt: str | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Writes `count` images, as many of each class (the first classes get one more where it does not divide).
+
+    The same release, settings and software give the same images. Written beside `out` and renamed: there is never half of it.
+
+    Args:
+      out: a folder of class folders with PNG files, or a file ending in .npz or .parquet; each is read by `dpdistill dataset --data`.
+      classes: names of those wanted; None is all. Labels are numbers in the release's list of classes, whatever is wanted.
+      steps: passes of the network for an image; more are slower, and not always better.
+      batch: images drawn at once. Images depend on it.
+      fmt: "folder", "npz" or "parquet", where the name does not say.
+
+    Raises:
+      ConfigError: a setting that is not possible.
+      InputError: `out` exists or cannot be written.
+      ReleaseError: as `load_sampler`.
+    """
+    target = Path(out)
+    kind = _format(target, fmt)
+    if count < 1 or batch < 1:
+        raise ConfigError(f"Expected count and batch of at least 1, got {count} and {batch}.")
+    if not 1 <= steps <= unet.LEVELS:
+        raise ConfigError(f"Expected steps in 1 to {unet.LEVELS}, got {steps}.")
+    if os.path.lexists(target):
+        raise InputError(target, "exists", "choose another --out or remove it")
+    if not target.absolute().parent.is_dir():
+        raise InputError(target.parent, "is no folder", "make it first")
+    model = load_sampler(release)
+    chosen = _chosen(model.class_names, classes)
+    labels = np.repeat(chosen, [count // len(chosen) + (k < count % len(chosen)) for k in range(len(chosen))])
+
+    def drawn(progress: Callable[[float], None]) -> Iterator[tuple[Pixels, NDArray[np.int64]]]:
+        """Pixels [B, S, S, C] and labels [B]; a generator for each batch, so that no batch depends on another."""
+        for start in range(0, len(labels), batch):
+            part = labels[start : start + batch]
+            images = model(torch.from_numpy(part), steps, _generator(seed, start))
+            yield png.to_pixels(images.numpy()), part
+            progress((start + len(part)) / len(labels))
+
+    partial = target.with_name(target.name + ".partial")
+    try:
+        _remove(partial)
+        with nullcontext(lambda fraction: None) if quiet else passing("sampling") as progress:
+            WRITERS[kind](partial, drawn(progress), model, labels)
+        os.rename(partial, target)
+    except OSError as error:
+        raise InputError(target, f"could not be written ({error.strerror})", "is there room?") from None
+    finally:
+        _remove(partial)
+    return target
+
+
+def _format(out: Path, fmt: str | None) -> str:
+    kind = FORMATS.get(out.suffix.lower(), "") if fmt is None else fmt
+    if kind not in FORMATS.values():
+        given = f"--format {fmt}" if fmt else str(out)
+        raise ConfigError(
+            f"{given}: give a folder, or a file ending in .npz or .parquet; or --format folder, npz or parquet"
+        )
+    return kind
+
+
+def _chosen(names: tuple[str, ...], wanted: Sequence[str] | None) -> NDArray[np.int64]:
+    """Class numbers of the names wanted, in the release's order."""
+    for name in wanted or ():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1, 0.0)
+            raise ConfigError(f"no class is named {name!r} in this release; the nearest is {near[0]!r}")
+    if wanted is not None and not wanted:
+        raise ConfigError("Expected at least one class.")
+    return np.array([k for k, name in enumerate(names) if wanted is None or name in wanted], np.int64)
+
+
+def _generator(seed: int, start: int) -> torch.Generator:
+    digest = hashlib.sha256(repr(("sample", seed, start)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _remove(path: Path) -> None:
+    """Only a leftover of ours is ever at a `.partial` place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+Batches = Iterator[tuple[Pixels, NDArray[np.int64]]]
+
+
+def _write_folder(out: Path, batches: Batches, model: Drawer, labels: NDArray[np.int64]) -> None:
+    """out/<class>/<number>.png. A name that cannot be a folder's has other characters; the class list is the sorted folder names."""
+    folders = _folder_names(model.class_names)
+    digits, number = len(str(len(labels) - 1)), 0
+    for name in (folders[k] for k in sorted(set(labels.tolist()))):
+        (out / name).mkdir(parents=True)
+    for pixels, part in batches:
+        for image, label in zip(pixels, part, strict=True):
+            (out / folders[label] / f"{number:0{digits}d}.png").write_bytes(png.encode(image, small=True))
+            number += 1
+
+
+def _folder_names(names: tuple[str, ...]) -> list[str]:
+    """Class names as plain folder names, all different, also where case does not count."""
+    plain = ["".join(c if c.isalnum() or c in " -_.()" else "_" for c in name).strip(" .") or "_" for name in names]
+    seen = [name.casefold() for name in plain]
+    return [name if seen.count(name.casefold()) == 1 else f"{name} ({k})" for k, name in enumerate(plain)]
+
+
+def _write_npz(out: Path, batches: Batches, model: Drawer, labels: NDArray[np.int64]) -> None:
+    """images uint8 [N, S, S] or [N, S, S, 3], labels int64 [N], classes [K]: streamed, since the header holds the shape."""
+    channels, side, _ = model.image_shape
+    shape = (len(labels), side, side) if channels == 1 else (len(labels), side, side, channels)
+    if math.prod(shape) >= MAX_MEMBER:
+        raise ConfigError("over 2 GiB of pixels do not fit into an .npz file; write a folder or .parquet")
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open(_member("images"), "w") as file:
+            _npy_header(file, np.dtype(np.uint8), shape)
+            for pixels, _part in batches:
+                file.write(pixels.tobytes())
+        for name, array in (("labels", labels), ("classes", np.array(model.class_names, "U"))):
+            with archive.open(_member(name), "w") as file:
+                _npy_header(file, array.dtype, array.shape)
+                file.write(array.tobytes())
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    """A member without a clock."""
+    info = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+    info.compress_type = zipfile.ZIP_DEFLATED
+    return info
+
+
+def _npy_header(file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, fields)
+
+
+def _write_parquet(out: Path, batches: Batches, model: Drawer, labels: NDArray[np.int64]) -> None:
+    """A table of PNG images as a release's dataset/train.parquet, a row group for each batch."""
+    names = {"names": list(model.class_names), "_type": "ClassLabel"}
+    features = {"image": {"_type": "Image"}, "label": names}
+    schema = pa.schema(
+        [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
+        {"huggingface": json.dumps({"info": {"features": features}}, sort_keys=True)},
+    )
+    digits, number = len(str(len(labels) - 1)), 0
+    with pq.ParquetWriter(out, schema, compression="none", use_dictionary=False) as writer:
+        for pixels, part in batches:
+            images = [
+                {"bytes": png.encode(image, small=True), "path": f"{number + i:0{digits}d}.png"}
+                for i, image in enumerate(pixels)
+            ]
+            number += len(part)
+            writer.write_table(pa.table({"image": images, "label": part}, schema=schema))
+
+
+WRITERS: dict[str, Callable[[Path, Batches, Drawer, NDArray[np.int64]], None]] = {
+    "folder": _write_folder,
+    "npz": _write_npz,
+    "parquet": _write_parquet,
+}

@@ -1,0 +1,168 @@
+"""The student is what the pipeline draws, learns from released values only, and goes on from a checkpoint with the same bytes."""
+
+import builtins
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpdistill.errors import ConfigError
+from dpdistill.methods.base import Public, Synthetic
+from dpdistill.methods.diffusion.distillation import Critic, DistillationConfig, denoised, distil
+from dpdistill.models import unet
+from dpdistill.workspace import FolderWorkspace
+
+pytest.importorskip("diffusers")
+
+SHAPE = (1, 8, 8)
+PUBLIC = Public(image_shape=SHAPE, class_names=("dark", "light"), auxiliary=torch.zeros(1, *SHAPE))
+TINY = DistillationConfig(
+    student_width=8, student_steps=6, student_batch=8, pool=16, reuse=2, answer_steps=2, critic_width=8
+)
+
+
+def teacher(x: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
+    """The expected clean image where class k is normal about 0.8·(2k - 1), with standard deviation 0.1 in every pixel."""
+    s = sigma.view(-1, 1, 1, 1)
+    mean = (1.6 * y.float() - 0.8).view(-1, 1, 1, 1)
+    return mean + 0.01 / (0.01 + s.square()) * (x - mean)
+
+
+def seeds(n: int = 16) -> Synthetic:
+    labels = torch.arange(n) % 2
+    noise = 0.1 * torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(0))
+    return Synthetic(images=(1.6 * labels.float() - 0.8).view(-1, 1, 1, 1) + noise, labels=labels)
+
+
+def student(seed: int = 0, shape: tuple[int, int, int] = SHAPE) -> Any:
+    """A student whose last layer is not 0, as that of a fresh one is."""
+    g = torch.Generator().manual_seed(seed)
+    made = unet.student_unet(shape, 2, width=8, generator=g).eval()
+    with torch.no_grad():
+        made.conv_out.weight.copy_(torch.randn(made.conv_out.weight.shape, generator=g) * 0.1)
+    return made
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_clean_is_what_the_pipeline_computes(steps: int) -> None:
+    model, labels = student(), torch.tensor([0, 1, 1])
+    drawn = unet.draw(unet.pipeline(model), labels, steps, torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(3, *SHAPE, generator=g) * unet.SIGMA_MAX
+    levels = unet.level(torch.arange(steps) * (unet.LEVELS // steps)).tolist()
+    with torch.no_grad():
+        for sigma, following in zip(levels, [*levels[1:], unet.SIGMA_MIN], strict=True):
+            x = unet.clean(model, x, torch.full((3,), sigma), labels).clamp(-1, 1)
+            if steps > 1:
+                x = x + torch.randn(x.shape, generator=g) * (following**2 - unet.SIGMA_MIN**2) ** 0.5
+    assert drawn.std() > 0.01
+    assert torch.allclose(drawn, x, atol=2e-5)
+
+
+def test_a_student_returns_the_image_at_the_lowest_level() -> None:
+    x = torch.rand(2, *SHAPE)
+    with torch.no_grad():
+        out = unet.clean(student(), x, torch.full((2,), unet.SIGMA_MIN), torch.tensor([0, 1]))
+    assert torch.equal(out, x)
+
+
+def test_weights_come_from_the_generator_alone() -> None:
+    before = torch.get_rng_state()
+    one, same, other = (student(seed).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["conv_in.weight"], other["conv_in.weight"])
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 12), (1, 30, 30), (3, 4, 4), (1, 96, 96)])
+def test_other_shapes_are_refused_with_the_way_out(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ConfigError, match="--resize"):
+        unet.student_unet(shape, 2, width=8, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 12), (3, 20, 20), (1, 28, 28)])
+def test_shapes_that_halve_oddly_work(shape: tuple[int, int, int]) -> None:
+    drawn = unet.draw(unet.pipeline(student(0, shape)), torch.tensor([0]), 1, torch.Generator())
+    assert drawn.shape == (1, *shape)
+
+
+def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "diffusers":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ConfigError, match=r"pip install 'dpdistill\[diffusion\]'"):
+        unet.diffusers()
+
+
+def test_the_teacher_walks_to_where_its_own_class_lies() -> None:
+    noise = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(2)) * 80
+    y = torch.tensor([0, 1, 0, 1])
+    ends = denoised(teacher, noise, torch.full((4,), 80.0), y, steps=30)
+    assert torch.allclose(ends.mean(dim=(1, 2, 3)), 1.6 * y.float() - 0.8, atol=0.1)
+
+
+class Stopped(Exception):
+    pass
+
+
+class StoppingWorkspace(FolderWorkspace):
+    """Stops before a step."""
+
+    stop_at = -1
+
+    def track(self, steps: Sequence[int], description: str) -> Iterator[int]:
+        for step in super().track(steps, description):
+            if step == self.stop_at:
+                raise Stopped
+            yield step
+
+
+@pytest.mark.parametrize("adversarial", [0.0, 1.0])
+def test_a_stopped_run_goes_on_with_the_same_bytes(adversarial: float, tmp_path: Path) -> None:
+    config = DistillationConfig(**{**vars(TINY), "adversarial": adversarial, "checkpoint_steps": 2})
+    whole = distil(teacher, seeds(), PUBLIC, config, FolderWorkspace(tmp_path / "whole", quiet=True)).state_dict()
+    workspace = StoppingWorkspace(tmp_path / "stopped", quiet=True)
+    workspace.stop_at = 5  # in another pool than the first
+    with pytest.raises(Stopped):
+        distil(teacher, seeds(), PUBLIC, config, workspace)
+    resumed = distil(teacher, seeds(), PUBLIC, config, FolderWorkspace(tmp_path / "stopped", quiet=True)).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("adversarial", [0.0, 1.0])
+def test_one_step_draws_the_teachers_classes(
+    adversarial: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    changes = {"adversarial": adversarial, "student_steps": 60, "student_batch": 16, "pool": 64, "student_warmup": 10}
+    config = DistillationConfig(**{**vars(TINY), **changes, "answer_steps": 6})
+    made = distil(teacher, seeds(), PUBLIC, config, FolderWorkspace(tmp_path, quiet=True))
+    labels = torch.arange(20) % 2
+    for steps in (1, 2):
+        drawn = unet.draw(unet.pipeline(made), labels, steps, torch.Generator().manual_seed(3)).mean(dim=(1, 2, 3))
+        assert torch.allclose(drawn, 1.6 * labels.float() - 0.8, atol=0.25)
+
+
+def test_the_critic_has_no_batch_statistics() -> None:
+    critic = Critic(SHAPE, 2, width=8, generator=torch.Generator().manual_seed(0))
+    x, y = torch.rand(5, *SHAPE), torch.tensor([0, 1, 0, 1, 1])
+    assert torch.allclose(critic(x, y)[:2], critic(x[:2], y[:2]), atol=1e-6)
+    assert not torch.allclose(critic(x, y), critic(x, 1 - y))
+
+
+@pytest.mark.parametrize("changes", [{"pool": 4}, {"from_noise": 2.0}, {"student_lr": 0.0}, {"sigma_max": 0.0}])
+def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        DistillationConfig(**changes)

@@ -1,0 +1,104 @@
+"""Sampling a release: every format is read back, images are the seed's, and what cannot be done is refused in one line before the work."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dpdistill import sampling
+from dpdistill.bundle.diffusion_product import DiffusionProduct
+from dpdistill.data import load_images
+from dpdistill.errors import ConfigError, DpdistillError, InputError, ReleaseError
+from dpdistill.models import unet
+
+pytest.importorskip("diffusers")
+
+NAMES = ("cat", "dog", "a/b")
+
+
+@pytest.fixture(params=[1, 3], ids=["grey", "colour"])
+def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a checked release holds; the check has tests of its own."""
+    g = torch.Generator().manual_seed(0)
+    made = unet.student_unet((request.param, 8, 8), 3, width=8, generator=g).eval()
+    with torch.no_grad():
+        made.conv_out.weight.copy_(torch.randn(made.conv_out.weight.shape, generator=g) * 0.1)
+    product = DiffusionProduct.of(unet.pipeline(made), NAMES)
+    monkeypatch.setattr(sampling.verification, "inspect", lambda path: SimpleNamespace(product=product))
+    return Path("release")
+
+
+def test_every_format_is_read_back_with_the_same_images(release: Path, tmp_path: Path) -> None:
+    read = {}
+    for name in ("out.npz", "out.parquet", "folder"):
+        out = sampling.sample(release, tmp_path / name, 8, steps=1, batch=3, seed=4, quiet=True)
+        assert out == tmp_path / name
+        read[name] = load_images(str(out))
+    npz, parquet, folder = read.values()
+    assert np.array_equal(npz.images, parquet.images)
+    assert np.array_equal(npz.labels, parquet.labels)
+    assert npz.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert npz.class_names == parquet.class_names == NAMES
+    assert folder.class_names == ("a_b", "cat", "dog")
+    assert np.array_equal(folder.images[:2], npz.images[6:])
+    assert {path.name for path in tmp_path.iterdir()} == set(read)
+
+
+def test_the_seed_decides_and_the_file_has_no_clock(release: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        sampling.sample(release, tmp_path / f"{name}.npz", 4, steps=2, seed=seed, quiet=True)
+    a, b, c = ((tmp_path / f"{name}.npz").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_classes_may_be_chosen(release: Path, tmp_path: Path) -> None:
+    sampling.sample(release, tmp_path / "x.npz", 4, classes=["dog", "cat"], steps=1, quiet=True)
+    found = load_images(str(tmp_path / "x.npz"))
+    assert found.labels.tolist() == [0, 0, 1, 1]
+    sampling.sample(release, tmp_path / "x", 2, classes=["a/b"], steps=1, fmt="folder", quiet=True)
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["a_b"]
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[DpdistillError], str]] = {
+    "none": ({"count": 0}, ConfigError, "at least 1"),
+    "no step": ({"steps": 0}, ConfigError, "steps in 1 to 40"),
+    "a class": ({"classes": ["dig"]}, ConfigError, "the nearest is 'dog'"),
+    "no class": ({"classes": []}, ConfigError, "at least one class"),
+    "a format": ({"fmt": "tar"}, ConfigError, "--format folder, npz or parquet"),
+    "an ending": ({"out": "x.tar"}, ConfigError, "ending in .npz or .parquet"),
+    "a parent": ({"out": "no/x.npz"}, InputError, "is no folder"),
+    "a place": ({"out": "taken"}, InputError, "exists"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_is_refused_in_one_line(case: str, release: Path, tmp_path: Path) -> None:
+    changes, kind, text = WRONG[case]
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(kind) as error:
+        sampling.sample(
+            release, **{"count": 2, "quiet": True, **changes, "out": tmp_path / changes.get("out", "x.npz")}
+        )
+    assert text in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_release_without_a_sampler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling.verification, "inspect", lambda path: SimpleNamespace(product=None))
+    with pytest.raises(ReleaseError, match="no diffusion model"):
+        sampling.sample("release", tmp_path / "x.npz", 1)
+
+
+def test_nothing_is_left_of_a_failed_run(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sampling.png, "encode", fail)
+    with pytest.raises(InputError, match="No space left"):
+        sampling.sample(release, tmp_path / "x", 2, steps=1, quiet=True)
+    assert list(tmp_path.iterdir()) == []
