@@ -12,6 +12,7 @@ from rich.table import Table
 from .errors import DpdistillError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+SAMPLES = 10_000  # drawn of a diffusion model to evaluate it
 console = Console(soft_wrap=True, highlight=False)
 
 Data = Annotated[
@@ -300,12 +301,15 @@ def evaluate(
         Path,
         typer.Option(help="JSON file for the result: it is about the test data, and not covered by the guarantee."),
     ] = Path("evaluation.json"),
-    epochs: Annotated[int | None, typer.Option(min=1, help="Training epochs (the published protocol: 1000).")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training epochs (published protocol: 1000; samples of a diffusion model: 20)."),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Networks to train, each from its own seed.")] = 1,
     classes: Classes = None,
     resize: Resize = None,
 ) -> None:
-    """Tests a release on your images: a student as it is, synthetic images by networks trained on them. The result stays outside."""
+    """Tests a release on your images: a student as it is, synthetic images and samples by networks trained on them. It stays outside."""
     from .bundle.release import load_student, read_bundle
     from .data import load_images
     from .errors import InputError
@@ -314,6 +318,11 @@ def evaluate(
 
     _check_outside(out, release)
     synthetic = read_bundle(release)
+    drawn = (release / "pipeline").is_dir()
+    if drawn:  # of a diffusion model the shown samples are few: draw what a person would
+        from .sampling import draw_set
+
+        synthetic = draw_set(release, SAMPLES)
     student = load_student(release) if (release / "model").is_dir() else None
     test = load_images(data, n_classes=classes, resize=resize)
     if test.images.shape[1:] != synthetic.images.shape[1:] or int(synthetic.labels.max()) >= test.n_classes:
@@ -328,6 +337,7 @@ def evaluate(
             f"accuracy {100 * right:.2f} %; about the test data, so not covered by the guarantee; written to {out}"
         )
         return
+    epochs = 20 if drawn and epochs is None else epochs
     training = Training() if epochs is None else Training(epochs=epochs)
     with passing("training on the release") as progress:
         result = evaluate(synthetic, test, training, seeds=range(seeds), progress=progress)

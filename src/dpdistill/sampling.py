@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from .bundle import png, verification
 from .bundle.diffusion_product import DiffusionProduct
 from .errors import ConfigError, InputError, ReleaseError
+from .methods.base import Synthetic
 from .models import unet
 from .workspace import passing
 
@@ -50,6 +51,18 @@ class Drawer:
     def __call__(self, labels: torch.Tensor, steps: int, generator: torch.Generator) -> torch.Tensor:
         """Returns float32 images [B, C, S, S] in [-1, 1] of the classes `labels`."""
         return unet.draw(self.pipe, labels, steps, generator, batch=max(1, len(labels)))
+
+
+def draw_set(release: str | os.PathLike[str], count: int, *, steps: int = 1, seed: int = 0) -> Synthetic:
+    """Returns about `count` samples of a release as a labelled set, as many of each class."""
+    drawer = load_sampler(release)
+    labels = torch.arange(len(drawer.class_names)).repeat_interleave(max(1, count // len(drawer.class_names)))
+    generator, images = torch.Generator().manual_seed(seed), []
+    with passing("sampling") as progress:
+        for part in labels.split(256):
+            images.append(drawer(part, steps, generator))
+            progress(sum(map(len, images)) / len(labels))
+    return Synthetic(images=torch.cat(images), labels=labels)
 
 
 def load_sampler(release: str | os.PathLike[str]) -> Drawer:

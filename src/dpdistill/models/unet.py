@@ -5,6 +5,7 @@ private.
 B images, C channels, S side, K classes, σ noise level.
 """
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
+MISSING = "this needs diffusers: pip install 'dpdistill[diffusion]'"
 SIDES = (8, 64)
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA, RHO = 0.002, 80.0, 0.5, 7.0
 LEVELS = 40  # noise levels of the scheduler; n steps visit levels 0, LEVELS // n, 2·(LEVELS // n), …
@@ -64,12 +66,19 @@ def check_shape(image_shape: tuple[int, int, int]) -> tuple[int, int]:
     return channels, height
 
 
+def check(image_shape: tuple[int, int, int]) -> None:
+    """Raises ConfigError where no student can be made, without the seconds that importing diffusers takes: before anything is spent."""
+    check_shape(image_shape)
+    if importlib.util.find_spec("diffusers") is None:
+        raise ConfigError(MISSING)
+
+
 def diffusers() -> Any:
     """The module diffusers. Raises ConfigError where it is not installed. Nothing here lets it look for files elsewhere."""
     try:
         import diffusers as module
     except ImportError:
-        raise ConfigError("this needs diffusers: pip install 'dpdistill[diffusion]'") from None
+        raise ConfigError(MISSING) from None
     return module
 
 

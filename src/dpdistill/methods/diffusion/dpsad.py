@@ -13,14 +13,15 @@ Proof: docs/privacy/dpsad.md.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from ...errors import ConfigError
 from ...mechanisms import PrivateData
+from ...models import unet
 from ...models.mixture_denoiser import MixtureDenoiser
-from ...privacy import Planned
+from ...privacy import Planned, gaussian_multiplier
 from ..base import Denoising, Public, Sampler, Workspace
 from ..shared import linear
 from ..shared import mixture as mix
@@ -30,6 +31,7 @@ from .private_denoiser import DenoiserConfig
 from .student import finish
 
 GUIDE = linear.Training()
+MANY = 10_000  # records: below, DP-SGD was not worth its budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,8 @@ class Config(DenoiserConfig, DistillationConfig):
 
     Attributes:
       per_class: samples that are released beside the model.
-      share_warm, share_guide: of Σ 1/σ²; the rest is DP-SGD's, and where it is 0 there is none.
+      share_denoiser: of Σ 1/σ², for DP-SGD; where it is 0 there is none. "auto" is a half from 10,000 expected records on, below that 0.
+      share_guide: of the rest, for the guide; what then remains is the mixture's.
       pixel_dims, components: of the mixture.
       seed_images: samples of the teacher that the student starts from, in all.
       sampling_steps, sigma_max: of the teacher's own samples.
@@ -46,8 +49,8 @@ class Config(DenoiserConfig, DistillationConfig):
     """
 
     per_class: int = 10
-    share_warm: float = 0.3
-    share_guide: float = 0.2
+    share_denoiser: float | Literal["auto"] = "auto"
+    share_guide: float = 0.4
     pixel_dims: int = 64
     components: int = 20
     seed_images: int = 5000
@@ -65,20 +68,21 @@ class Config(DenoiserConfig, DistillationConfig):
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
         if self.components > mix.N_SAMPLES:
             raise ConfigError(f"Expected components of at most {mix.N_SAMPLES}, got {self.components}.")
-        if not (min(self.share_warm, self.share_guide) > 0 and self.share_denoiser >= 0):
-            raise ConfigError(
-                f"Expected positive share_warm and share_guide of at most 1 together, got {self.share_warm} and {self.share_guide}."
-            )
+        if self.share_denoiser != "auto" and not (0 <= self.share_denoiser < 1):
+            raise ConfigError(f"Expected share_denoiser of auto or in [0, 1), got {self.share_denoiser}.")
+        if not (0 < self.share_guide < 1):
+            raise ConfigError(f"Expected share_guide in (0, 1), got {self.share_guide}.")
         if self.sigma_max <= 0.002:
             raise ConfigError(f"Expected sigma_max above 0.002, got {self.sigma_max}.")
         if (self.label_dropout, self.guidance) != (0.0, 1.0):
             raise ConfigError("This method has no unconditional denoiser: leave label_dropout and guidance out.")
 
     @property
-    def share_denoiser(self) -> float:
-        """What DP-SGD has of Σ 1/σ²; below a millionth it is rounding, and counts as nothing."""
-        rest = 1 - self.share_warm - self.share_guide
-        return 0.0 if abs(rest) < 1e-6 else rest
+    def share(self) -> float:
+        """What DP-SGD has of Σ 1/σ²."""
+        if self.share_denoiser == "auto":
+            return 0.5 if self.expected_records >= MANY else 0.0
+        return self.share_denoiser
 
 
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
@@ -87,14 +91,34 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
     Full-batch releases share Σ 1/σ² exactly. DP-SGD's noise is what the central limit (Bu et al. 2020) gives for its share: T q² (e^{1/z²}
     - 1) = share / σ². Calibration counts what it really costs; this only divides.
     """
-    sigma, share, dims = noise_multiplier, config.share_warm, min(config.pixel_dims, math.prod(public.image_shape))
-    rows = public.n_classes
-    releases = mix.planned("dpsad", rows, dims, config.components, sigma, share / 3, share / 3)
-    releases += linear.plan(GUIDE, public, sigma / math.sqrt(config.share_guide))
-    if config.share_denoiser:
-        z = math.log1p(config.share_denoiser / (sigma**2 * config.steps * config.rate**2)) ** -0.5
+    unet.check(public.image_shape)
+    sigma, dims, rows = noise_multiplier, min(config.pixel_dims, math.prod(public.image_shape)), public.n_classes
+    guide, each = (1 - config.share) * config.share_guide, (1 - config.share) * (1 - config.share_guide) / 3
+    releases = mix.planned("dpsad", rows, dims, config.components, sigma, each, each)
+    releases += linear.plan(GUIDE, public, sigma / math.sqrt(guide))
+    if config.share:
+        z = math.log1p(config.share / (sigma**2 * config.steps * config.rate**2)) ** -0.5
         releases.append(private_denoiser.planned(config, public, z))
     return releases
+
+
+def advice(config: Config, public: Public, epsilon: float, delta: float) -> list[str]:
+    """What to expect, before anything is spent."""
+    per_class, noise = config.expected_records / public.n_classes, gaussian_multiplier(epsilon, delta)
+    lines = [f"about {per_class:.0f} records a class; the noise of one sum weighs like {noise:.1f} of them"]
+    if config.share:
+        lines.append(
+            f"DP-SGD has {config.share:.0%} of the budget: {config.steps} steps of {config.expected_batch} records"
+        )
+    else:
+        lines.append(
+            "no DP-SGD: with so few records, one-shot statistics are worth more (--set share_denoiser=0.5 to have it)"
+        )
+    if per_class < 40 * noise:
+        lines.append(
+            "few records for this ε: expect samples that show a class only roughly; ask for more ε, or merge classes"
+        )
+    return lines
 
 
 def run(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Sampler:
@@ -123,7 +147,7 @@ def train(
         fitted.weights,
         fitted.within * space.radius**2,
     ).to(workspace.device)
-    if not config.share_denoiser:
+    if not config.share:
         return base, guide
     model = private_denoiser.network(config, public, workspace.generator("denoiser-model"), base).to(workspace.device)
     return private_denoiser.train(model, config, public, private, plan[5], workspace), guide

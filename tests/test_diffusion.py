@@ -1,0 +1,169 @@
+"""From private images to a diffusion model that anyone may sample: the whole way, its errors, and the paper's form without a promise."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dpdistill.bundle import verify
+from dpdistill.config import DiffusionConfig
+from dpdistill.diffusion import diffuse
+from dpdistill.errors import ConfigError, DpdistillError, ReleaseError
+from dpdistill.sampling import draw_set, sample
+
+STUDENT = {
+    "seed_images": 12,
+    "sampling_steps": 2,
+    "student_width": 8,
+    "student_steps": 3,
+    "student_batch": 8,
+    "critic_width": 4,
+    "pool": 8,
+    "answer_steps": 2,
+}
+NETWORK = {"patch": 4, "width": 8, "depth": 1, "heads": 2}
+DPSGD = {"steps": 2, "expected_batch": 15, "multiplicity": 2, **NETWORK}
+WAYS: dict[str, dict[str, Any]] = {
+    "dpsad": {"share_denoiser": 0.5, "pixel_dims": 6, "components": 2, **DPSGD, **STUDENT},
+    "dpdm": {**DPSGD, **STUDENT},
+    "shards": {"models": 3, "teacher_steps": 2, "fit_steps": 2, "queries": 4, "rounds": 1, **NETWORK, **STUDENT},
+    "paper": {"steps": 2, "batch": 8, "teacher_steps": 2, "teacher_batch": 8, **NETWORK, **STUDENT},
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    images = rng.integers(0, 90, (60, 8, 8), dtype=np.uint8)
+    images[labels == 0, :4] += 150
+    np.savez(tmp_path / "x.npz", images=images, labels=labels, classes=np.array(["top", "none"]))
+
+    def make(method: str = "dpsad", **more: Any) -> DiffusionConfig:
+        facts: dict[str, Any] = {"data": str(tmp_path / "x.npz"), "out": str(tmp_path / "out"), "epsilon": 2.0}
+        facts |= {"expected_records": 60, "per_class": 3, "settings": WAYS.get(method, {}), "method": method}
+        return DiffusionConfig(**facts | {"accept_no_record_guarantee": method == "paper"} | more)
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["dpsad", "dpdm", "shards"])
+def test_from_records_to_samples(method: str, config: Any, tmp_path: Path) -> None:
+    out = diffuse(config(method), quiet=True)
+    verdict = verify(out)
+    assert verdict.ok, verdict.problems
+    assert verdict.guarantee is not None
+    assert verdict.guarantee.basis == "proved"
+    assert 1.99 < verdict.guarantee.epsilon <= 2.001
+    found = json.loads((out / "certificate.json").read_text())
+    assert (found["release"]["kind"], found["release"]["method"]) == ("diffusion", method)
+    page = (out / "report.html").read_text()
+    assert "Nearest released neighbours" in page
+    assert "from_pretrained" in page
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    assert diffuse(config(method), quiet=True) == out  # done already: nothing is charged or changed
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+def test_its_samples_need_no_data_and_are_the_same_for_the_same_seed(config: Any, tmp_path: Path) -> None:
+    out = diffuse(config(), quiet=True)
+    (tmp_path / "x.npz").unlink()
+    sample(out, tmp_path / "a.npz", count=10, quiet=True)
+    sample(out, tmp_path / "b.npz", count=10, quiet=True)
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        assert a["images"].shape == (10, 8, 8)
+        assert (a["images"] == b["images"]).all()
+        assert np.bincount(a["labels"]).tolist() == [5, 5]
+    drawn = draw_set(out, 10)
+    assert drawn.images.shape == (10, 1, 8, 8)
+    assert torch.isfinite(drawn.images).all()
+
+
+def test_the_papers_form_promises_nothing_and_charges_nothing(config: Any, tmp_path: Path) -> None:
+    out = diffuse(config("paper"), quiet=True)
+    verdict = verify(out)
+    assert not verdict.ok
+    assert verdict.guarantee is None
+    assert any("NO differential-privacy guarantee" in problem for problem in verdict.problems)
+    found = json.loads((out / "certificate.json").read_text())
+    assert found["guarantee"]["basis"] == "none"
+    assert found["guarantee"]["epsilon"] is None
+    claim = found["claim"]
+    assert claim["kind"] == "nominal-diffusion"
+    assert float(claim["nominal_epsilon"]) <= 2.001 < 1e3 < float(claim["diluted_epsilon"])
+    assert float(claim["diluted_epsilon"]) < float(claim["contaminated_epsilon"])
+    assert not list(tmp_path.rglob("ledger.jsonl"))
+    claim["sigma"] = "0.5"
+    (out / "certificate.json").write_text(json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    assert any("certificate.json" in problem for problem in verify(out).problems)
+
+
+KILLED = """
+import sys
+from dpdistill.config import DiffusionConfig
+from dpdistill.diffusion import diffuse
+diffuse(DiffusionConfig(**{config}), quiet=True)
+"""
+
+
+@pytest.mark.parametrize("place", [4, 9, 25])
+def test_a_killed_run_goes_on_without_another_charge(place: int, config: Any, tmp_path: Path) -> None:
+    wanted = config()
+    facts = {"data": wanted.data, "out": wanted.out, "epsilon": 2.0, "expected_records": 60, "per_class": 3}
+    script = KILLED.format(config=repr({**facts, "settings": dict(wanted.settings)}))
+    env = {**os.environ, "DPDISTILL_KILL_AT": str(place)}
+    stopped = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=False)
+    assert stopped.returncode == -signal.SIGKILL, stopped.stderr.decode()[-500:]
+    out = diffuse(wanted, quiet=True)
+    assert verify(out).ok
+    ledger = next((tmp_path / "home").rglob("*.jsonl"))
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert sum(line["type"] == "run" for line in lines) == 1
+    names = [line["query"]["name"] for line in lines if line["type"] == "intent"]
+    mixture = ["dpsad-moments", "dpsad-local-1", "dpsad-local-2"]
+    assert names == [*mixture, "count", "teacher-gradient", "denoiser-gradient"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"expected_records": None}, "--expected-records"),
+        ({"accept_no_record_guarantee": True}, "go together"),
+        ({"settings": {"guidance": 2.0}}, "guidance"),
+        ({"settings": {"share_denoiser": 1.0}}, "share_denoiser"),
+        ({"settings": {"students_steps": 1}}, "did you mean settings.student_steps"),
+        ({"method": "dpsda"}, "unknown method"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said_before_anything_is_charged(
+    change: dict[str, Any], said: str, config: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        diffuse(config(**change), quiet=True)
+    assert not list(tmp_path.rglob("*.jsonl"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shape_that_the_student_cannot_have_is_refused_before_anything_is_charged(
+    config: Any, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((9, 9, 9), np.uint8), labels=np.zeros(9, np.int64), classes=["a"])
+    with pytest.raises(DpdistillError, match="--resize 8"):
+        diffuse(config(), quiet=True)
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_something_else_in_the_way(config: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for method in ("dpsad", "paper"):
+        with pytest.raises(ReleaseError, match="exists"):
+            diffuse(config(method), quiet=True)
