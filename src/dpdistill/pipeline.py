@@ -105,6 +105,7 @@ def make_plan(
     given: dict[str, Any] = {"per_class": config.per_class}
     if isinstance(config, DiffusionConfig):
         given |= {"unit_moves": 2} if config.method == "shards" else {"expected_records": config.expected_records}
+        given |= {"target_epsilon": config.epsilon} if config.method == "dpsad" else {}
     elif config.method == "votes" and isinstance(config, ModelConfig):
         given |= {"models": models or config.shards, "unit_moves": 2 if config.data and not config.id_column else 1}
     for name in given:

@@ -31,7 +31,8 @@ from .private_denoiser import DenoiserConfig
 from .student import finish
 
 GUIDE = linear.Training()
-MANY = 10_000  # records: below, DP-SGD was not worth its budget
+MANY = 50_000  # records for each unit of a sum's noise: below, DP-SGD was not worth its budget
+DELTA = 1e-5  # for that rule of thumb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,9 @@ class Config(DenoiserConfig, DistillationConfig):
 
     Attributes:
       per_class: samples that are released beside the model.
-      share_denoiser: of Σ 1/σ², for DP-SGD; where it is 0 there is none. "auto" is a half from 10,000 expected records on, below that 0.
+      target_epsilon: the asked ε, for "auto" alone; what a run costs is calibrated elsewhere.
+      share_denoiser: of Σ 1/σ², for DP-SGD; where it is 0 there is none. "auto" is a half where a sum's noise
+        weighs little against the expected records (60,000 at ε = 4 and more), else 0.
       share_guide: of the rest, for the guide; what then remains is the mixture's.
       pixel_dims, components: of the mixture.
       seed_images: samples of the teacher that the student starts from, in all.
@@ -49,6 +52,7 @@ class Config(DenoiserConfig, DistillationConfig):
     """
 
     per_class: int = 10
+    target_epsilon: float = 1.0
     share_denoiser: float | Literal["auto"] = "auto"
     share_guide: float = 0.4
     pixel_dims: int = 64
@@ -70,6 +74,8 @@ class Config(DenoiserConfig, DistillationConfig):
             raise ConfigError(f"Expected components of at most {mix.N_SAMPLES}, got {self.components}.")
         if self.share_denoiser != "auto" and not (0 <= self.share_denoiser < 1):
             raise ConfigError(f"Expected share_denoiser of auto or in [0, 1), got {self.share_denoiser}.")
+        if not (1e-3 <= self.target_epsilon < math.inf):
+            raise ConfigError(f"Expected a finite target_epsilon of at least 0.001, got {self.target_epsilon}.")
         if not (0 < self.share_guide < 1):
             raise ConfigError(f"Expected share_guide in (0, 1), got {self.share_guide}.")
         if self.sigma_max <= 0.002:
@@ -81,7 +87,7 @@ class Config(DenoiserConfig, DistillationConfig):
     def share(self) -> float:
         """What DP-SGD has of Σ 1/σ²."""
         if self.share_denoiser == "auto":
-            return 0.5 if self.expected_records >= MANY else 0.0
+            return 0.5 if self.expected_records >= MANY * gaussian_multiplier(self.target_epsilon, DELTA) else 0.0
         return self.share_denoiser
 
 

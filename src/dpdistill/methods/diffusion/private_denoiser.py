@@ -58,9 +58,9 @@ class DenoiserConfig:
     """
 
     expected_records: int
-    expected_batch: int = 256
-    steps: int = 100
-    multiplicity: int = 8
+    expected_batch: int = 400
+    steps: int = 150
+    multiplicity: int = 4
     clip_norm: float = 1.0
     lr: float = 3e-3
     ema: float = 0.98

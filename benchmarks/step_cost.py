@@ -1,0 +1,87 @@
+"""What a private step of the diffusion teacher costs, part by part, beside a plain one: ratios within one run, one thread.
+
+  .venv/bin/python benchmarks/step_cost.py --shape 1,28,28 --batch 256 --multiplicity 4
+
+Prints one JSON line: medians over --repeats, and their range, of the seconds of a plain batched backward of the same network on as many
+draws (batch · multiplicity), and of a private step's parts: per-record gradients, clipping and summing, exact noise, the record-wise
+check, and the ledger's line.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dpdistill.mechanisms.clipping import clip_to_grid
+from dpdistill.mechanisms.noise import Stream, rounded_gaussian
+from dpdistill.mechanisms.recordwise import check_recordwise
+from dpdistill.methods.base import Public
+from dpdistill.methods.diffusion import private_denoiser
+from dpdistill.models import edm
+from dpdistill.pipeline import parse_shape
+from dpdistill.privacy import Ledger
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="1,28,28")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--multiplicity", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    shape, g = parse_shape(args.shape), torch.Generator().manual_seed(0)
+    public = Public(image_shape=shape, class_names=tuple("0123456789"), auxiliary=torch.empty(0, *shape))
+    config = private_denoiser.DenoiserConfig(
+        expected_records=60_000, expected_batch=args.batch, multiplicity=args.multiplicity
+    )
+    model = private_denoiser.network(config, public, g)
+    query = private_denoiser.planned(config, public, 1.0).query
+    x, y = torch.rand(args.batch, *shape, generator=g) * 2 - 1, torch.arange(args.batch) % 10
+    fn = private_denoiser.record_gradient(model, config, g)
+    clean, many = x.repeat(args.multiplicity, 1, 1, 1), y.repeat(args.multiplicity)
+    noise, sigma = torch.randn(clean.shape, generator=g), torch.rand(len(clean), generator=g) + 0.1
+    rows = fn(x, y)
+
+    def plain() -> None:
+        value = edm.loss(model, clean, noise, sigma, many, model.sigma_data).mean()
+        torch.autograd.grad(value, list(model.parameters()))
+
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Ledger.open(Path(scratch) / "ledger.jsonl", cap=(1e9, 1e-5)) as ledger,
+    ):
+        ledger.start("run", "bench", "0" * 64)
+        parts: dict[str, Callable[[], object]] = {
+            "plain_backward": plain,
+            "per_record_gradients": lambda: fn(x, y),
+            "clip_and_sum": lambda: clip_to_grid(rows, 1.0, query.grid_bits).sum(dim=0),
+            "noise": lambda: rounded_gaussian(query.dim, query.sigma_steps, Stream(b"0" * 32)),
+            "check": lambda: check_recordwise(fn, shape, 10, query.dim, 1.0),
+            "ledger_line": lambda: ledger.reserve("run", query, 1),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in parts}
+        for _ in range(args.repeats):
+            for name, part in parts.items():
+                begun = time.perf_counter()
+                part()
+                seconds[name].append(time.perf_counter() - begun)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    private = sum(medians[name] for name in ("per_record_gradients", "clip_and_sum", "noise", "check"))
+    found = {
+        "parameters": query.dim,
+        **{name: [round(v, 4) for v in (medians[name], min(values), max(values))] for name, values in seconds.items()},
+        "gradients_over_plain": round(medians["per_record_gradients"] / medians["plain_backward"], 2),
+        "step_over_plain": round(private / medians["plain_backward"], 2),
+        "noise_and_ledger_share": round((medians["noise"] + medians["ledger_line"] / config.steps) / private, 4),
+    }
+    print(json.dumps({**vars(args), **found}))
+
+
+if __name__ == "__main__":
+    main()
