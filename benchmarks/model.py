@@ -130,6 +130,8 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
                     continue
                 made = method.run(settings, public, private, plan, workspace)
         student = f"ConvNet-{settings.depth} width {settings.width}, {settings.steps} steps of {settings.batch}"
+        if setting == "private-teacher" and settings.share_prior:
+            student += "; mixture among its images"
         if setting == "votes":
             student += f"; {args.shards} shards, {settings.rounds} x {settings.queries} queries"
         facts = {
