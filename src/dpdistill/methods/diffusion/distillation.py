@@ -53,13 +53,13 @@ class DistillationConfig:
     """
 
     student_width: int = 16
-    student_steps: int = 800
+    student_steps: int = 600
     student_batch: int = 64
     student_matrix_lr: float = 0.02
     student_lr: float = 3e-3
     student_warmup: int = 50
     student_ema: float = 0.99
-    from_noise: float = 0.5
+    from_noise: float = 0.8
     answer_steps: int = 12
     sigma_max: float = 80.0
     guidance: float = 1.0
