@@ -66,7 +66,7 @@ DENOISER: dict[str, Any] = {
     "pool": 8,
     "answer_steps": 2,
 }
-TINY["dpsad"] = DENOISER | {"pixel_dims": 6, "components": 2}
+TINY["dpsad"] = DENOISER | {"pixel_dims": 6, "components": 2, "share_denoiser": 0.5}
 TINY["dpdm"] = DENOISER
 ALL = {**METHODS, "dpsad": DIFFUSION_METHODS["dpsad"], "dpdm": DIFFUSION_METHODS["dpdm"]}
 NAMES = ("top", "left", "none")
