@@ -190,11 +190,11 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
             private = PrivateData(records, ledger, Vault.open(place / "vault"), device=args.device)
             workspace = FolderWorkspace(place / "work", seed=args.seed, device=args.device, quiet=True)
             if method is dpsad and setting == "student":
-                teacher, guide = dpsad.train(settings, public, private, plan, workspace)
+                teacher = dpsad.train(settings, public, private, plan, workspace)
                 at = time.monotonic()
-                drawn = student_of.samples(teacher, guide, public, settings, workspace, DRAWN)
+                drawn = student_of.samples(teacher, public, settings, workspace, DRAWN)
                 add("teacher", drawn, sampling_seconds=time.monotonic() - at)
-                made = student_of.finish(teacher, guide, public, settings, workspace)
+                made = student_of.finish(teacher, public, settings, workspace)
             else:
                 made = method.run(settings, public, private, plan, workspace)
     if isinstance(made, Synthetic):

@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_without_another_charge(place: int, config: Any, tm
     lines = [json.loads(line) for line in ledger.read_text().splitlines()]
     assert sum(line["type"] == "run" for line in lines) == 1
     names = [line["query"]["name"] for line in lines if line["type"] == "intent"]
-    mixture = ["dpsad-moments", "dpsad-local-1", "dpsad-local-2"]
+    mixture = ["dpsad-moments", "dpsad-local-1", "dpsad-local-2", "dpsad-tones"]
     assert names == [*mixture, "count", "teacher-gradient", "denoiser-gradient"]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpdistill.errors import ConfigError
 from dpdistill.methods.base import Public, Synthetic
-from dpdistill.methods.diffusion.distillation import Critic, DistillationConfig, denoised, distil
+from dpdistill.methods.diffusion.distillation import Critic, DistillationConfig, Teacher, denoised, distil
 from dpdistill.models import unet
 from dpdistill.workspace import FolderWorkspace
 
@@ -129,12 +129,16 @@ class StoppingWorkspace(FolderWorkspace):
 @pytest.mark.parametrize("adversarial", [0.0, 1.0])
 def test_a_stopped_run_goes_on_with_the_same_bytes(adversarial: float, tmp_path: Path) -> None:
     config = DistillationConfig(**{**vars(TINY), "adversarial": adversarial, "checkpoint_steps": 2})
-    whole = distil(teacher, seeds(), PUBLIC, config, FolderWorkspace(tmp_path / "whole", quiet=True)).state_dict()
+    whole = distil(
+        Teacher(denoise=teacher), seeds(), PUBLIC, config, FolderWorkspace(tmp_path / "whole", quiet=True)
+    ).state_dict()
     workspace = StoppingWorkspace(tmp_path / "stopped", quiet=True)
     workspace.stop_at = 5  # in another pool than the first
     with pytest.raises(Stopped):
-        distil(teacher, seeds(), PUBLIC, config, workspace)
-    resumed = distil(teacher, seeds(), PUBLIC, config, FolderWorkspace(tmp_path / "stopped", quiet=True)).state_dict()
+        distil(Teacher(denoise=teacher), seeds(), PUBLIC, config, workspace)
+    resumed = distil(
+        Teacher(denoise=teacher), seeds(), PUBLIC, config, FolderWorkspace(tmp_path / "stopped", quiet=True)
+    ).state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -148,7 +152,7 @@ def test_one_step_draws_the_teachers_classes(
     monkeypatch.setattr(socket, "socket", refuse)
     changes = {"adversarial": adversarial, "student_steps": 60, "student_batch": 16, "pool": 64, "student_warmup": 10}
     config = DistillationConfig(**{**vars(TINY), **changes, "answer_steps": 6})
-    made = distil(teacher, seeds(), PUBLIC, config, FolderWorkspace(tmp_path, quiet=True))
+    made = distil(Teacher(denoise=teacher), seeds(), PUBLIC, config, FolderWorkspace(tmp_path, quiet=True))
     labels = torch.arange(20) % 2
     for steps in (1, 2):
         drawn = unet.draw(unet.pipeline(made), labels, steps, torch.Generator().manual_seed(3)).mean(dim=(1, 2, 3))

@@ -25,11 +25,28 @@ from ..base import Denoising, Public, Synthetic, Workspace
 RHO = 7.0  # of the teacher's steps
 LOWEST = LEVELS * 3 // 4  # lower levels are not visited in up to four steps
 PUSH = 0.2  # of L_dis's gradient, the length of L_adv's at λ = 1; five times as long, it costs points of accuracy
+CLASS_GAP = 20.0  # between two classes, in units of pixels: images of 28×28 lie 10 to 20 apart
 TRIES = 2  # answers to pure noise for one that is kept, where a guide chooses
 CHUNK = 512  # pool images that the teacher denoises at once
 
 
-Guide = Callable[[Tensor], Tensor]
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A private diffusion model: what a student learns from, all of it released or derived from what was.
+
+    Attributes:
+      denoise: answers noise, and its own noisy samples.
+      guide: maps images to logits; says which samples look like their class.
+      tone: maps images to what is shown of them.
+    """
+
+    denoise: Denoising
+    guide: Callable[[Tensor], Tensor] | None = None
+    tone: Callable[[Tensor], Tensor] | None = None
+
+    def shown(self, images: Tensor) -> Tensor:
+        """Returns images [B, C, H, W] as they are shown."""
+        return images if self.tone is None else self.tone(images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +64,7 @@ class DistillationConfig:
       sigma_max, guidance: of the teacher's own samples. From a higher level, the teacher starts at sigma_max with the same noise.
       pool, reuse: the teacher answers `pool` inputs at a time, and each is used `reuse` times.
       adversarial: λ. At 1 the gradient of L_adv in the student's images is a fifth as long as that of L_dis; 0 leaves L_adv out.
+      spread: length of the energy distance's gradient in the student's images, in that of L_dis; 0 leaves it out.
       critic_width, critic_lr: channels of the discriminator's first layer, and Adam's rate.
       bf16: autocast the student to bfloat16.
       checkpoint_steps: steps between checkpoints; does not change the result.
@@ -66,6 +84,7 @@ class DistillationConfig:
     pool: int = 2048
     reuse: int = 4
     adversarial: float = 1.0
+    spread: float = 0.5
     critic_width: int = 32
     critic_lr: float = 1e-3
     bf16: bool = True
@@ -92,7 +111,7 @@ class DistillationConfig:
         for name in ("student_matrix_lr", "student_lr", "critic_lr"):
             if not (0 < getattr(self, name) < math.inf):
                 raise ConfigError(f"Expected a finite {name} > 0, got {getattr(self, name)}.")
-        for name in ("adversarial", "student_warmup", "guidance"):
+        for name in ("adversarial", "spread", "student_warmup", "guidance"):
             if not (0 <= getattr(self, name) < math.inf):
                 raise ConfigError(f"Expected a finite {name} of at least 0, got {getattr(self, name)}.")
         if not SIGMA_MIN < self.sigma_max < math.inf:
@@ -110,19 +129,18 @@ class Pool:
 
 
 def distil(
-    teacher: Denoising,
+    teacher: Teacher,
     seeds: Synthetic,
     public: Public,
     config: DistillationConfig,
     workspace: Workspace,
-    guide: Guide | None = None,
 ) -> Any:
     """Trains a student to answer in one step what the teacher answers in many. A stopped run goes on with the same bytes.
 
     Args:
-      teacher: private by itself; asked about noise, and about its own noisy samples.
-      seeds: samples of the teacher, or anything else that is released.
-      guide: released as well; maps images to logits. Of answers to pure noise, those come first that it takes for their class.
+      teacher: asked about noise, and about its own noisy samples. Of answers to pure noise, those come first that its guide takes for
+        their class.
+      seeds: what its denoiser drew, not yet as it is shown; or anything else that is released.
 
     Returns:
       A UNet2DModel in the parametrisation of `models.unet.clean`, its weights averaged.
@@ -150,7 +168,7 @@ def distil(
     optimizers: dict[str, torch.optim.Optimizer] = {"student": optimizer, "critic": critic_optimizer}
 
     start = restore(workspace.load("distillation"), modules, optimizers)
-    pools = Pools(teacher, seeds, public, config, workspace, guide)
+    pools = Pools(teacher, seeds, public, config, workspace)
     for step in workspace.track(range(start, config.student_steps), "distilling the teacher"):
         pool = pools.batch(step)
         optimizer.scale = share = _rate(config, step)
@@ -159,6 +177,7 @@ def distil(
         with torch.autocast(device, torch.bfloat16, enabled=config.bf16):
             answer = clean(student, pool.noisy, pool.sigma, pool.classes)
         gradient = answer.detach() - pool.targets  # of L_dis = ½·MSE, but for the number of pixels
+        length = gradient.norm()
         if config.adversarial:
             # The critic: hinge loss, teacher's images above 1 and student's below -1.
             fake = answer.detach()
@@ -171,7 +190,10 @@ def distil(
             critic_optimizer.step()
             fake.requires_grad_()
             (push,) = torch.autograd.grad(-critic(fake, pool.classes).sum(), fake)
-            gradient = gradient + config.adversarial * PUSH * gradient.norm() / (push.norm() + 1e-12) * push
+            gradient = gradient + config.adversarial * PUSH * length / (push.norm() + 1e-12) * push
+        if config.spread:
+            apart = energy_gradient(answer.detach(), pool.targets, pool.classes)
+            gradient = gradient + config.spread * length / (apart.norm() + 1e-12) * apart
         optimizer.zero_grad()
         answer.backward(gradient / len(answer))
         optimizer.step()
@@ -192,14 +214,12 @@ class Pools:
 
     def __init__(
         self,
-        teacher: Denoising,
+        teacher: Teacher,
         seeds: Synthetic,
         public: Public,
         config: DistillationConfig,
         workspace: Workspace,
-        guide: Guide | None = None,
     ) -> None:
-        self._guide = guide
         self._teacher, self._seeds, self._public = teacher, seeds, public
         self._config, self._workspace = config, workspace
         self._number = -1
@@ -219,7 +239,7 @@ class Pools:
     def _make(self, number: int) -> Pool:
         config, g = self._config, self._workspace.generator("distillation-pool", number)
         wanted = round(config.from_noise * config.pool)
-        n_noise = wanted * (1 if self._guide is None else TRIES)
+        n_noise = wanted * (1 if self._teacher.guide is None else TRIES)
         drawn = config.pool - wanted + n_noise
         shape = (drawn, *self._public.image_shape)
         picked = torch.randint(len(self._seeds.images), (drawn,), generator=g)
@@ -237,17 +257,19 @@ class Pools:
                 _noisy(x, known, normal).split(CHUNK), known.split(CHUNK), classes.split(CHUNK), strict=True
             )
         ]
-        targets = torch.cat(parts)
+        targets = self._teacher.shown(torch.cat(parts))
         kept = torch.cat([self._best(targets[:n_noise], classes[:n_noise])[:wanted], torch.arange(n_noise, drawn)])
-        noisy = _noisy(x[kept], sigma[kept], normal[kept])
+        # The teacher was asked about its own sample, the student is asked about what is shown of it: its own first answer looks so.
+        noisy = _noisy(self._teacher.shown(x)[kept] * (index[kept] > 0).view(-1, 1, 1, 1), sigma[kept], normal[kept])
         return Pool(noisy=noisy, sigma=sigma[kept], classes=classes[kept], targets=targets[kept])
 
     @torch.no_grad()
     def _best(self, x: Tensor, classes: Tensor) -> Tensor:
         """Rows of x, those first that the guide takes for their class; all in their order without one."""
-        if self._guide is None:
+        guide = self._teacher.guide
+        if guide is None:
             return torch.arange(len(x))
-        found = [self._guide(part.to(self._workspace.device)).argmax(dim=1).cpu() for part in x.split(CHUNK)]
+        found = [guide(part.to(self._workspace.device)).argmax(dim=1).cpu() for part in x.split(CHUNK)]
         wrong = torch.cat([*found, classes[:0]]) != classes
         return wrong.to(torch.int8).argsort(stable=True)
 
@@ -256,10 +278,10 @@ class Pools:
         config, anything = self._config, torch.full_like(y, self._public.n_classes)
 
         def guided(x: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
-            estimate = self._teacher(x, sigma, y)
+            estimate = self._teacher.denoise(x, sigma, y)
             if config.guidance == 1:
                 return estimate
-            free = self._teacher(x, sigma, anything)
+            free = self._teacher.denoise(x, sigma, anything)
             return free + config.guidance * (estimate - free)
 
         return denoised(guided, x, sigma, y, steps=config.answer_steps)
@@ -283,6 +305,25 @@ def denoised(teacher: Denoising, x: Tensor, sigma: Tensor, y: Tensor, *, steps: 
         estimate = teacher(x, here.float(), y)
         x = estimate + (after / here).float().view(-1, 1, 1, 1) * (x - estimate)
     return x.clamp(-1, 1)
+
+
+def energy_gradient(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """Gradient in x of the energy distance between images x and t [B, C, H, W] with classes y [B], but for a factor.
+
+    An answer that is unsure is drawn to the middle of what it may be; the distance between a batch and its targets, which is 0 only where
+    both are spread alike, pushes such answers apart again.
+    Source: Székely & Rizzo (2013); as a generator's loss, Bellemare et al. (2017).
+    """
+    joint = F.one_hot(y).to(x.dtype) * CLASS_GAP
+    a, b = torch.cat([x.flatten(1), joint], dim=1), torch.cat([t.flatten(1), joint], dim=1)
+
+    def pulls(other: Tensor) -> Tensor:
+        weight = 1 / torch.cdist(a, other).clamp_min(1e-3)
+        weight = weight * (torch.cdist(a, other) > 1e-3)
+        return a * weight.sum(dim=1, keepdim=True) - weight @ other
+
+    n = len(x)
+    return ((pulls(b) / n - pulls(a) / (n - 1))[:, : x[0].numel()]).view_as(x)
 
 
 class Critic(nn.Module):

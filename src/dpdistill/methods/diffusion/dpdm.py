@@ -15,7 +15,7 @@ from ...models import unet
 from ...privacy import Planned
 from ..base import Public, Sampler, Workspace
 from . import private_denoiser
-from .distillation import DistillationConfig
+from .distillation import DistillationConfig, Teacher
 from .private_denoiser import DenoiserConfig
 from .student import finish
 
@@ -59,4 +59,4 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     """DP-SGD, then a student of it: the paper samples the denoiser itself."""
     model = private_denoiser.network(config, public, workspace.generator("denoiser-model")).to(workspace.device)
     model = private_denoiser.train(model, config, public, private, plan[0], workspace)
-    return finish(model, None, public, config, workspace)
+    return finish(Teacher(denoise=model), public, config, workspace)

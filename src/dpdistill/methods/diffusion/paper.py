@@ -26,7 +26,7 @@ from ...models import edm
 from ...models.denoiser import Denoiser
 from ...privacy import GaussianSum, Planned, calibrate, epsilon
 from ..base import Public, Sampler, Workspace
-from .distillation import Critic, DistillationConfig
+from .distillation import Critic, DistillationConfig, Teacher
 from .student import finish
 
 TINY_MU = 12  # above, ε of a Gaussian is out of reach of the closed form's arithmetic
@@ -203,7 +203,7 @@ def release(
 ) -> Sampler:
     """Returns the paper's student in the form that a release has: distilled once more, for a few steps. NO guarantee, as `run`."""
     teacher = run(config, public, images, labels, sigma, vault, workspace).to(workspace.device)
-    return finish(teacher, None, public, config, workspace)
+    return finish(Teacher(denoise=teacher), public, config, workspace)
 
 
 def output_gradients(x_theta: Tensor, x_psi: Tensor, x_0: Tensor, y: Tensor, critic: Critic, lam: float) -> Tensor:

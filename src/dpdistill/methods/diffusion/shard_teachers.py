@@ -24,7 +24,7 @@ from ...models import edm, unet
 from ...models.denoiser import Denoiser
 from ...privacy import Planned, ShardSum
 from ..base import Public, Sampler, Workspace
-from .distillation import DistillationConfig
+from .distillation import DistillationConfig, Teacher
 from .student import finish
 
 
@@ -113,7 +113,7 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
         # By K, a public constant, though some shards may be empty.
         asked.append((x, sigma, y, own + pulled.to(device).view_as(own) / config.models))
         fit(student, config, [torch.cat(part) for part in zip(*asked, strict=True)], workspace, index)
-    return finish(student, None, public, config, workspace)
+    return finish(Teacher(denoise=student), public, config, workspace)
 
 
 def network(config: Config, shape: tuple[int, int, int], n_classes: int, generator: torch.Generator) -> Denoiser:

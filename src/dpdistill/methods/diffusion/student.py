@@ -3,15 +3,13 @@
 Nothing here is private. M images, K classes, B images of a batch, C channels, H, W size.
 """
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from ...models import edm, unet
-from ..base import Denoising, Public, Sampler, Synthetic, Workspace
-from .distillation import distil
+from ..base import Public, Sampler, Synthetic, Workspace
+from .distillation import Teacher, distil
 
 CHUNK = 1000
 OVERSAMPLE = 3  # images drawn for one that is kept, where a guide chooses
@@ -33,77 +31,52 @@ class Finishing(Protocol):
     def guidance(self) -> float: ...
 
 
-def surest(
-    draw: Callable[[Tensor, torch.Generator], Tensor],
-    guide: Callable[[Tensor], Tensor] | None,
-    total: int,
-    public: Public,
-    workspace: Workspace,
-    purpose: str,
-) -> Synthetic:
-    """Returns about `total` images, as many of each class: of those drawn, the first that the guide takes for their class.
+def samples(teacher: Teacher, public: Public, config: Finishing, workspace: Workspace, total: int) -> Synthetic:
+    """Returns about `total` samples of the teacher as they are shown, as many of each class."""
+    return _chosen(teacher, public, config, workspace, total)[1]
 
-    Where it takes too few for it, those follow that it holds likeliest. Without a guide, nothing is left out.
 
-    Args:
-      draw: labels [B], as many of each class and in their order, and a generator, to images [B, C, H, W].
+def _chosen(
+    teacher: Teacher, public: Public, config: Finishing, workspace: Workspace, total: int
+) -> tuple[Synthetic, Synthetic]:
+    """Returns samples as the denoiser drew them, and the same as they are shown: of those drawn, the first that the guide takes for
+    their class. Where it takes too few for it, those follow that it holds likeliest. Without a guide, nothing is left out.
     """
     k, m = public.n_classes, -(-total // public.n_classes)
-    drawn = m if guide is None else m * OVERSAMPLE
+    drawn = m if teacher.guide is None else m * OVERSAMPLE
     labels = torch.arange(k).repeat_interleave(drawn)
-    images = draw(labels, workspace.generator(purpose)).cpu()
-    if guide is None:
-        return Synthetic(images=images, labels=labels)
+    raw = edm.sample(
+        teacher.denoise,
+        labels.to(workspace.device),
+        public.image_shape,
+        steps=config.sampling_steps,
+        generator=workspace.generator("teacher-samples"),
+        sigma_max=config.sigma_max,
+        guidance=config.guidance,
+        n_classes=k,
+    ).cpu()
+    shown = teacher.shown(raw)
+    if teacher.guide is None:
+        return Synthetic(images=raw, labels=labels), Synthetic(images=shown, labels=labels)
     with torch.no_grad():
-        likely = torch.cat([guide(x.to(workspace.device)).log_softmax(dim=1).cpu() for x in images.split(CHUNK)])
+        parts = [teacher.guide(x.to(workspace.device)).log_softmax(dim=1).cpu() for x in shown.split(CHUNK)]
     kept = []
-    for row, p in enumerate(likely.split(drawn)):
+    for row, p in enumerate(torch.cat(parts).split(drawn)):
         fits = p.argmax(dim=1) == row
         rank = torch.where(fits, torch.ones(drawn), p[:, row])  # a log-probability is at most 0
         kept.append(rank.argsort(descending=True, stable=True)[:m] + row * drawn)
     rows = torch.cat(kept)
-    return Synthetic(images=images[rows], labels=labels[rows])
+    return Synthetic(images=raw[rows], labels=labels[rows]), Synthetic(images=shown[rows], labels=labels[rows])
 
 
-def samples(
-    teacher: Denoising,
-    guide: Callable[[Tensor], Tensor] | None,
-    public: Public,
-    config: Finishing,
-    workspace: Workspace,
-    total: int,
-) -> Synthetic:
-    """Returns samples of the teacher, chosen by the guide where there is one."""
-
-    def draw(labels: Tensor, g: torch.Generator) -> Tensor:
-        return edm.sample(
-            teacher,
-            labels.to(workspace.device),
-            public.image_shape,
-            steps=config.sampling_steps,
-            generator=g,
-            sigma_max=config.sigma_max,
-            guidance=config.guidance,
-            n_classes=public.n_classes,
-        )
-
-    return surest(draw, guide, total, public, workspace, "teacher-samples")
-
-
-def finish(
-    teacher: Denoising,
-    guide: Callable[[Tensor], Tensor] | None,
-    public: Public,
-    config: Any,
-    workspace: Workspace,
-) -> Sampler:
+def finish(teacher: Teacher, public: Public, config: Any, workspace: Workspace) -> Sampler:
     """Distils the teacher and draws what is shown.
 
     Args:
       config: a method's Config: `Finishing` and `DistillationConfig` in one.
     """
-    seeds = samples(teacher, guide, public, config, workspace, config.seed_images)
-    student = distil(teacher, seeds, public, config, workspace, guide)
+    seeds, _ = _chosen(teacher, public, config, workspace, config.seed_images)
+    student = distil(teacher, seeds, public, config, workspace)
     labels = torch.arange(public.n_classes).repeat_interleave(config.per_class)
     student = student.cpu().eval()
     shown = unet.draw(unet.pipeline(student), labels, STEPS, workspace.generator("shown"))
