@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import IO
 
 import numpy as np
@@ -131,12 +132,10 @@ class ArrowStream:
         """Yields some rows at a time: images as bytes, labels as an array of integers or a list of text."""
         for header, start, n_bytes in self.messages():
             n_rows = natural(header.number(0, "<q"))
-            self.file.seek(start)
-            body = read_exactly(self.file, n_bytes, self.path)
             nodes, buffers = header.longs(1, 2), header.longs(2, 2)
             fields = (self.image, self.encoded, self.label)
             check_nulls(self.path, any(nodes[field.node] != (n_rows, 0) for field in fields))
-            values = Body(body, buffers)
+            values = Body(self.file, start, n_bytes, buffers, self.path)
             labels: np.ndarray | list[bytes]
             if self.label.kind == INT:
                 labels = values.numbers(self.label.buffer + 1, self.label.dtype, n_rows)
@@ -150,21 +149,28 @@ class ArrowStream:
 
 
 class Body:
-    """The buffers of one record batch."""
+    """The buffers of one record batch, read from its file as they are needed: a batch may be the whole file."""
 
-    def __init__(self, data: bytes, buffers: list[tuple[int, ...]]) -> None:
-        self.data, self.buffers = data, buffers
+    def __init__(self, file: IO[bytes], start: int, n_bytes: int, buffers: list[tuple[int, ...]], path: str) -> None:
+        self.file, self.start, self.n_bytes, self.buffers, self.path = file, start, n_bytes, buffers, path
 
-    def raw(self, index: int) -> memoryview:
-        """Returns one buffer."""
+    def size(self, index: int) -> int:
+        """Returns the bytes of one buffer."""
         offset, length = self.buffers[index]
-        if not 0 <= offset <= offset + length <= len(self.data):
+        if not 0 <= offset <= offset + length <= self.n_bytes:
             raise ValueError("a buffer lies outside the body")
-        return memoryview(self.data)[offset : offset + length]
+        return length
+
+    def read(self, index: int, first: int, last: int) -> bytes:
+        """Returns bytes of one buffer, from `first` to before `last`."""
+        if not 0 <= first <= last <= self.size(index):
+            raise ValueError("values lie outside their buffer")
+        self.file.seek(self.start + self.buffers[index][0] + first)
+        return read_exactly(self.file, last - first, self.path)
 
     def numbers(self, index: int, dtype: str, n_rows: int) -> np.ndarray:
         """Returns the first values of a buffer."""
-        return np.frombuffer(self.raw(index), dtype, n_rows)
+        return np.frombuffer(self.read(index, 0, n_rows * np.dtype(dtype).itemsize), dtype, n_rows)
 
     def chunks(self, field: Field, n_rows: int) -> Iterator[bytes]:
         """Yields the values of a column of bytes or text; their offsets must rise and stay within the buffer."""
@@ -172,11 +178,13 @@ class Body:
             return
         wide = field.kind in (LARGE_BINARY, LARGE_UTF8)
         offsets = self.numbers(field.buffer + 1, "<i8" if wide else "<i4", n_rows + 1).astype(np.int64)
-        data = self.raw(field.buffer + 2)
-        if offsets[0] < 0 or offsets[-1] > len(data) or (offsets[1:] < offsets[:-1]).any():
+        if offsets[0] < 0 or offsets[-1] > self.size(field.buffer + 2) or (offsets[1:] < offsets[:-1]).any():
             raise ValueError("offsets do not rise")
-        for i in range(n_rows):
-            yield bytes(data[offsets[i] : offsets[i + 1]])
+        for at in range(0, n_rows, BATCH_ROWS):
+            ends = offsets[at : at + BATCH_ROWS + 1].tolist()
+            data = self.read(field.buffer + 2, ends[0], ends[-1])
+            for first, last in pairwise(ends):
+                yield data[first - ends[0] : last - ends[0]]
 
 
 def int_dtype(table: Table) -> str:

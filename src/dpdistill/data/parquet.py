@@ -20,6 +20,7 @@ from dpdistill.data.parquet_check import check_parquet
 
 BATCH_ROWS = 256
 MAX_BATCH_BYTES = 2**27
+READ_BYTES = 2**20
 EMBEDDED_SCHEMA = b"ARROW:schema"
 
 
@@ -32,6 +33,7 @@ class ParquetTable:
         self.file = pq.ParquetFile(
             pa.PythonFile(Overlaid(file, size, footer, size - 8 - len(footer)), "r"),
             pre_buffer=False,
+            buffer_size=READ_BYTES,  # else a column of a row group is read whole
             page_checksum_verification=True,
         )
         self.path, self.columns, self.metadata, self.n_rows = path, columns, facts.metadata, facts.n_rows
