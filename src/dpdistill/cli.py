@@ -28,6 +28,9 @@ Auxiliary = Annotated[
 ]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, where the files do not say.")]
 Resize = Annotated[int | None, typer.Option(help="Side length in pixels to scale images to.")]
+MaxGib = Annotated[
+    int | None, typer.Option(help="Most data to read, in GiB once unpacked (4 by default); docs/large-data.md.")
+]
 Budget = Annotated[float | None, typer.Option(help="ε that all runs on this data may cost together.")]
 LedgerPath = Annotated[
     str | None, typer.Option("--ledger", help="The data set's ledger; one per data set under ~/.dpdistill by default.")
@@ -99,6 +102,7 @@ def dataset(
     auxiliary: Auxiliary = None,
     classes: Classes = None,
     resize: Resize = None,
+    max_gib: MaxGib = None,
     budget: Budget = None,
     ledger: LedgerPath = None,
     seed: Seed = None,
@@ -165,6 +169,7 @@ def model(
     auxiliary: Auxiliary = None,
     classes: Classes = None,
     resize: Resize = None,
+    max_gib: MaxGib = None,
     budget: Budget = None,
     ledger: LedgerPath = None,
     seed: Seed = None,
@@ -222,6 +227,7 @@ def diffusion(
     auxiliary: Auxiliary = None,
     classes: Classes = None,
     resize: Resize = None,
+    max_gib: MaxGib = None,
     budget: Budget = None,
     ledger: LedgerPath = None,
     seed: Seed = None,

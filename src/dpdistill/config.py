@@ -35,6 +35,7 @@ class RunConfig:
       ledger: the data set's ledger; where not given, one per data set under ~/.dpdistill (or $DPDISTILL_HOME).
       classes: number of classes, where the files do not say (the labels that occur are private).
       resize: side length in pixels to scale images to on reading.
+      max_gib: most data to read, in GiB once unpacked. What does not fit in memory stays on disk.
       device: cpu or cuda.
       settings: the method's own settings, by name.
     """
@@ -51,6 +52,7 @@ class RunConfig:
     ledger: str | None = None
     classes: int | None = None
     resize: int | None = None
+    max_gib: int = 4
     device: str = "cpu"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -67,6 +69,8 @@ class RunConfig:
             raise ConfigError(f"Expected a seed in 0..2**63 - 1, got {self.seed}.")
         if self.classes is not None and self.classes < 1:
             raise ConfigError(f"Expected at least one class, got classes={self.classes}.")
+        if not (1 <= self.max_gib <= 2**20):
+            raise ConfigError(f"Expected max_gib in 1..{2**20}, got {self.max_gib}.")
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"Expected a device of cpu or cuda, got {self.device!r}.")
 

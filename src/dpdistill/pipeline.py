@@ -11,8 +11,9 @@ import hmac
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ import torch
 
 from .bundle import BundleFacts, product_of, product_of_sampler, write_bundle
 from .config import DiffusionConfig, ModelConfig, RunConfig, build, config_hash, public_toml
-from .data import LabelledImages, Limits, load_images, procedural_images, to_unit
+from .data import LabelledImages, Limits, chunks, load_images, procedural_images, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError
 from .mechanisms import Door, Ensemble, PrivateData, Vault
 from .mechanisms.vault import write_atomically
@@ -160,10 +161,11 @@ def home() -> Path:
 def default_ledger(records: LabelledImages) -> Path:
     """The ledger of these very records, wherever their file lies: named by a keyed hash, so that the name tells nothing about them."""
     facts = repr((records.images.shape, str(records.images.dtype))).encode()
-    return ledger_of(facts, np.ascontiguousarray(records.images).data, np.ascontiguousarray(records.labels).data)
+    images = (np.ascontiguousarray(part).data for part in chunks(records.images))
+    return ledger_of(chain([facts], images, [np.ascontiguousarray(records.labels).data]))
 
 
-def ledger_of(*contents: bytes | memoryview) -> Path:
+def ledger_of(contents: Iterable[bytes | memoryview]) -> Path:
     """The ledger that goes by these contents."""
     folder = home()
     try:
@@ -189,7 +191,15 @@ def _home_key(folder: Path) -> bytes:
 
 def load_private(config: RunConfig) -> LabelledImages:
     ids = config.id_column if isinstance(config, ModelConfig) else None
-    return load_images(config.data, n_classes=config.classes, resize=config.resize, id_column=ids)
+    limits = Limits.of_gib(config.max_gib, scratch_of(config))
+    return load_images(config.data, n_classes=config.classes, resize=config.resize, id_column=ids, limits=limits)
+
+
+def scratch_of(config: RunConfig) -> str:
+    """The folder for what does not fit in memory: $TMPDIR, else where the release will be. The system's own is often kept in memory."""
+    named = os.environ.get("TMPDIR")
+    place = Path(config.out).absolute().parent
+    return named or str(next(folder for folder in (place, *place.parents) if folder.is_dir()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +243,7 @@ def owners(config: ModelConfig) -> Source:
         image_shape=first.image_shape,
         class_names=names,
         unit="owner",
-        ledger=lambda: named_ledger(config) if config.ledger else ledger_of(*hashes),
+        ledger=lambda: named_ledger(config) if config.ledger else ledger_of(hashes),
         handle=lambda ledger, vault: Ensemble.of_models([t.outputs for t in teachers], len(names), ledger, vault),
         models=len(teachers),
     )
@@ -276,7 +286,9 @@ def open_source(config: RunConfig) -> Source:
         class_names=records.class_names,
         unit="id" if records.ids is not None else "record",
         ledger=lambda: _ledger_path(config, records),
-        handle=lambda ledger, vault: PrivateData(records, ledger, vault, device=config.device),
+        handle=lambda ledger, vault: PrivateData(
+            records, ledger, vault, device=config.device, scratch=scratch_of(config)
+        ),
     )
 
 
@@ -285,10 +297,11 @@ def _ledger_path(config: RunConfig, records: LabelledImages) -> Path:
     if config.ledger is not None:
         return named_ledger(config)
     if config.resize is not None:
+        limits = Limits.of_gib(config.max_gib, scratch_of(config))
         try:
-            records = load_images(config.data, n_classes=config.classes)
+            records = load_images(config.data, n_classes=config.classes, limits=limits)
         except InputError:  # mixed or large images: they cannot be read without a size
-            records = load_images(config.data, n_classes=config.classes, resize=64)
+            records = load_images(config.data, n_classes=config.classes, resize=64, limits=limits)
     return default_ledger(records)
 
 

@@ -23,10 +23,20 @@ from dpdistill.data.labels import check_labels, resolve_classes
 from dpdistill.data.limits import DEFAULT_LIMITS, Limits
 from dpdistill.data.npz import read_npz, to_nchw, write_npz
 from dpdistill.data.procedural import procedural_images
+from dpdistill.data.stored import Images, StoredArray, chunks, mapped
 from dpdistill.data.tables import find_tables, holds_tables, read_tables
 from dpdistill.errors import InputError
 
-__all__ = ["LabelledImages", "Limits", "load_images", "procedural_images", "to_unit", "write_npz"]
+__all__ = [
+    "LabelledImages",
+    "Limits",
+    "StoredArray",
+    "chunks",
+    "load_images",
+    "procedural_images",
+    "to_unit",
+    "write_npz",
+]
 
 KINDS = "an .npz, a folder of class folders, IDX files, .parquet, a Hugging Face folder, or digits"
 
@@ -68,6 +78,9 @@ def load_images(
       channels: 1 or 3, to convert image files all to grey or all to colour. Default: they must agree.
       limits: caps on what a file may ask for.
 
+    Images of more than 256 MiB are not kept in memory: they stay in their file if it holds them as they are (IDX, npz without
+    compression), or are unpacked or decoded, one after another, to a file without a name in `limits.scratch`.
+
     Returns:
       At least one image, height and width within `limits.min_size` and `limits.max_size` (8 and 64).
 
@@ -78,6 +91,7 @@ def load_images(
     with one_error_type(source):
         check_arguments(source, value_range, resize, channels, limits)
         kind = kind_of(spec, limits)
+        images: Images
         in_file: Sequence[object] | None = None
         ids: np.ndarray | None = None
         if id_column is not None and kind != "npz":
@@ -89,7 +103,7 @@ def load_images(
             in_file = NAMES
         elif kind == "npz":
             images, labels, in_file, ids = read_npz(spec, limits, id_column)
-            images = to_nchw(source, images)
+            images = to_nchw(source, images, limits.scratch)
         elif kind == "idx":
             images, labels = read_idx(spec, split, limits)
         elif kind == "tables":
@@ -160,18 +174,18 @@ def check_arguments(
         raise InputError(source, "value_range must be two finite numbers, low before high") from None
 
 
-def check_images(
-    source: str, images: np.ndarray, resize: int | None, channels: int | None, limits: Limits
-) -> np.ndarray:
+def check_images(source: str, images: Images, resize: int | None, channels: int | None, limits: Limits) -> Images:
     """Returns images [N, C, H, W] that fit the caps: at least one, of a size that the models take."""
     n, c, h, w = images.shape
     if n == 0:
         raise InputError(source, "holds no images", "at least one is needed")
     if n > limits.max_images:
-        raise InputError(source, f"holds more than {limits.max_images:,} images", "use a part of it")
+        raise InputError(
+            source, f"holds more than {limits.max_images:,} images", "use a part of it, or raise --max-gib"
+        )
     if channels is not None and c != channels:
         raise InputError(source, f"holds images with {c} channels", "leave channels out: arrays are not converted")
-    if resize is not None and max(h, w) <= limits.max_side and min(h, w) > 0:
-        images = resize_arrays(images, resize)
+    if resize is not None and max(h, w) <= limits.max_side and min(h, w) > 0 and (h, w) != (resize, resize):
+        images = mapped(images, lambda part: resize_arrays(part, resize), limits.scratch)
     check_size(source, images.shape[2], images.shape[3], limits)
     return images

@@ -80,7 +80,7 @@ def open_regular(path: str | Path, limits: Limits, *, follow: bool = True) -> It
             if status.st_size == 0:
                 raise InputError(path, "is empty", "copy or download it again")
             if status.st_size > limits.max_file_bytes:
-                raise InputError(path, "is too large", f"at most {limits.max_file_bytes:,} bytes are read")
+                raise InputError(path, "is too large", limits.hint(limits.max_file_bytes))
         except BaseException:
             os.close(descriptor)
             raise
@@ -117,14 +117,14 @@ def read_exactly(file: IO[bytes], n_bytes: int, path: object) -> bytes:
     return data
 
 
-def read_into(file: IO[bytes], view: memoryview, path: object) -> None:
-    """Fills a writable byte view from a stream in chunks of 1 MiB, and checks that the stream then ends."""
+def pieces(file: IO[bytes], n_bytes: int, path: object) -> Iterator[tuple[int, bytes]]:
+    """Yields a stream's next bytes in pieces of 1 MiB, each with its position, and checks that the stream then ends."""
     done = 0
-    while done < len(view):
-        chunk = file.read(min(2**20, len(view) - done))
-        if not chunk:
+    while done < n_bytes:
+        piece = file.read(min(2**20, n_bytes - done))
+        if not piece:
             raise InputError(path, "is cut short", "copy or download it again")
-        view[done : done + len(chunk)] = chunk
-        done += len(chunk)
+        yield done, piece
+        done += len(piece)
     if file.read(1):
         raise InputError(path, "holds more data than its header declares", "write it again")

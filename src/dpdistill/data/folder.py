@@ -17,6 +17,7 @@ from dpdistill.data.files import list_folder, one_error_type, open_regular
 from dpdistill.data.limits import Limits
 from dpdistill.data.splits import choose_split
 from dpdistill.data.stack import stack_images
+from dpdistill.data.stored import Images
 from dpdistill.errors import InputError
 
 
@@ -42,7 +43,7 @@ def read_folder(
     resize: int | None,
     channels: int | None,
     limits: Limits,
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
+) -> tuple[Images, np.ndarray, list[str]]:
     """Reads images, labels and class names.
 
     Args:

@@ -14,9 +14,10 @@ from typing import IO, cast
 
 import numpy as np
 
-from dpdistill.data.files import check_name, list_folder, one_error_type, open_regular, read_exactly, read_into
+from dpdistill.data.files import check_name, list_folder, one_error_type, open_regular, pieces, read_exactly
 from dpdistill.data.limits import Limits, check_unpacked
 from dpdistill.data.splits import choose_split
+from dpdistill.data.stored import Images, filled, in_place, room, too_large, with_channel
 from dpdistill.errors import InputError
 
 IMAGES_NAME = re.compile(r"(?P<prefix>.*?)[-_.]?images[-.]idx3-ubyte(\.gz)?", re.ASCII)
@@ -70,17 +71,17 @@ def pair_in_folder(folder: str | Path, split: str | None, limits: Limits) -> tup
     return images[chosen], labels[chosen]
 
 
-def read_idx(path: str | Path, split: str | None, limits: Limits) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a pair. Returns uint8 [N, 1, H, W] and uint8 [N].
+def read_idx(path: str | Path, split: str | None, limits: Limits) -> tuple[Images, np.ndarray]:
+    """Reads a pair. Returns uint8 [N, 1, H, W] and uint8 [N]. Images that do not fit in memory stay in their file, if it is not packed.
 
     Raises:
       InputError: wrong magic number, sizes that do not fit, too large, or damaged.
     """
     images_path, labels_path = find_pair(path, split, limits)
-    return read_bytes(images_path, 3, limits)[:, None], read_bytes(labels_path, 1, limits)
+    return with_channel(read_bytes(images_path, 3, limits)), read_bytes(labels_path, 1, limits)[:]
 
 
-def read_bytes(path: str, n_dims: int, limits: Limits) -> np.ndarray:
+def read_bytes(path: str, n_dims: int, limits: Limits) -> Images:
     """Reads one IDX file of unsigned bytes."""
     with open_regular(path, limits) as (file, size), one_error_type(path):
         packed = file.read(2) == b"\x1f\x8b"
@@ -94,6 +95,7 @@ def read_bytes(path: str, n_dims: int, limits: Limits) -> np.ndarray:
         if not packed and n_bytes + len(header) != size:
             raise InputError(path, "has a header that does not fit its size", "copy or download it again")
         check_unpacked(path, n_bytes, size, limits)
-        array = np.empty(n_bytes, np.uint8)
-        read_into(stream, array.data, path)
-        return array.reshape(shape)
+        dtype = np.dtype(np.uint8)
+        if not packed and too_large(shape, dtype):
+            return in_place(file, len(header), shape, dtype, path)
+        return filled(room(shape, dtype, limits.scratch), pieces(stream, n_bytes, path))

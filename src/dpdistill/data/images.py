@@ -1,4 +1,4 @@
-"""Labelled images in memory, and their conversion to what the models take.
+"""Labelled images, and their conversion to what the models take.
 
 Shapes: N records, C channels, H height, W width, K classes. Private: pixels, labels and N. Public: everything else.
 """
@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dpdistill.data.stored import Images
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LabelledImages:
     """Images with one class each.
 
     Args:
-      images: [N, C, H, W], uint8 in 0..255, or float32 nominally within `value_range`. C is 1 or 3.
+      images: [N, C, H, W], uint8 in 0..255, or float32 nominally within `value_range`. C is 1 or 3. In memory, or in a file
+        (`StoredArray`), where each look at a row reads it.
       labels: [N], int64 in 0..K-1.
       class_names: K names. Public: declared by a file, a folder or the user, never collected from `labels`.
       value_range: of float images. Public: declared, never inferred from the pixels.
@@ -26,7 +29,7 @@ class LabelledImages:
       ValueError: shapes, dtypes or facts do not fit. The message holds no value taken from a record.
     """
 
-    images: np.ndarray
+    images: Images
     labels: np.ndarray
     class_names: tuple[str, ...]
     value_range: tuple[float, float] = (0.0, 1.0)
@@ -66,8 +69,8 @@ class LabelledImages:
         return len(self.class_names)
 
     def to_unit(self) -> np.ndarray:
-        """Returns the images as float32 in [-1, 1]; see `to_unit`."""
-        return to_unit(self.images, self.value_range)
+        """Returns the images as float32 in [-1, 1], all of them in memory; see `to_unit`."""
+        return to_unit(self.images[:], self.value_range)
 
 
 def valid_ids(ids: np.ndarray) -> bool:

@@ -24,9 +24,10 @@ class Limits:
       max_image_bytes: encoded bytes of one image.
       min_size: smallest height and width that the models take.
       max_size: largest height and width that the models take.
+      scratch: folder for unpacked images that do not fit in memory (`stored.MEMORY_BYTES`); None is the system's.
     """
 
-    max_file_bytes: int = 2**32 - 2**20  # below 4 GiB, so a zip archive never needs its 64-bit directory
+    max_file_bytes: int = 2**32
     max_array_bytes: int = 2**32
     max_ratio: int = 200
     free_bytes: int = 2**26
@@ -38,6 +39,22 @@ class Limits:
     max_image_bytes: int = 2**26
     min_size: int = 8
     max_size: int = 64
+    scratch: str | None = None
+
+    @classmethod
+    def of_gib(cls, max_gib: int, scratch: str | None = None) -> Limits:
+        """The limits of somebody who expects up to so many GiB of images. What a packed byte may become stays capped."""
+        default, n_bytes = cls(), max_gib * 2**30
+        return cls(
+            max_file_bytes=max(n_bytes, default.max_file_bytes),
+            max_array_bytes=n_bytes,
+            max_images=max(default.max_images, default.max_images * n_bytes // default.max_array_bytes),
+            scratch=scratch,
+        )
+
+    def hint(self, n_bytes: int) -> str:
+        """The way out where a cap in bytes is passed."""
+        return f"at most {n_bytes:,} bytes are read; --max-gib raises that"
 
 
 DEFAULT_LIMITS = Limits()
@@ -55,7 +72,7 @@ def check_unpacked(path: object, unpacked: int, packed: int, limits: Limits) -> 
       InputError: above `max_array_bytes`, or above `max_ratio` per packed byte.
     """
     if unpacked > limits.max_array_bytes:
-        raise InputError(path, "is too large once unpacked", f"at most {limits.max_array_bytes:,} bytes are read")
+        raise InputError(path, "is too large once unpacked", limits.hint(limits.max_array_bytes))
     if unpacked > limits.free_bytes and unpacked > limits.max_ratio * packed:
         reason = f"expands to more than {limits.max_ratio} times its size, like a decompression bomb"
         raise InputError(path, reason, "store it with less compression if it is genuine")

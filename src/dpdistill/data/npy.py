@@ -13,8 +13,9 @@ from typing import IO
 
 import numpy as np
 
-from dpdistill.data.files import read_exactly, read_into
+from dpdistill.data.files import pieces, read_exactly
 from dpdistill.data.limits import Limits, check_unpacked
+from dpdistill.data.stored import filled
 from dpdistill.errors import InputError
 
 MAX_HEADER_BYTES = 4096
@@ -85,12 +86,23 @@ def read_array(file: IO[bytes], path: object, *, stored_bytes: int, packed_bytes
     Raises:
       InputError: header and length differ, the array is too large, or the stream ends early or late.
     """
+    header = checked_header(file, path, stored_bytes=stored_bytes, packed_bytes=packed_bytes, limits=limits)
+    return read_rest(file, path, header)
+
+
+def checked_header(file: IO[bytes], path: object, *, stored_bytes: int, packed_bytes: int, limits: Limits) -> NpyHeader:
+    """Returns the header of an npy stream, if its size is that of the stream and under the caps. Arguments: see `read_array`."""
     check_unpacked(path, stored_bytes, packed_bytes, limits)
     header = read_header(file, path)
     if header.n_bytes + header.n_header_bytes != stored_bytes:
         raise InputError(path, "has a header that does not fit its size", "write it with numpy.savez")
+    return header
+
+
+def read_rest(file: IO[bytes], path: object, header: NpyHeader) -> np.ndarray:
+    """Returns the array after its header, in memory."""
     flat = np.empty(header.n_bytes, np.uint8)
-    read_into(file, flat.data, path)
+    filled(flat, pieces(file, header.n_bytes, path))
     if header.dtype.itemsize == 0:
         return np.zeros(header.shape, header.dtype)
     array = flat.view(header.dtype).reshape(header.shape, order="F" if header.fortran_order else "C")

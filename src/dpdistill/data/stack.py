@@ -11,6 +11,7 @@ import numpy as np
 
 from dpdistill.data.decode import RESIZE_HINT
 from dpdistill.data.limits import Limits
+from dpdistill.data.stored import Images, room
 from dpdistill.errors import InputError
 
 CHANNELS_HINT = "pass channels=1 or channels=3 to convert all"
@@ -32,8 +33,8 @@ def stack_images(
     n_images: int,
     limits: Limits,
     channels: int | None = None,
-) -> np.ndarray:
-    """Returns uint8 [N, C, H, W].
+) -> Images:
+    """Returns uint8 [N, C, H, W], in a file where it does not fit in memory.
 
     Args:
       source: the whole data set, for messages.
@@ -44,14 +45,16 @@ def stack_images(
     Raises:
       InputError: sizes or channels differ, no image at all, or more bytes than the cap.
     """
-    stacked = None
+    stacked: Images | None = None
     n_seen = 0
     for path, pixels in images:
         image_CHW = with_channels(pixels, channels)
         if stacked is None:
             if n_images > limits.max_images or n_images * image_CHW.size > limits.max_array_bytes:
-                raise InputError(path, "belongs to a data set that is too large to load", "use a part of it")
-            stacked = np.empty((n_images, *image_CHW.shape), np.uint8)
+                raise InputError(
+                    path, "belongs to a data set that is too large to load", "use a part of it, or raise --max-gib"
+                )
+            stacked = room((n_images, *image_CHW.shape), np.dtype(np.uint8), limits.scratch)
         if image_CHW.shape[1:] != stacked.shape[2:]:
             raise InputError(path, "differs in size from the images before it", RESIZE_HINT)
         if image_CHW.shape[0] != stacked.shape[1]:

@@ -21,6 +21,7 @@ from dpdistill.data.huggingface import class_names_of
 from dpdistill.data.limits import Limits
 from dpdistill.data.splits import choose_split, group_shards
 from dpdistill.data.stack import stack_images
+from dpdistill.data.stored import Images
 from dpdistill.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def read_tables(
     resize: int | None,
     channels: int | None,
     limits: Limits,
-) -> tuple[np.ndarray, np.ndarray, list[str] | None]:
+) -> tuple[Images, np.ndarray, list[str] | None]:
     """Reads the tables of one split.
 
     Args:

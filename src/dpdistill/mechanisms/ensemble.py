@@ -8,7 +8,7 @@ Proofs: docs/privacy/votes.md, docs/privacy/shard_sum.md.
 N records (never told), K shards, Q queries, C classes, D coordinates of an answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.images import LabelledImages, to_unit
+from ..data.stored import chunks
 from ..errors import ConfigError, TeacherError
 from ..privacy.ledger import Ledger
 from ..privacy.queries import VOTE_BITS, NoisyVotes, Query, ShardSum
@@ -255,21 +256,23 @@ def check_trainer(
 
 def assign(records: LabelledImages, n_shards: int, key: bytes) -> NDArray[np.int64]:
     """Returns the shard of every record: a keyed hash of its id, or of its content where it has none. Never of its position."""
+    digests: Iterator[bytes]
     if records.ids is not None:
         # By its text, not its bytes: how wide they are depends on the longest id of all.
-        names, inverse = np.unique(records.ids, return_inverse=True)
-        digests = [derive(key, "id", str(name).encode("utf-8", "surrogatepass")) for name in names]
+        digests = (derive(key, "id", str(name).encode("utf-8", "surrogatepass")) for name in records.ids)
     else:
-        content = zip(records.images, records.labels, strict=True)
-        digests = [derive(key, "record", image.tobytes(), str(int(label))) for image, label in content]
-        inverse = np.arange(len(digests))
-    numbers = [int.from_bytes(digest[:16], "big") % n_shards for digest in digests]
-    return np.array(numbers, np.int64)[inverse]
+        images = (image for part in chunks(records.images) for image in part)
+        content = zip(images, records.labels, strict=True)
+        digests = (derive(key, "record", image.tobytes(), str(int(label))) for image, label in content)
+    numbers = (int.from_bytes(digest[:16], "big") % n_shards for digest in digests)
+    return np.fromiter(numbers, np.int64, len(records.labels))
 
 
 def _canonical(records: LabelledImages, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """The rows of a shard in an order that only the shard's own content decides."""
-    content = [(records.images[row].tobytes(), int(records.labels[row])) for row in rows]
+    content = [
+        (image.tobytes(), int(label)) for image, label in zip(records.images[rows], records.labels[rows], strict=True)
+    ]
     return rows[sorted(range(len(rows)), key=lambda index: content[index])]
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.images import to_unit
+from ..data.stored import Images, room
 from ..errors import ConfigError, RecordwiseError
 from ..privacy.queries import GaussianSum
 from .clipping import UNIT_BITS, clip_left, unit_grid
@@ -43,7 +44,7 @@ class PrivateFeatures:
     ) -> None:
         self._private, self._fn, self.dim, self._progress = private, fn, dim, progress
         self._stride = -(-dim // ALIGN) * ALIGN
-        self._rows: Tensor | None = None
+        self._rows: Images | None = None
         self._worst: float | None = None
         self._labels = torch.empty(0, dtype=torch.int64)
 
@@ -99,10 +100,10 @@ class PrivateFeatures:
 
     def _exact_sum(self, query: GaussianSum, left: LeftFunction, name: str) -> NDArray[np.int64]:
         rows, labels = self._features(), self._labels  # private
-        chosen = torch.arange(len(labels))
+        chosen = np.arange(len(labels))
         if query.sampling_prob < 1:
             coins = self._private._vault.sampling_stream(name).bernoulli(len(labels), query.sampling_prob)
-            chosen = torch.from_numpy(np.flatnonzero(coins))
+            chosen = np.flatnonzero(coins)
         width, device = query.dim // self.dim, self._private.device
         size = min(4 * self._private.micro_batch, 2**20)
         total = torch.zeros(width, self.dim, dtype=torch.int64, device=device)
@@ -110,9 +111,9 @@ class PrivateFeatures:
             here = chosen[start : start + size]
             # Always the same shape: a row's arithmetic must not depend on how many rows there are. Zero rows add zero.
             grid = torch.zeros(size, self.dim, dtype=torch.int16)
-            grid[: len(here)] = rows[here]
+            grid[: len(here)] = torch.from_numpy(rows[here])
             y = torch.zeros(size, dtype=torch.int64)
-            y[: len(here)] = labels[here]
+            y[: len(here)] = labels[torch.from_numpy(here)]
             grid = grid.to(device)
             with torch.no_grad():
                 v = left(self._aligned(grid), y.to(device))
@@ -129,12 +130,13 @@ class PrivateFeatures:
         room[:, : self.dim] = grid_BD * STEP
         return room[:, : self.dim]
 
-    def _features(self) -> Tensor:
-        """Features of all records as int16, in steps of 2**-14; rows of malformed records are zero."""
+    def _features(self) -> Images:
+        """Features of all records as int16, in steps of 2**-14, in a file where they do not fit in memory; rows of malformed records are
+        zero."""
         if self._rows is None:
             private, size = self._private, self._private.micro_batch
             images, labels = private._records.images, private._records.labels
-            result = torch.zeros(len(labels), self.dim, dtype=torch.int16)
+            result = room((len(labels), self.dim), np.dtype(np.int16), private._scratch)
             for start in range(0, len(labels), size):
                 n = len(labels[start : start + size])
                 x = np.zeros((size, *private.image_shape), np.float32)
@@ -152,7 +154,7 @@ class PrivateFeatures:
                     )
                 grid = unit_grid(v).cpu()[:n]
                 grid[~torch.from_numpy(valid)] = 0
-                result[start : start + n] = grid
+                result[start : start + n] = grid.numpy()
                 if self._progress:
                     self._progress(min(1.0, (start + size) / max(1, len(labels))))
             self._rows = result

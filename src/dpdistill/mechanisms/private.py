@@ -143,10 +143,19 @@ class PrivateData(Door):
     Attributes:
       image_shape: (C, H, W), public.
       n_classes: K, public.
+
+    What is made of the records and does not fit in memory goes to a file without a name in the folder `scratch` (`data.stored`).
     """
 
     def __init__(
-        self, records: LabelledImages, ledger: Ledger, vault: Vault, *, device: str = "cpu", micro_batch: int = 256
+        self,
+        records: LabelledImages,
+        ledger: Ledger,
+        vault: Vault,
+        *,
+        device: str = "cpu",
+        micro_batch: int = 256,
+        scratch: str | None = None,
     ) -> None:
         super().__init__(ledger, vault, "record" if records.ids is None else "id")
         if micro_batch < 1:
@@ -155,6 +164,7 @@ class PrivateData(Door):
         self.image_shape: tuple[int, int, int] = (channels, height, width)
         self.n_classes = len(records.class_names)
         self.device, self.micro_batch = device, micro_batch
+        self._scratch = scratch
         self._records = records
 
     def _fits(self, query: Query) -> None:
