@@ -216,7 +216,9 @@ def test_the_default_ledger_and_the_shards_are_the_same(
     in_files()
     outside = load_private(chosen)
     mapped = replace(inside, images=np.load(tmp_path / "x.npy", mmap_mode="r"))  # from Python, a memory map will do
-    assert default_ledger(inside) == default_ledger(outside) == default_ledger(mapped)
+    facts = repr((inside.images.shape, "uint8")).encode()
+    whole = pipeline.ledger_of([facts, inside.images.tobytes(), inside.labels.tobytes()])
+    assert default_ledger(inside) == default_ledger(outside) == default_ledger(mapped) == whole
     for records in (inside, replace(inside, ids=None)):
         shards = assign(records, 5, b"k" * 32)
         assert sorted(set(shards)) == list(range(5))
