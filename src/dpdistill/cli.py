@@ -1,6 +1,7 @@
 """The command line: verbs only. Each is the Python call of the same name; torch is imported only by those that need it."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,10 @@ from .errors import DpdistillError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 SAMPLES = 10_000  # drawn of a diffusion model to evaluate it
-console = Console(soft_wrap=True, highlight=False)
+FIRST = (
+    int(os.environ.get("RANK", "0")) == 0 or "WORLD_SIZE" not in os.environ
+)  # of the processes that torchrun starts, only one talks
+console = Console(soft_wrap=True, highlight=False, quiet=not FIRST)
 
 Data = Annotated[
     str | None, typer.Option(help="Private images: .npz, folder of class folders, IDX, Parquet, or 'digits'.")
@@ -117,12 +121,12 @@ def dataset(
     chosen = _config(**{name: value for name, value in locals().items() if name != "dry_run"})
     from . import pipeline
 
-    if dry_run:
-        records = pipeline.load_private(chosen)
-        _show_plan(pipeline.make_plan(chosen, records.images.shape[1:], records.class_names), chosen)
-        return
-    folder = pipeline.distil(chosen)
-    _tell(folder)
+    with pipeline.joined(chosen.device):
+        if dry_run:
+            records = pipeline.load_private(chosen)
+            _show_plan(pipeline.make_plan(chosen, records.images.shape[1:], records.class_names), chosen)
+            return
+        _tell(pipeline.distil(chosen))
 
 
 @app.command()
@@ -184,23 +188,23 @@ def model(
     chosen = _config("ModelConfig", **{name: value for name, value in locals().items() if name != "dry_run"})
     from . import conversion, pipeline
 
-    if not chosen.teacher:
-        if dry_run or chosen.way == "votes":
-            source = pipeline.open_source(chosen)
-            planned = pipeline.make_plan(chosen, source.image_shape, source.class_names, source.models)
-            for line in planned.advice:
-                console.print(line, markup=False)
-        if dry_run:
-            _show_plan(planned, chosen)
+    with pipeline.joined(chosen.device):
+        if not chosen.teacher:
+            if dry_run or (chosen.way == "votes" and FIRST):
+                source = pipeline.open_source(chosen)
+                planned = pipeline.make_plan(chosen, source.image_shape, source.class_names, source.models)
+                for line in planned.advice:
+                    console.print(line, markup=False)
+            if dry_run:
+                _show_plan(planned, chosen)
+                return
+        elif dry_run:
+            found = conversion.bring(chosen)
+            console.print(
+                f"way: {chosen.way}; {len(found.class_names)} classes of {found.image_shape}; nothing will be charged"
+            )
             return
-    elif dry_run:
-        found = conversion.bring(chosen)
-        console.print(
-            f"way: {chosen.way}; {len(found.class_names)} classes of {found.image_shape}; nothing will be charged"
-        )
-        return
-    folder = conversion.convert(chosen)
-    _tell(folder)
+        _tell(conversion.convert(chosen))
 
 
 @app.command()
@@ -243,18 +247,20 @@ def diffusion(
     from . import diffusion as way
     from . import pipeline
 
-    if chosen.method != "paper":
-        source = pipeline.open_source(chosen)
-        planned = pipeline.make_plan(chosen, source.image_shape, source.class_names)
-        for line in planned.advice:
-            console.print(line, markup=False)
-        if dry_run:
-            _show_plan(planned, chosen)
+    with pipeline.joined(chosen.device):
+        if chosen.method != "paper":
+            if dry_run or FIRST:
+                source = pipeline.open_source(chosen)
+                planned = pipeline.make_plan(chosen, source.image_shape, source.class_names)
+                for line in planned.advice:
+                    console.print(line, markup=False)
+            if dry_run:
+                _show_plan(planned, chosen)
+                return
+        elif dry_run:
+            console.print("way: paper; no guarantee for any record; nothing will be charged")
             return
-    elif dry_run:
-        console.print("way: paper; no guarantee for any record; nothing will be charged")
-        return
-    _tell(way.diffuse(chosen))
+        _tell(way.diffuse(chosen))
 
 
 @app.command()
@@ -274,6 +280,8 @@ def sample(
 
 
 def _tell(folder: Path) -> None:
+    if not FIRST:
+        return
     from .bundle.verification import verify
 
     verdict = verify(folder)
@@ -389,13 +397,18 @@ def main() -> None:
     try:
         app()
     except DpdistillError as error:
-        print("dpdistill: " + " ".join(str(error).split("\n")), file=sys.stderr)
+        _say(" ".join(str(error).split("\n")))
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"dpdistill: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        _say(f"{error.filename or 'input or output'}: {error.strerror or error}")
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != 130:  # typer turns Ctrl-C into exit code 130
             raise
-        print("dpdistill: stopped; the same command goes on from here", file=sys.stderr)
+        _say("stopped; the same command goes on from here")
         sys.exit(130)
+
+
+def _say(line: str) -> None:
+    if FIRST:
+        print(f"dpdistill: {line}", file=sys.stderr)

@@ -29,6 +29,7 @@ from .models.teachers import Teacher
 from .pipeline import (
     auxiliary_of,
     begin,
+    check_alone,
     check_device,
     check_same_run,
     distil,
@@ -80,6 +81,7 @@ def convert(
     config = dataclasses.replace(config, method=config.way)
     if not config.teacher:
         return distil(config, quiet=quiet, insecure_seed=insecure_seed)
+    check_alone("the conversion of a teacher")
     check_device(config)
     out, state = Path(config.out), Path(f"{Path(config.out)}.state")
     brought = bring(config, teacher)

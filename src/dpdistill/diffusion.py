@@ -18,6 +18,7 @@ from .models import unet
 from .pipeline import (
     auxiliary_of,
     begin,
+    check_alone,
     check_device,
     check_same_run,
     distil,
@@ -50,6 +51,7 @@ def diffuse(config: DiffusionConfig, *, quiet: bool = False, insecure_seed: int 
 
 def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> Path:
     """The paper's own form: the records are read without a door, nothing is charged, and the release says that it promises nothing."""
+    check_alone("the paper's own form")
     check_device(config)
     out, state = Path(config.out), Path(f"{Path(config.out)}.state")
     records = load_private(config)

@@ -40,5 +40,9 @@ class RecordwiseError(DpdistillError):
     """A function handed to the door mixes records, so its sensitivity is unknown. Nothing was read."""
 
 
+class RanksError(DpdistillError):
+    """The processes of one run lost one another, or came to different numbers. Nothing was released."""
+
+
 class TeacherError(DpdistillError):
     """A teacher does not behave as one: other shapes than promised, or answers that are no numbers."""

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,7 +25,7 @@ from .bundle import BundleFacts, product_of, product_of_sampler, write_bundle
 from .config import DiffusionConfig, ModelConfig, RunConfig, build, config_hash, public_toml
 from .data import LabelledImages, Limits, chunks, load_images, procedural_images, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError
-from .mechanisms import Door, Ensemble, PrivateData, Vault
+from .mechanisms import Door, Ensemble, PrivateData, Ranks, Vault, joined
 from .mechanisms.vault import write_atomically
 from .methods import DIFFUSION_METHODS, METHODS, MODEL_METHODS, Method, Public, Sampler, Student, Synthetic
 from .privacy import Ledger, Planned, accounting, calibrate
@@ -217,7 +218,7 @@ class Source:
     class_names: tuple[str, ...]
     unit: str
     ledger: Callable[[], Path]
-    handle: Callable[[Ledger, Vault], Door]
+    handle: Callable[[Ledger, Vault, Ranks], Door]
     models: int = 0
 
 
@@ -244,7 +245,9 @@ def owners(config: ModelConfig) -> Source:
         class_names=names,
         unit="owner",
         ledger=lambda: named_ledger(config) if config.ledger else ledger_of(hashes),
-        handle=lambda ledger, vault: Ensemble.of_models([t.outputs for t in teachers], len(names), ledger, vault),
+        handle=lambda ledger, vault, ranks: Ensemble.of_models(
+            [t.outputs for t in teachers], len(names), ledger, vault, ranks=ranks
+        ),
         models=len(teachers),
     )
 
@@ -286,8 +289,8 @@ def open_source(config: RunConfig) -> Source:
         class_names=records.class_names,
         unit="id" if records.ids is not None else "record",
         ledger=lambda: _ledger_path(config, records),
-        handle=lambda ledger, vault: PrivateData(
-            records, ledger, vault, device=config.device, scratch=scratch_of(config)
+        handle=lambda ledger, vault, ranks: PrivateData(
+            records, ledger, vault, device=config.device, scratch=scratch_of(config), ranks=ranks
         ),
     )
 
@@ -328,56 +331,101 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
     Raises:
       DpdistillError: one line that says the way out. Nothing was charged, unless the ledger says so.
     """
-    out = Path(config.out)
-    state = Path(f"{out}.state")  # of the path, not of the text: "dir/" would have it inside the release
-    config = with_way(config)
-    check_device(config)
-    source = open_source(config)
-    plan = make_plan(config, source.image_shape, source.class_names, source.models)
-    ledger_path = source.ledger()
-    if os.path.lexists(out):
-        return _already_there(out, state, plan, ledger_path)
-    check_same_run(state, plan.toml)
-    with Ledger.open(ledger_path, cap=(config.budget or config.epsilon, config.delta), unit=source.unit) as ledger:
-        if config.budget is not None:
-            ledger.raise_cap((config.budget, ledger.cap[1]))
-        asked = [planned.part for planned in plan.releases]
-        if not state.exists():
-            ledger.check_affordable(asked)  # first, so that a refused run leaves nothing behind
-        begin(state, plan.toml)
-        vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
-        if not ledgers.parts(ledger.lines, vault.run):
-            ledger.check_affordable(asked)
-        # Checkpoints derive from releases of one key on one ledger: with another of either, they would bring in what it did not charge.
-        work = state / "work" / f"{vault.run}-{ledger.lines[0]['hash'][:16]}"
-        ledger.start(vault.run, config.method, config_hash(plan.toml))
-        handle = source.handle(ledger, vault)
-        workspace = FolderWorkspace(work, seed=config.seed, device=config.device, quiet=quiet, checks=handle.checks)
-        made = plan.method.run(plan.settings, plan.public, handle, plan.releases, workspace)
-        planned = [(p.query.describe(), p.count) for p in plan.releases]
-        charged = [(line["query"], line["count"]) for line in ledger.intents(vault.run) if not line["again"]]
-        if planned != charged:
-            raise LedgerError(
-                "the method asked for other releases than it planned; this is a bug, and nothing was written"
-            )
-        ledger.finish(vault.run)
-        facts = BundleFacts(
-            method=config.method,
-            run=vault.run,
-            delta=config.delta,
-            class_names=source.class_names,
-            image_shape=source.image_shape,
-            per_class=config.per_class,
-            config_toml=plan.toml,
-            ledger_raw=ledger_path.read_bytes(),
-            checks=handle.checks,
-            auxiliary=auxiliary_of(config),
-            insecure=vault.insecure,
-            seed=config.seed,
+    with joined(config.device) as ranks, ExitStack() as stack:
+        config = with_way(config)
+        check_device(config)
+        source = open_source(config)
+        plan = make_plan(config, source.image_shape, source.class_names, source.models)
+        ranks.agree(plan.toml.encode)
+        held = _hold(config, plan, source, insecure_seed, stack) if ranks.first else _elsewhere()
+        if ranks.lead(lambda: held is None) or held is None:
+            return Path(config.out)  # it was there already
+        handle = source.handle(held.ledger, held.vault, ranks)
+        workspace = FolderWorkspace(
+            held.work, seed=config.seed, device=config.device, quiet=quiet, checks=handle.checks, ranks=ranks
         )
-        write_result(out, made, facts)
-        forget(state, vault)  # under the ledger's lock: the same command, given twice, must not begin in its remains
-    return out
+        made = plan.method.run(plan.settings, plan.public, handle, plan.releases, workspace)
+        if ranks.first:
+            _hand_out(config, plan, source, held, handle, made)
+    return Path(config.out)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the first process of a run holds, and no other: the ledger, the noise key, and the folder for checkpoints."""
+
+    ledger: Ledger
+    vault: Vault
+    work: Path
+
+
+def _elsewhere() -> Held:
+    return Held(Ledger.elsewhere(), Vault.elsewhere(), Path(os.devnull))
+
+
+def _state(config: RunConfig) -> Path:
+    return Path(f"{Path(config.out)}.state")  # of the path, not of the text: "dir/" would have it inside the release
+
+
+def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | None, stack: ExitStack) -> Held | None:
+    """Opens the ledger until the end of `stack`, and the vault, and announces the run. None where its release is there already."""
+    state, ledger_path = _state(config), source.ledger()
+    if os.path.lexists(config.out):
+        _already_there(Path(config.out), state, plan, ledger_path)
+        return None
+    check_same_run(state, plan.toml)
+    cap = (config.budget or config.epsilon, config.delta)
+    ledger = stack.enter_context(Ledger.open(ledger_path, cap=cap, unit=source.unit))
+    if config.budget is not None:
+        ledger.raise_cap((config.budget, ledger.cap[1]))
+    asked = [planned.part for planned in plan.releases]
+    if not state.exists():
+        ledger.check_affordable(asked)  # first, so that a refused run leaves nothing behind
+    begin(state, plan.toml)
+    vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
+    if not ledgers.parts(ledger.lines, vault.run):
+        ledger.check_affordable(asked)
+    # Checkpoints derive from releases of one key on one ledger: with another of either, they would bring in what it did not charge.
+    work = state / "work" / f"{vault.run}-{ledger.lines[0]['hash'][:16]}"
+    ledger.start(vault.run, config.method, config_hash(plan.toml))
+    return Held(ledger, vault, work)
+
+
+def _hand_out(config: RunConfig, plan: Plan, source: Source, held: Held, handle: Door, made: Any) -> None:
+    """Writes the release, if the run asked for what it planned, and forgets the key."""
+    ledger, vault = held.ledger, held.vault
+    planned = [(p.query.describe(), p.count) for p in plan.releases]
+    charged = [(line["query"], line["count"]) for line in ledger.intents(vault.run) if not line["again"]]
+    if planned != charged:
+        raise LedgerError("the method asked for other releases than it planned; this is a bug, and nothing was written")
+    ledger.finish(vault.run)
+    facts = BundleFacts(
+        method=config.method,
+        run=vault.run,
+        delta=config.delta,
+        class_names=source.class_names,
+        image_shape=source.image_shape,
+        per_class=config.per_class,
+        config_toml=plan.toml,
+        ledger_raw=ledger.path.read_bytes(),
+        checks=handle.checks,
+        auxiliary=auxiliary_of(config),
+        insecure=vault.insecure,
+        seed=config.seed,
+    )
+    write_result(Path(config.out), made, facts)
+    forget(
+        _state(config), vault
+    )  # under the ledger's lock: the same command, given twice, must not begin in its remains
+
+
+def check_alone(way: str) -> None:
+    """Raises ConfigError where several processes run a way that reads nothing through the door: they would all do the same."""
+    with joined() as ranks:
+        if ranks.world > 1:
+            raise ConfigError(
+                f"{way} divides no pass over records, so more processes bring nothing; leave torchrun out"
+            )
 
 
 def check_device(config: RunConfig) -> None:
@@ -431,7 +479,7 @@ def begin(state: Path, toml: str) -> None:
         raise ConfigError(f"{state}: cannot be written ({error.strerror}); choose another --out") from error
 
 
-def _already_there(out: Path, state: Path, plan: Plan, ledger_path: Path) -> Path:
+def _already_there(out: Path, state: Path, plan: Plan, ledger_path: Path) -> None:
     """A finished release of this configuration, on a ledger that this data's goes on from, is the answer; anything else is in the way."""
     try:
         same = (out / "config.toml").read_bytes() == plan.toml.encode()
@@ -444,7 +492,6 @@ def _already_there(out: Path, state: Path, plan: Plan, ledger_path: Path) -> Pat
         )
     if state.exists():
         forget(state, Vault.open(state / "vault"))
-    return out
 
 
 def forget(state: Path, vault: Vault) -> None:

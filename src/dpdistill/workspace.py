@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
+from .mechanisms import ALONE, Ranks
 from .mechanisms.vault import write_atomically
 from .privacy.faults import point
 
@@ -46,6 +48,7 @@ class FolderWorkspace:
       quiet: shows no progress.
       checks: what the door's record-wise checks found so far (`PrivateData.checks`); kept with every checkpoint and put back, since
         a run that goes on from one does not repeat the checks of the steps before it.
+      ranks: the run's processes. The first reads and writes, and shows progress; the others are given what it read.
     """
 
     def __init__(
@@ -56,12 +59,15 @@ class FolderWorkspace:
         device: str = "cpu",
         quiet: bool = False,
         checks: dict[str, float] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.seed, self.device, self._checks = folder, seed, device, checks
-        if checks is not None and (folder / "checks.json").exists():
-            checks.update(json.loads((folder / "checks.json").read_bytes()))
-        self._console = Console(stderr=True, quiet=quiet)
+        self.folder, self.seed, self.device, self._checks, self._ranks = folder, seed, device, checks, ranks
+        if ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+        kept = ranks.lead(lambda: _read(folder / "checks.json"))
+        if checks is not None and kept is not None:
+            checks.update(json.loads(kept))
+        self._console = Console(stderr=True, quiet=quiet or not ranks.first)
 
     def generator(self, *labels: object) -> torch.Generator:
         digest = hashlib.sha256(repr((self.seed, *labels)).encode()).digest()
@@ -75,10 +81,12 @@ class FolderWorkspace:
         return passing(description, self._console)
 
     def load(self, name: str) -> dict[str, Tensor] | None:
-        path = self.folder / f"{name}.safetensors"
-        return load_file(path) if path.exists() else None
+        raw = self._ranks.lead(lambda: _read(self.folder / f"{name}.safetensors"))
+        return None if raw is None else load_bytes(raw)
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        if not self._ranks.first:
+            return
         path = self.folder / f"{name}.safetensors"
         partial = path.with_name(path.name + ".partial")
         if self._checks:  # first: there must be no checkpoint without its checks
@@ -90,3 +98,7 @@ class FolderWorkspace:
         point("workspace: checkpoint written, not yet renamed")
         os.replace(partial, path)
         point("workspace: checkpoint in place")
+
+
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None

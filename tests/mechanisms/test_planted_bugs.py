@@ -894,7 +894,7 @@ ACCOUNTING, QUERIES, LEDGER, GUARANTEE = (
 )
 SIGMA = "sigma = query.sigma_steps"
 DRAW = "rounded_gaussian(total.size, sigma, stream).reshape(total.shape)"
-COINS = "np.flatnonzero(self._vault.sampling_stream(name).bernoulli(len(labels), query.sampling_prob))"
+COINS = "np.flatnonzero(self._coins(name, len(labels), query.sampling_prob))"
 CLIP = "clip_to_grid(v, query.clip_norm, query.grid_bits)"
 FITS = "fits = (grid.abs() <= limit)"
 PRODUCT = "fits &= (own.to(torch.float64) * squares < 2.0**62) & (own * wide <= limit * limit)"
@@ -1066,7 +1066,7 @@ MUTANTS = [
     bug(
         "M20 noise silently off",
         check_noise_scale,
-        (PRIVATE, SIGMA, SIGMA + "\n            sigma = sigma if query.noise_multiplier >= 1 else 1e-3"),
+        (PRIVATE, SIGMA, SIGMA + "\n        sigma = sigma if query.noise_multiplier >= 1 else 1e-3"),
     ),
     bug(
         "M20 a scale of zero accepted", check_noise_law, (NOISE, "if not (1e-3 <= sigma <= 2.0**45):", "if sigma < 0:")
@@ -1243,8 +1243,8 @@ MUTANTS = [
         check_ledger_first,
         (
             PRIVATE,
-            "self._ledger.reserve(self._vault.run, query, count))",
-            "self._ledger.reserve(self._vault.run + str(len(self._records.labels)), query, count))",
+            "self._ledger.reserve(self._vault.run, query, count)",
+            "self._ledger.reserve(self._vault.run + str(len(self._records.labels)), query, count)",
         ),
         (PRIVATE, '"run": self._vault.run,', '"type": "intent",'),
     ),

@@ -25,6 +25,7 @@ from ..privacy.queries import VOTE_BITS, NoisyVotes, Query, ShardSum
 from .clipping import clip_to_grid
 from .noise import derive
 from .private import Door, Progress, Reservation
+from .ranks import ALONE, Ranks
 from .recordwise import probe
 from .vault import Vault
 
@@ -43,7 +44,12 @@ class Trainer(Protocol):
 
 
 class Ensemble(Door):
-    """A handle on models that vote, or whose vectors are summed. Each depends on one shard only: `shards` sees to that, or K owners do."""
+    """A handle on models that vote, or whose vectors are summed. Each depends on one shard only: `shards` sees to that, or K owners do.
+
+    Args:
+      models: makes them, when they are first asked for. Where a run has several processes: those of this process, each model on one.
+      check: tries out what trains them, on made-up images.
+    """
 
     def __init__(
         self,
@@ -54,16 +60,20 @@ class Ensemble(Door):
         vault: Vault,
         unit: str,
         check: Callable[..., float] = lambda *_: 0.0,
+        ranks: Ranks = ALONE,
     ) -> None:
-        super().__init__(ledger, vault, unit)
+        super().__init__(ledger, vault, unit, ranks)
         self.n_models, self.n_classes, self.unit_moves = n_models, n_classes, 2 if unit == "record" else 1
         self._make, self._check = models, check
         self._models: Sequence[Model] | None = None
 
     @classmethod
-    def of_models(cls, models: Sequence[Model], n_classes: int, ledger: Ledger, vault: Vault) -> "Ensemble":
+    def of_models(
+        cls, models: Sequence[Model], n_classes: int, ledger: Ledger, vault: Vault, *, ranks: Ranks = ALONE
+    ) -> "Ensemble":
         """Models of K owners: the guarantee is about everything of one owner."""
-        return cls(len(models), n_classes, lambda _: models, ledger, vault, "owner")
+        mine = [models[k] for k in ranks.mine(range(len(models)))]
+        return cls(len(models), n_classes, lambda _: mine, ledger, vault, "owner", ranks=ranks)
 
     @classmethod
     def of_shards(
@@ -75,6 +85,7 @@ class Ensemble(Door):
         vault: Vault,
         *,
         device: str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> "Ensemble":
         """Models trained on K disjoint shards of the records, when they are first asked for.
 
@@ -88,11 +99,11 @@ class Ensemble(Door):
             raise ConfigError(f"Expected at least one shard, got {n_shards}.")
 
         def models(progress: Progress | None) -> Sequence[Model]:
-            shard_N = assign(records, n_shards, derive(vault._key, "shards", vault.run))  # private
+            shard_N = ranks.lead(lambda: assign(records, n_shards, derive(vault._key, "shards", vault.run)))  # private
             order = np.argsort(shard_N, kind="stable")
             ends = np.searchsorted(shard_N[order], np.arange(n_shards + 1))
             made: list[Model] = []
-            for k in range(n_shards):
+            for k in ranks.mine(range(n_shards)):
                 rows = order[ends[k] : ends[k + 1]]
                 made.append(_train_one(records, _canonical(records, rows), train, k, device))
                 if progress:
@@ -103,7 +114,7 @@ class Ensemble(Door):
             return check_trainer(train, queries, records.image_shape, records.n_classes, device, n_columns)
 
         unit = "record" if records.ids is None else "id"
-        return cls(n_shards, records.n_classes, models, ledger, vault, unit, check)
+        return cls(n_shards, records.n_classes, models, ledger, vault, unit, check, ranks)
 
     def _fits(self, query: Query) -> None:
         if isinstance(query, ShardSum):
@@ -140,6 +151,7 @@ class Ensemble(Door):
             raise ConfigError(f"query {query.name!r} is about other queries than these {len(queries)}")
         self._check_charged(held, index)
         self.checks[query.name] = max(self._check(queries[:PROBE]), self.checks.get(query.name, 0.0))
+        self._ranks.agree(lambda: queries.detach().double().cpu().numpy().tobytes())
         return self._noisy(held, index, lambda _: self._count(query, queries, progress))
 
     def release_vectors(
@@ -168,6 +180,7 @@ class Ensemble(Door):
         self._check_charged(held, index)
         worst = self._check(queries[:PROBE], query.dim // len(queries))
         self.checks[query.name] = max(worst, self.checks.get(query.name, 0.0))
+        self._ranks.agree(lambda: queries.detach().double().cpu().numpy().tobytes())
         return self._noisy(held, index, lambda _: self._sum(query, queries, progress)).reshape(len(queries), -1)
 
     def _sum(self, query: ShardSum, queries: Tensor, progress: Progress | None) -> NDArray[np.int64]:

@@ -19,8 +19,8 @@ from ..data.stored import Images, room
 from ..errors import ConfigError, RecordwiseError
 from ..privacy.queries import GaussianSum
 from .clipping import UNIT_BITS, clip_left, unit_grid
-from .private import PrivateData, Progress, Reservation
-from .recordwise import check_recordwise
+from .private import MAX_BATCH, PrivateData, Progress, Reservation
+from .recordwise import check_recordwise, probed
 
 FeatureFunction = Callable[[Tensor], Tensor]
 LeftFunction = Callable[[Tensor, Tensor], Tensor]
@@ -46,6 +46,9 @@ class PrivateFeatures:
         self._stride = -(-dim // ALIGN) * ALIGN
         self._rows: Images | None = None
         self._worst: float | None = None
+        # This process's records: whole blocks, each of which is one batch of a sum over all, so that every record keeps its place in it.
+        self._size = min(4, MAX_BATCH // private.micro_batch) * private.micro_batch
+        self._own = np.empty(0, np.int64)
         self._labels = torch.empty(0, dtype=torch.int64)
 
     def check(self, query: GaussianSum, left: LeftFunction) -> None:
@@ -77,6 +80,7 @@ class PrivateFeatures:
         worst = max(self._worst, check_recordwise(whole, shape, classes, query.dim, query.clip_norm))
         checks = self._private.checks
         checks[query.name] = max(worst, checks.get(query.name, 0.0))
+        self._private._ranks.agree(lambda: probed(whole, shape, classes))
 
     def release_reserved(self, held: Reservation, index: int, left: LeftFunction) -> Tensor:
         r"""Returns release number `index` of a reservation: the noisy sum over records of clipped left(φ_i, y_i) ⊗ φ_i.
@@ -102,10 +106,10 @@ class PrivateFeatures:
         rows, labels = self._features(), self._labels  # private
         chosen = np.arange(len(labels))
         if query.sampling_prob < 1:
-            coins = self._private._vault.sampling_stream(name).bernoulli(len(labels), query.sampling_prob)
-            chosen = np.flatnonzero(coins)
+            coins = self._private._coins(name, len(self._private._records.labels), query.sampling_prob)
+            chosen = np.flatnonzero(coins[self._own])
         width, device = query.dim // self.dim, self._private.device
-        size = min(4 * self._private.micro_batch, 2**20)
+        size = self._size
         total = torch.zeros(width, self.dim, dtype=torch.int64, device=device)
         for start in range(0, len(chosen), size):
             here = chosen[start : start + size]
@@ -131,17 +135,21 @@ class PrivateFeatures:
         return room[:, : self.dim]
 
     def _features(self) -> Images:
-        """Features of all records as int16, in steps of 2**-14, in a file where they do not fit in memory; rows of malformed records are
-        zero."""
+        """Features of this process's records as int16, in steps of 2**-14, in a file where they do not fit in memory; rows of malformed
+        records are zero."""
         if self._rows is None:
             private, size = self._private, self._private.micro_batch
             images, labels = private._records.images, private._records.labels
-            result = room((len(labels), self.dim), np.dtype(np.int16), private._scratch)
-            for start in range(0, len(labels), size):
-                n = len(labels[start : start + size])
+            blocks = private._ranks.mine(range(0, len(labels), self._size))
+            ranges = [np.arange(start, min(start + self._size, len(labels))) for start in blocks]
+            own = np.concatenate(ranges) if ranges else self._own
+            result = room((len(own), self.dim), np.dtype(np.int16), private._scratch)
+            for start in range(0, len(own), size):
+                rows = own[start : start + size]
+                n = len(rows)
                 x = np.zeros((size, *private.image_shape), np.float32)
-                x[:n] = to_unit(images[start : start + size], private._records.value_range)
-                y = labels[start : start + size]
+                x[:n] = to_unit(images[rows], private._records.value_range)
+                y = labels[rows]
                 valid = np.isfinite(x[:n]).all(axis=(1, 2, 3)) & (y >= 0) & (y < private.n_classes)
                 x[:n][~valid] = 0
                 with torch.no_grad():
@@ -156,7 +164,8 @@ class PrivateFeatures:
                 grid[~torch.from_numpy(valid)] = 0
                 result[start : start + n] = grid.numpy()
                 if self._progress:
-                    self._progress(min(1.0, (start + size) / max(1, len(labels))))
-            self._rows = result
-            self._labels = torch.from_numpy(np.where((labels >= 0) & (labels < private.n_classes), labels, 0))
+                    self._progress(min(1.0, (start + size) / max(1, len(own))))
+            found = labels[own]
+            self._labels = torch.from_numpy(np.where((found >= 0) & (found < private.n_classes), found, 0))
+            self._rows, self._own = result, own
         return self._rows

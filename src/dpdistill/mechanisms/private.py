@@ -2,8 +2,10 @@
 
 B micro-batch, N records (never told), D coordinates, K classes. The order is the guarantee: check `fn` on made-up images → charge
 the ledger, on disk → read, clip, sum as integers → bind the sum → add noise → keep the noisy sum. Proof: docs/privacy/gaussian_sum.md.
+Where a run has several processes, each reads and clips its share; all the rest is the first's alone (`ranks`, docs/scale.md).
 """
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -22,12 +24,17 @@ from ..privacy.ledger import Ledger
 from ..privacy.queries import GaussianSum, Query
 from .clipping import MAX_BITS, clip_to_grid
 from .noise import rounded_gaussian
-from .recordwise import RecordFunction, check_recordwise
+from .ranks import ALONE, Ranks
+from .recordwise import RecordFunction, check_recordwise, probed
 from .vault import Vault
 
 if TYPE_CHECKING:
     from .ensemble import Ensemble, Trainer
     from .features import PrivateFeatures
+
+
+MAX_BATCH = 2**20  # records: so many products of 2**30 are summed exactly in float64
+N_COMPARED = 4096  # records, of all, by which several processes see whether they were given the same
 
 
 class Progress(Protocol):
@@ -53,13 +60,13 @@ class Door(ABC):
       unit: whose presence the handle's releases hide; the ledger's unit is the same, or its ε would be about something else.
     """
 
-    def __init__(self, ledger: Ledger, vault: Vault, unit: str) -> None:
+    def __init__(self, ledger: Ledger, vault: Vault, unit: str, ranks: Ranks = ALONE) -> None:
         if ledger.lines and ledger.lines[0]["unit"] != unit:
             raise LedgerError(
                 f"this ledger counts by {ledger.lines[0]['unit']!r}, and these releases would protect one {unit}; name another ledger"
             )
         self.checks: dict[str, float] = {}
-        self.unit, self._ledger, self._vault = unit, ledger, vault
+        self.unit, self._ledger, self._vault, self._ranks = unit, ledger, vault, ranks
         self._pending = [
             (index, line)
             for index, line in enumerate(ledger.lines)
@@ -79,36 +86,62 @@ class Door(ABC):
           LedgerError: the resumed run asks for another release than it did the first time.
         """
         self._fits(query)
+        return Reservation(query, count, self._ranks.lead(lambda: self._charge(query, count)))
+
+    def _charge(self, query: Query, count: int) -> int:
+        """The ledger's line that charges these releases, once it is on disk."""
         if self._pending:
             index, line = self._pending.pop(0)
             if line["query"] != query.describe() or line["count"] != count:
                 raise LedgerError(
                     "this run asked for other releases before it stopped; remove its state folder to begin anew"
                 )
-            return Reservation(query, count, index)
-        return Reservation(query, count, self._ledger.reserve(self._vault.run, query, count))
+            return index
+        return self._ledger.reserve(self._vault.run, query, count)
 
     def _noisy(self, held: Reservation, index: int, exact_sum: Callable[[str], NDArray[np.int64]]) -> Tensor:
         """The noisy sum of release number `index` of a charged reservation, in the query's units; from the vault if it is there."""
-        query, name = held.query, self._name(held.line, index)
-        noisy = self._vault.load(name)
-        if noisy is None:
-            for attempt in self._attempts(held, index):
-                total = exact_sum(attempt)
-                point("door: summed")
-                # Another sum than before a crash (other data, or arithmetic that does not repeat) is another release: charged anew.
-                if self._vault.binds(attempt, total):
-                    break
-            stream = self._vault.noise_stream(attempt, json.dumps(query.describe(), sort_keys=True).encode(), total)
-            sigma = query.sigma_steps
-            noisy = total + rounded_gaussian(total.size, sigma, stream).reshape(total.shape)
-            self._vault.save(name, noisy)
-        return torch.from_numpy(noisy.astype(np.float64) / query.unit_steps).float()
+        attempts = self._attempts(held, index)
+        noisy = self._ranks.lead(lambda: self._vault.load(self._name(held.line, index)))
+        while noisy is None:
+            noisy = self._one_attempt(held, index, attempts, exact_sum)
+        return torch.from_numpy(noisy.astype(np.float64) / held.query.unit_steps).float()
+
+    def _one_attempt(
+        self, held: Reservation, index: int, attempts: Iterator[str], exact_sum: Callable[[str], NDArray[np.int64]]
+    ) -> NDArray[np.int64] | None:
+        # All processes wait here until the first has the charge on disk.
+        attempt = self._ranks.lead(lambda: next(attempts))
+        total = self._ranks.total(exact_sum(attempt))
+        point("door: summed")
+        return self._ranks.lead(lambda: self._add_noise(held, index, attempt, total))
+
+    def _add_noise(
+        self, held: Reservation, index: int, attempt: str, total: NDArray[np.int64]
+    ) -> NDArray[np.int64] | None:
+        """The noisy sum, kept; None if another sum was bound before. On the first process alone: there is one noise, and one key."""
+        # Another sum than before a crash (other data, or arithmetic that does not repeat) is another release: charged anew.
+        if not self._vault.binds(attempt, total):
+            return None
+        query = held.query
+        stream = self._vault.noise_stream(attempt, json.dumps(query.describe(), sort_keys=True).encode(), total)
+        sigma = query.sigma_steps
+        noisy = total + rounded_gaussian(total.size, sigma, stream).reshape(total.shape)
+        self._vault.save(self._name(held.line, index), noisy)
+        return noisy
+
+    def _coins(self, attempt: str, n: int, prob: float) -> NDArray[np.uint8]:
+        """The coins [n] of a release's Poisson sample: 1 for a record that is in. The first process tosses them for all."""
+        bits = self._ranks.lead(lambda: np.packbits(self._vault.sampling_stream(attempt).bernoulli(n, prob)))
+        return np.unpackbits(bits, count=n)
 
     def _check_charged(self, held: Reservation, index: int) -> None:
         """Raises LedgerError unless the reservation is on the ledger, word for word: a made-up one buys nothing."""
         if not (0 <= index < held.count):
             raise ValueError(f"Expected {index=} below the {held.count} releases that were charged.")
+        self._ranks.lead(lambda: self._check_line(held))
+
+    def _check_line(self, held: Reservation) -> None:
         line = self._ledger.lines[held.line] if 0 <= held.line < len(self._ledger.lines) else {"type": "none"}
         facts = {
             "type": "intent",
@@ -156,16 +189,18 @@ class PrivateData(Door):
         device: str = "cpu",
         micro_batch: int = 256,
         scratch: str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        super().__init__(ledger, vault, "record" if records.ids is None else "id")
-        if micro_batch < 1:
-            raise ValueError(f"Expected {micro_batch=} of at least 1.")
+        super().__init__(ledger, vault, "record" if records.ids is None else "id", ranks)
+        if not (1 <= micro_batch <= MAX_BATCH):
+            raise ValueError(f"Expected {micro_batch=} between 1 and {MAX_BATCH}.")
         channels, height, width = records.images.shape[1:]
         self.image_shape: tuple[int, int, int] = (channels, height, width)
         self.n_classes = len(records.class_names)
         self.device, self.micro_batch = device, micro_batch
         self._scratch = scratch
         self._records = records
+        ranks.agree(lambda: _fingerprint(records))  # a record in one place here and another there would count twice
 
     def _fits(self, query: Query) -> None:
         if not isinstance(query, GaussianSum):
@@ -187,6 +222,7 @@ class PrivateData(Door):
 
         worst = check_recordwise(placed, self.image_shape, self.n_classes, query.dim, query.clip_norm)
         self.checks[query.name] = max(worst, self.checks.get(query.name, 0.0))
+        self._ranks.agree(lambda: probed(placed, self.image_shape, self.n_classes))
 
     def release(self, query: GaussianSum, fn: RecordFunction, *, progress: Progress | None = None) -> Tensor:
         r"""Returns a noisy sum of clipped per-record vectors, by class, and records it in the ledger.
@@ -236,7 +272,9 @@ class PrivateData(Door):
         """Returns a handle on the votes of models trained on disjoint shards of the records; see `Ensemble.of_shards`."""
         from .ensemble import Ensemble
 
-        ensemble = Ensemble.of_shards(self._records, n_shards, train, self._ledger, self._vault, device=self.device)
+        ensemble = Ensemble.of_shards(
+            self._records, n_shards, train, self._ledger, self._vault, device=self.device, ranks=self._ranks
+        )
         # One run: one certificate, and one list of what it charged before it stopped.
         ensemble.checks, ensemble._pending = self.checks, self._pending
         return ensemble
@@ -247,10 +285,12 @@ class PrivateData(Door):
         images, labels = self._records.images, self._records.labels  # private
         chosen = np.arange(len(labels))
         if query.sampling_prob < 1:
-            chosen = np.flatnonzero(self._vault.sampling_stream(name).bernoulli(len(labels), query.sampling_prob))
+            chosen = np.flatnonzero(self._coins(name, len(labels), query.sampling_prob))
         total = torch.zeros(query.n_classes, query.dim, dtype=torch.int64)
         size = self.micro_batch
-        for start in range(0, len(chosen), size):
+        # Whole micro-batches to each process: a record keeps its place in one, and the same arithmetic, however many processes there are.
+        starts = self._ranks.mine(range(0, len(chosen), size))
+        for done, start in enumerate(starts, start=1):
             rows = chosen[start : start + size]
             # Always the same shape: a row's arithmetic must not depend on how many rows there are.
             x = np.zeros((size, *self.image_shape), np.float32)
@@ -269,5 +309,14 @@ class PrivateData(Door):
             row = torch.from_numpy(y) if query.n_classes > 1 else torch.zeros(size, dtype=torch.int64)
             total.index_add_(0, row, grid)
             if progress:
-                progress(min(1.0, (start + size) / max(1, len(chosen))))
+                progress(done / len(starts))
         return total.numpy()
+
+
+def _fingerprint(records: LabelledImages) -> bytes:
+    """What several processes compare of the records they were given: how many there are, and some of them, evenly spread."""
+    rows = slice(None, None, max(1, len(records.labels) // N_COMPARED))
+    digest = hashlib.sha256(repr((records.images.shape, str(records.images.dtype), records.ids is None)).encode())
+    for part in (records.images[rows], records.labels[rows], *([] if records.ids is None else [records.ids[rows]])):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.digest()

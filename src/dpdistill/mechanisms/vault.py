@@ -72,6 +72,11 @@ class Vault:
             )
         return cls(folder, "run-" + derive(key, "name").hex()[:16], key, False)
 
+    @classmethod
+    def elsewhere(cls) -> "Vault":
+        """A stand-in where another process of the run holds the vault: it has no key, so it can draw neither noise nor coins."""
+        return cls(Path(os.devnull), "", b"", False)
+
     def sampling_stream(self, release: str) -> Stream:
         """The stream that decides which records are in a release's Poisson sample."""
         return Stream(derive(self._key, "sample", self.run, release))
