@@ -28,11 +28,12 @@ from torch import Tensor
 
 import dpdistill.privacy
 from dpdistill.data.images import LabelledImages
+from several import check_ranks
 
 ROOT = Path(dpdistill.privacy.__file__).parents[1]
 MODULES = ["privacy.accounting", "privacy.queries", "privacy.ledger", "privacy.guarantee"]
 MODULES += [f"mechanisms.{name}" for name in ("private", "noise", "clipping", "recordwise", "vault")]
-MODULES += [f"mechanisms.{name}" for name in ("features", "ensemble", "answers")]
+MODULES += [f"mechanisms.{name}" for name in ("features", "ensemble", "answers", "ranks")]
 K, D, GRID = 3, 8, 12
 C = 2**GRID
 
@@ -881,6 +882,7 @@ CHECKS: list[Callable[[SimpleNamespace, Path], None]] = [
     check_votes,
     check_shard_sum,
     check_answers,
+    check_ranks,
 ]
 
 
@@ -889,6 +891,7 @@ CHECKS: list[Callable[[SimpleNamespace, Path], None]] = [
 PRIVATE, CLIPPING, NOISE = "mechanisms/private.py", "mechanisms/clipping.py", "mechanisms/noise.py"
 RECORDWISE, VAULT = "mechanisms/recordwise.py", "mechanisms/vault.py"
 FEATURES, ENSEMBLE, ANSWERS = "mechanisms/features.py", "mechanisms/ensemble.py", "mechanisms/answers.py"
+RANKS = "mechanisms/ranks.py"
 ACCOUNTING, QUERIES, LEDGER, GUARANTEE = (
     f"privacy/{name}.py" for name in ("accounting", "queries", "ledger", "guarantee")
 )
@@ -908,6 +911,9 @@ EXCHANGE = (
     'as for `NoisyVotes`, an exchange in one shard is no more than a removal."""\n'
     '        twice = relation == "replace_one" and self.unit_moves == 1'
 )
+ADD = "self._ranks.lead(lambda: self._add_noise(held, index, attempt, total))"
+PART = "total = self._ranks.total(exact_sum(attempt))"
+MINE = "return starts[self.rank :: self.world]"
 KEY = 'return Stream(derive(self._key, "noise", self.run, release, query, hashlib.sha256(total.tobytes()).digest()))'
 
 
@@ -1560,6 +1566,79 @@ MUTANTS = [
         "R5 an overwritten key left to use",
         check_resume,
         (VAULT, "os.replace(key, erased)", "key.write_bytes(bytes(32))"),
+    ),
+    # Several processes.
+    bug("R3 noise on every process", check_ranks, (PRIVATE, ADD, "self._add_noise(held, index, attempt, total)")),
+    bug(
+        "R3 each process adds noise to its part",
+        check_ranks,
+        (PRIVATE, PART, PART[:-1] + " + np.rint(np.random.normal(0, 9, exact_sum(attempt).shape)).astype(np.int64))"),
+    ),
+    bug(
+        "M13 each process tosses its own coins",
+        check_ranks,
+        (
+            PRIVATE,
+            "self._ranks.lead(lambda: np.packbits(self._vault.sampling_stream(attempt).bernoulli(n, prob)))",
+            "np.packbits(np.random.random(n) < prob)",
+        ),
+    ),
+    bug("M11 a record counted by every process", check_ranks, (RANKS, MINE, "return starts")),
+    bug(
+        "M11 a record counted by two processes",
+        check_ranks,
+        (RANKS, MINE, "return starts[max(0, self.rank - 1) :: self.world]"),
+    ),
+    bug(
+        "M11 features by every process",
+        check_ranks,
+        (FEATURES, "private._ranks.mine(range(0, len(labels), self._size))", "range(0, len(labels), self._size)"),
+    ),
+    bug(
+        "M13 features: coins of other records",
+        check_ranks,
+        (FEATURES, "np.flatnonzero(coins[self._own])", "np.flatnonzero(coins[: len(self._own)])"),
+    ),
+    bug(
+        "M11 a shard votes in every process", check_ranks, (ENSEMBLE, "ranks.mine(range(n_shards))", "range(n_shards)")
+    ),
+    bug(
+        "M11 an owner votes in every process",
+        check_ranks,
+        (ENSEMBLE, "ranks.mine(range(len(models)))", "range(len(models))"),
+    ),
+    bug("T5 a process that failed says nothing", check_ranks, (RANKS, "ranks.tell(error)", "pass")),
+    bug("T5 a process that failed is not listened to", check_ranks, (RANKS, "if n_failure:", "if False:")),
+    bug(
+        "T5 the share of a process that failed is left out",
+        check_ranks,
+        (
+            PRIVATE,
+            PART,
+            "try:\n            part = exact_sum(attempt)\n        except OSError:\n"
+            "            part = np.zeros((1, 8), np.int64)\n        total = self._ranks.total(part)",
+        ),
+    ),
+    bug(
+        "L1 read while the first process still charges",
+        check_ranks,
+        (PRIVATE, "self._ranks.lead(lambda: next(attempts))", 'next(attempts) if self._ranks.first else ""'),
+    ),
+    bug(
+        "M9 processes whose numbers differ",
+        check_ranks,
+        (PRIVATE, "self._ranks.agree(lambda: probed(placed, self.image_shape, self.n_classes))", "pass"),
+    ),
+    bug(
+        "M11 processes whose records differ",
+        check_ranks,
+        (PRIVATE, "ranks.agree(lambda: _fingerprint(records))", "pass"),
+    ),
+    bug(
+        "P1 the exact sum in every process",
+        check_ranks,
+        (RANKS, "dist.reduce(tensor, 0)", "dist.all_reduce(tensor)"),
+        (RANKS, "return tensor.cpu().numpy() if self.first else part[:0]", "return tensor.cpu().numpy()"),
     ),
 ]
 
