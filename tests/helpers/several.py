@@ -49,7 +49,7 @@ def several(world: int, work: Callable[[int], Any], folder: Path, patience: floa
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
             raise AssertionError(f"the processes wait for one another; ended: {codes}")
-        time.sleep(0.003)
+        time.sleep(0.02)
     results = [folder / f"{rank}.json" for rank in range(world)]
     return [json.loads(path.read_text()) if path.exists() else codes[rank] for rank, path in enumerate(results)]
 

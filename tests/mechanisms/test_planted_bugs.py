@@ -1579,7 +1579,7 @@ MUTANTS = [
         check_ranks,
         (
             PRIVATE,
-            "self._ranks.lead(lambda: np.packbits(self._vault.sampling_stream(attempt).bernoulli(n, prob)))",
+            "self._ranks.lead(lambda: self._toss(attempt, n, prob))",
             "np.packbits(np.random.random(n) < prob)",
         ),
     ),
@@ -1635,7 +1635,7 @@ MUTANTS = [
         (PRIVATE, "ranks.agree(lambda: _fingerprint(records))", "pass"),
     ),
     bug(
-        "P1 the exact sum in every process",
+        "L1 the exact sum in every process",
         check_ranks,
         (RANKS, "dist.reduce(tensor, 0)", "dist.all_reduce(tensor)"),
         (RANKS, "return tensor.cpu().numpy() if self.first else part[:0]", "return tensor.cpu().numpy()"),

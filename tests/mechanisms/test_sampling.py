@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom, chi2
 
 from dpdistill.data.images import LabelledImages
-from dpdistill.mechanisms import PrivateData
+from dpdistill.mechanisms import PrivateData, private
 from dpdistill.mechanisms.noise import Stream, derive
 from dpdistill.privacy import GaussianSum
 
@@ -85,3 +85,17 @@ def test_the_door_samples_at_the_query_rate_anew_each_time(
     assert abs(counts.sum() - n * q * releases) < 5 * math.sqrt(n * q * (1 - q) * releases)
     z = ((counts - n * q) ** 2 / (n * q * (1 - q))).sum()
     assert ALPHA < chi2.sf(z, releases) < 1 - ALPHA
+
+
+@pytest.mark.parametrize("n", [0, 1, 8, 21, 24])
+def test_coins_tossed_a_few_at_a_time_are_the_streams(
+    n: int,
+    open_door: Callable[..., PrivateData],
+    toy_records: Callable[..., LabelledImages],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handle = open_door(toy_records())
+    monkeypatch.setattr(private, "FEW_COINS", 8)
+    found = handle._coins("release", n, 0.4)
+    assert found.tolist() == handle._vault.sampling_stream("release").bernoulli(n, 0.4).tolist()
+    assert len(found) == n

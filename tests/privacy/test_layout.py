@@ -98,7 +98,7 @@ def test_privacy_imports_no_torch() -> None:
 
 
 INSIDE = {"_records", "_ledger", "_vault", "_pending", "_exact_sum", "_attempts", "_check_charged", "_name", "_key"}
-INSIDE |= {"_noisy", "_rows", "_features", "_models", "_make", "_count"}
+INSIDE |= {"_noisy", "_rows", "_features", "_models", "_make", "_count", "_charge", "_coins", "_toss", "_add_noise"}
 
 
 def test_nobody_else_looks_behind_the_door() -> None:

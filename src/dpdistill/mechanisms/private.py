@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 MAX_BATCH = 2**20  # records: so many products of 2**30 are summed exactly in float64
+FEW_COINS = 2**20  # a multiple of 8
 N_COMPARED = 4096  # records, of all, by which several processes see whether they were given the same
 
 
@@ -132,8 +133,13 @@ class Door(ABC):
 
     def _coins(self, attempt: str, n: int, prob: float) -> NDArray[np.uint8]:
         """The coins [n] of a release's Poisson sample: 1 for a record that is in. The first process tosses them for all."""
-        bits = self._ranks.lead(lambda: np.packbits(self._vault.sampling_stream(attempt).bernoulli(n, prob)))
-        return np.unpackbits(bits, count=n)
+        return np.unpackbits(self._ranks.lead(lambda: self._toss(attempt, n, prob)), count=n)
+
+    def _toss(self, attempt: str, n: int, prob: float) -> NDArray[np.uint8]:
+        """The coins as bits, eight to a byte. A few at a time: 10⁹ at once would take 30 GB on their way."""
+        stream = self._vault.sampling_stream(attempt)
+        some = [np.packbits(stream.bernoulli(min(FEW_COINS, n - done), prob)) for done in range(0, n, FEW_COINS)]
+        return np.concatenate([np.empty(0, np.uint8), *some])
 
     def _check_charged(self, held: Reservation, index: int) -> None:
         """Raises LedgerError unless the reservation is on the ledger, word for word: a made-up one buys nothing."""
