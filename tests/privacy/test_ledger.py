@@ -495,3 +495,16 @@ def test_random_histories(monkeypatch: pytest.MonkeyPatch) -> None:
     run_state_machine_as_test(
         Histories, settings=settings(max_examples=40, stateful_step_count=20, deadline=None, derandomize=True)
     )
+
+
+@pytest.mark.parametrize("raw", [b"Dear Diary", bytes(100), b"{", b'{"cap_delta":', b'{"cap_delta":"1e-05","cap_eps'])
+def test_a_file_that_is_no_ledger_is_not_cut(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "l.jsonl"
+    path.write_bytes(raw)
+    if raw.startswith(b"{"):  # what a crash in the first line leaves
+        Ledger.open(path, cap=(1, 1e-5)).close()
+        assert len(ledgers.parse(path.read_bytes())) == 1
+        return
+    with pytest.raises(LedgerError, match="not one of our ledgers"):
+        Ledger.open(path, cap=(1, 1e-5))
+    assert path.read_bytes() == raw

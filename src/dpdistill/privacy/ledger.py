@@ -8,6 +8,7 @@ Format: docs/ledger.md.
 
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from .queries import Query, parse_query
 FORMAT = "dpdistill-ledger-1"
 MAX_BYTES = 64 * 2**20
 _START = "0" * 64
+_FIRST = b'{"cap_delta":"'  # how every ledger begins
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEYS = {
     "open": {"format", "data", "unit", "relation", "cap_epsilon", "cap_delta"},
@@ -116,8 +118,8 @@ def parse(raw: bytes) -> list[Line]:
     if not raw.endswith(b"\n"):
         raise LedgerError("the ledger does not end with a whole line")
     lines: list[Line] = []
-    for number, text in enumerate(raw[:-1].split(b"\n"), start=1):
-        lines.append(parse_line(text, lines[-1]["hash"] if lines else _START, number))
+    for number, text in enumerate(io.BytesIO(raw), start=1):  # one by one: the first that is not ours ends it
+        lines.append(parse_line(text[:-1], lines[-1]["hash"] if lines else _START, number))
     return lines
 
 
@@ -126,10 +128,12 @@ def split_tail(raw: bytes) -> tuple[bytes, bytes]:
 
     Raises:
       LedgerError: what follows the last newline holds a whole object: its newline was lost after it was on disk, so its release may have
-        happened, and cutting it would forget a charge.
+        happened, and cutting it would forget a charge. Or there is no whole line, and what is there is not the start of a first one.
     """
     end = raw.rfind(b"\n") + 1
     whole, torn = raw[:end], raw[end:]
+    if not whole and torn[: len(_FIRST)] != _FIRST[: len(torn)]:
+        raise LedgerError("not one of our ledgers; name another file")  # and not to be cut: it is somebody's
     try:
         json.JSONDecoder().raw_decode(torn.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
@@ -187,8 +191,11 @@ class Ledger:
                 raise LedgerError(f"{path}: no regular file of at most {MAX_BYTES} bytes, so not one of our ledgers")
             with os.fdopen(os.dup(descriptor), "rb") as file:
                 raw = file.read()
-            whole, torn = split_tail(raw)
-            lines = parse(whole) if whole else []
+            try:
+                whole, torn = split_tail(raw)
+                lines = parse(whole) if whole else []
+            except LedgerError as error:
+                raise LedgerError(f"{path}: {error}") from error.__cause__
             if torn:
                 os.ftruncate(descriptor, len(whole))
                 os.fsync(descriptor)
