@@ -138,7 +138,7 @@ def test_a_file_of_settings(dp: Cli, tmp_path: Path) -> None:
         (["dataset", "--data", "private.npz", "--epsilon", "-1"], "epsilon of at least"),
         (["dataset", "--data", "private.npz", "--seed", "-1"], "seed in 0.."),
         (["dataset", "--data", "private.npz", "--device", "tpu"], "cpu or cuda"),
-        (["dataset", "--data", "private.npz", "--config", "none.toml"], "none.toml: not readable"),
+        (["dataset", "--data", "private.npz", "--config", "none.toml"], "none.toml: does not exist"),
         (["dataset", "--data", "private.npz", "--epsilon", "2", "--budget", "1"], "budget of at least"),
         (["dataset", "--data", "private.npz", "--out", "private.npz"], "choose another --out"),
         (["dataset", "--data", "private.npz", "--out", "private.npz/x", *SETTINGS], "choose another --out"),

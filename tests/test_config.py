@@ -202,8 +202,8 @@ def test_a_file_that_is_wrong(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.toml", tmp_path):
-        with pytest.raises(ConfigError, match="not readable"):
+    for path, message in ((tmp_path / "none.toml", "does not exist"), (tmp_path, "not a regular file")):
+        with pytest.raises(ConfigError, match=message):
             read(path, {}, [])
 
 

@@ -27,7 +27,7 @@ def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         made.conv_out.weight.copy_(torch.randn(made.conv_out.weight.shape, generator=g) * 0.1)
     product = DiffusionProduct.of(unet.pipeline(made), NAMES)
-    monkeypatch.setattr(sampling.verification, "inspect", lambda path: SimpleNamespace(product=product))
+    monkeypatch.setattr(sampling.verification, "open_release", lambda path: SimpleNamespace(product=product))
     return Path("release")
 
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_is_refused_in_one_line(case: str, release: Path, tmp_pat
 
 
 def test_a_release_without_a_sampler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling.verification, "inspect", lambda path: SimpleNamespace(product=None))
+    monkeypatch.setattr(sampling.verification, "open_release", lambda path: SimpleNamespace(product=None))
     with pytest.raises(ReleaseError, match="no diffusion model"):
         sampling.sample("release", tmp_path / "x.npz", 1)
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import DpdistillError
+from .errors import DpdistillError, printable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 SAMPLES = 10_000  # drawn of a diffusion model to evaluate it
@@ -328,6 +328,7 @@ def evaluate(
     from .data import load_images
     from .errors import InputError
     from .evaluation import Training, accuracy, evaluate
+    from .files import write_whole
     from .workspace import passing
 
     _check_outside(out, release)
@@ -346,7 +347,7 @@ def evaluate(
         )
     if student is not None:
         right = accuracy(student, test.images, test.labels, value_range=test.value_range)
-        out.write_text(json.dumps({"mean": right, "images": len(test.images)}, indent=2) + "\n")
+        write_whole(out, json.dumps({"mean": right, "images": len(test.images)}, indent=2) + "\n")
         console.print(
             f"accuracy {100 * right:.2f} %; about the test data, so not covered by the guarantee; written to {out}"
         )
@@ -355,7 +356,7 @@ def evaluate(
     training = Training() if epochs is None else Training(epochs=epochs)
     with passing("training on the release") as progress:
         result = evaluate(synthetic, test, training, seeds=range(seeds), progress=progress)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(out, json.dumps(result, indent=2) + "\n")
     said = f"accuracy {100 * result['mean']:.2f} % ± {100 * result['std']:.2f} over {seeds} networks"
     console.print(f"{said}; about the test data, so not covered by the guarantee; written to {out}", markup=False)
 
@@ -377,19 +378,25 @@ def _check_outside(out: Path, release: Path) -> None:
     """Before the work: the result needs a folder to lie in, and must not lie in the release, which would not verify any more."""
     from .errors import InputError
 
-    if not out.parent.is_dir() or out.is_dir():
+    if not out.parent.is_dir() or (os.path.lexists(out) and not out.is_file()):
         raise InputError(out, "no file can be written there", "choose another --out")
     if out.resolve().is_relative_to(release.resolve()):
         raise InputError(out, "lies in the release, which must not change", "choose another --out")
 
 
 def _read_evaluation(path: Path) -> Any:
+    from .bundle.tensors import parse_json
     from .errors import InputError
+    from .files import read_small
 
+    hint = "give the file that `dpdistill evaluate` wrote"
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(path, "not a readable JSON file", "give the file that `dpdistill evaluate` wrote") from error
+        found = parse_json(read_small(path, 2**20))
+    except ValueError:
+        raise InputError(path, "not a readable JSON file", hint) from None
+    if not isinstance(found, dict):
+        raise InputError(path, "not an object of names and values", hint)
+    return found
 
 
 def main() -> None:
@@ -397,10 +404,10 @@ def main() -> None:
     try:
         app()
     except DpdistillError as error:
-        _say(" ".join(str(error).split("\n")))
+        _say(" ".join(str(error).split("\n")))  # its lines are printable
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that may not be written
-        _say(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        _say(printable(f"{error.filename or 'input or output'}: {error.strerror or error}"))
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != 130:  # typer turns Ctrl-C into exit code 130

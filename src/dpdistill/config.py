@@ -8,7 +8,6 @@ import difflib
 import hashlib
 import math
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import ConfigError
+from .data.limits import DEFAULT_LIMITS
+from .errors import ConfigError, InputError
+from .files import MAX_TOML, parse_toml, read_small
+
+MIN_DELTA = 1e-30  # below it the distance of our noise from the ideal one, 2**-127 for each coordinate, would count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +62,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not (1e-3 <= self.epsilon < math.inf):
             raise ConfigError(f"Expected a finite epsilon of at least 0.001, got {self.epsilon}.")
-        if not (0 < self.delta < 1):
-            raise ConfigError(f"Expected delta in (0, 1), got {self.delta}; 1e-5 is usual.")
+        if not (MIN_DELTA <= self.delta < 1):
+            raise ConfigError(f"Expected delta in [{MIN_DELTA}, 1), got {self.delta}; 1e-5 is usual.")
         if not (1 <= self.per_class <= 1000):
             raise ConfigError(f"Expected per_class in 1..1000, got {self.per_class}.")
         if self.budget is not None and not (self.epsilon <= self.budget < math.inf):
             raise ConfigError(f"Expected a budget of at least epsilon={self.epsilon}, got {self.budget}.")
         if not (0 <= self.seed < 2**63):
             raise ConfigError(f"Expected a seed in 0..2**63 - 1, got {self.seed}.")
-        if self.classes is not None and self.classes < 1:
-            raise ConfigError(f"Expected at least one class, got classes={self.classes}.")
+        if self.classes is not None and not (1 <= self.classes <= DEFAULT_LIMITS.max_classes):
+            most = DEFAULT_LIMITS.max_classes
+            raise ConfigError(f"Expected at least one class and at most {most:,}, got classes={self.classes}.")
         if not (1 <= self.max_gib <= 2**20):
             raise ConfigError(f"Expected max_gib in 1..{2**20}, got {self.max_gib}.")
         if self.device not in ("cpu", "cuda"):
@@ -189,7 +193,7 @@ class DiffusionConfig(RunConfig):
 
 
 def _convert(name: str, value: Any, wanted: Any) -> Any:
-    """`value` as the annotated type: numbers and booleans may come as text; a number has to be finite."""
+    """`value` as the annotated type: numbers and booleans may come as text; a number has to be finite, and whole ones fit 64 bits."""
     options = (
         typing.get_args(wanted)
         if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union
@@ -200,12 +204,14 @@ def _convert(name: str, value: Any, wanted: Any) -> Any:
     for option in options:
         if option is bool and (isinstance(value, bool) or value in ("true", "false")):
             return value in (True, "true")
-        if option is str and isinstance(value, str):
+        if option is str and isinstance(value, str) and "\0" not in value:  # which no path can hold
             return value
         if option in (int, float) and not isinstance(value, bool):
             try:
                 number = option(value)
                 if not math.isfinite(number) or (option is int and isinstance(value, float) and value != number):
+                    continue
+                if option is int and not -(2**63) <= number < 2**63:
                     continue
                 return number
             except (TypeError, ValueError, OverflowError):
@@ -221,7 +227,16 @@ def _convert(name: str, value: Any, wanted: Any) -> Any:
         if typing.get_origin(option) is not None and isinstance(value, Mapping):
             return dict(value)
     readable = getattr(wanted, "__name__", str(wanted))
-    raise ConfigError(f"{name} = {value!r}: expected {readable}")
+    raise ConfigError(f"{name} = {_said(value)}: expected {readable}")
+
+
+def _said(value: Any, most: int = 100) -> str:
+    """A value as a message may quote it: not at any length, and Python writes no number of over 4300 digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a vast number"
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def build(kind: type[Any], values: Mapping[str, Any], where: str = "", others: Iterable[str] = ()) -> Any:
@@ -240,7 +255,7 @@ def build(kind: type[Any], values: Mapping[str, Any], where: str = "", others: I
             known = {name: name for name in others} | {name: where + name for name in hints}
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             raise ConfigError(
-                f"unknown setting {where}{key}"
+                f"unknown setting {where}{key[:100]}"
                 + (f"; did you mean {known[near[0]]}?" if near else f"; known: {', '.join(hints)}")
             )
     missing = [
@@ -260,14 +275,23 @@ def read(
 
     A bare name in an assignment, or one under `settings.`, is a setting of the method; `epsilon=2` and the like also work.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{file}: not readable ({error.strerror})") from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{file}: not TOML ({error})") from error
+    if file is None:
+        return _resolve({}, flags, assignments, kind)
+    try:
+        values = parse_toml(read_small(file, MAX_TOML))
+    except InputError as error:
+        raise ConfigError(str(error)) from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: not TOML ({error})") from None
+    try:
+        return _resolve(values, flags, assignments, kind)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _resolve(
+    values: dict[str, Any], flags: Mapping[str, Any], assignments: list[str], kind: type[RunConfig]
+) -> RunConfig:
     values.update({key: value for key, value in flags.items() if value is not None})
     settings = values.pop("settings", {})
     if not isinstance(settings, dict):

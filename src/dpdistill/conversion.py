@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from .bundle import BundleFacts
 from .bundle.claims import Attested, Nominal
 from .bundle.product import ModelProduct
 from .bundle.release import student_of
-from .bundle.verification import inspect
+from .bundle.verification import open_release
 from .config import ModelConfig, build, config_hash, public_toml
 from .data import procedural_images, to_unit
 from .errors import ConfigError, InputError, ReleaseError
+from .files import MAX_TOML, read_small
 from .mechanisms import Vault
 from .methods import MODEL_METHODS, Student
 from .models.teachers import Teacher
@@ -32,6 +34,7 @@ from .pipeline import (
     check_alone,
     check_device,
     check_same_run,
+    check_target,
     distil,
     forget,
     public_facts,
@@ -91,6 +94,7 @@ def convert(
     toml = f"# teacher: {brought.sha256}\n" + public_toml(config, settings, sigma)
     if os.path.lexists(out):
         return _same_release(out, toml)
+    check_target(out)
     check_same_run(state, toml)
     begin(state, toml)
     vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
@@ -129,9 +133,9 @@ def convert(
 def _same_release(out: Path, toml: str) -> Path:
     """A finished conversion of this very teacher with these settings is the answer; anything else is in the way."""
     for name in ("conversion.toml", "config.toml"):
-        path = out / name
-        if path.exists() and path.read_bytes() == toml.encode():
-            return out
+        with suppress(InputError):
+            if read_small(out / name, MAX_TOML) == toml.encode():
+                return out
     raise ReleaseError(f"{out} exists and holds something else; choose another --out or remove it")
 
 
@@ -175,7 +179,7 @@ def _certified(config: ModelConfig, path: Path) -> Brought:
         raise ConfigError(
             f"{path} brings its own certificate; leave --attested-epsilon and --accept-no-record-guarantee out"
         )
-    source = inspect(path)
+    source = open_release(path)
     if not isinstance(source.product, ModelProduct):
         raise InputError(path, "a release of images, not of a model", "train on its images with `dpdistill evaluate`")
     if source.guarantee.basis == "none":

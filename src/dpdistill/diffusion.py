@@ -21,6 +21,7 @@ from .pipeline import (
     check_alone,
     check_device,
     check_same_run,
+    check_target,
     distil,
     forget,
     load_private,
@@ -63,6 +64,7 @@ def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> P
     toml = public_toml(config, settings, sigma)
     if os.path.lexists(out):
         raise ReleaseError(f"{out} exists; choose another --out or remove it")
+    check_target(out)
     check_same_run(state, toml)
     begin(state, toml)
     vault = Vault.open(state / "vault", insecure_seed=insecure_seed)

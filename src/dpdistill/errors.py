@@ -1,8 +1,16 @@
 """The errors a person can cause. Each is one line that says what was given, what was wanted, and the way out."""
 
 
+def printable(text: object) -> str:
+    """Text with a question mark for every character that could move a cursor, hide, or turn what follows around."""
+    return "".join(character if character.isprintable() else "?" for character in str(text))
+
+
 class DpdistillError(Exception):
-    """Base of every error that the command line prints as one line, with exit code 2."""
+    """Base of every error that the command line prints as one line, with exit code 2. Its text is printable, whatever a file said."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 class InputError(DpdistillError):
@@ -16,8 +24,7 @@ class InputError(DpdistillError):
 
     def __init__(self, path: object, reason: str, hint: str = "") -> None:
         self.path, self.reason, self.hint = str(path), reason, hint
-        printable = "".join(c if c.isprintable() else "?" for c in str(path))
-        super().__init__(f"{printable}: {reason}" + (f" ({hint})" if hint else ""))
+        super().__init__(f"{printable(path)}: {reason}" + (f" ({hint})" if hint else ""))
 
 
 class ConfigError(DpdistillError):

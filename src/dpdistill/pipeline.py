@@ -9,10 +9,11 @@ import fcntl
 import hashlib
 import hmac
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,9 +23,11 @@ import numpy as np
 import torch
 
 from .bundle import BundleFacts, product_of, product_of_sampler, write_bundle
+from .bundle.tensors import MAX_ARRAYS
 from .config import DiffusionConfig, ModelConfig, RunConfig, build, config_hash, public_toml
 from .data import LabelledImages, Limits, chunks, load_images, procedural_images, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError
+from .files import MAX_TOML, read_small
 from .mechanisms import Door, Ensemble, PrivateData, Ranks, Vault, joined
 from .mechanisms.vault import write_atomically
 from .methods import DIFFUSION_METHODS, METHODS, MODEL_METHODS, Method, Public, Sampler, Student, Synthetic
@@ -117,6 +120,7 @@ def make_plan(
             )
     others = [item.name for item in dataclasses.fields(type(config))]
     settings = build(method.Config, {**given, **config.settings}, "settings.", others)
+    check_size(config, image_shape, len(class_names))
     public = public_facts(config, image_shape, class_names)
     sigma = calibrate(lambda value: method.plan(settings, public, value), config.epsilon, config.delta)
     releases = method.plan(settings, public, sigma)
@@ -135,6 +139,16 @@ def make_plan(
         if hasattr(method, "advice")
         else (),
     )
+
+
+def check_size(config: RunConfig, image_shape: tuple[int, int, int], n_classes: int) -> None:
+    """Raises ConfigError where the released images would be more than a release may hold: before anything is charged for them."""
+    n_images = config.per_class * n_classes
+    if 4 * n_images * math.prod(image_shape) > MAX_ARRAYS:
+        raise ConfigError(
+            f"{n_images:,} images of {'x'.join(map(str, image_shape))} are more than the {MAX_ARRAYS >> 20} MiB that a release may "
+            "hold; choose a smaller --per-class or --resize"
+        )
 
 
 def methods_of(config: RunConfig) -> Mapping[str, Any]:
@@ -369,11 +383,13 @@ def _state(config: RunConfig) -> Path:
 
 def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | None, stack: ExitStack) -> Held | None:
     """Opens the ledger until the end of `stack`, and the vault, and announces the run. None where its release is there already."""
-    state, ledger_path = _state(config), source.ledger()
-    if os.path.lexists(config.out):
-        _already_there(Path(config.out), state, plan, ledger_path)
+    out, state = Path(config.out), _state(config)
+    if os.path.lexists(out):
+        _already_there(out, state, plan, source.ledger)
         return None
+    check_target(out)
     check_same_run(state, plan.toml)
+    ledger_path = source.ledger()
     cap = (config.budget or config.epsilon, config.delta)
     ledger = stack.enter_context(Ledger.open(ledger_path, cap=cap, unit=source.unit))
     if config.budget is not None:
@@ -456,12 +472,26 @@ def _identity(toml: str) -> bytes:
     return json.dumps({"config": config_hash(toml)}).encode()
 
 
+def check_target(out: Path) -> None:
+    """Refuses a place where no folder can be made, as far as that can be told without making one."""
+    place = Path(f"{out}.state").absolute()
+    try:
+        while not os.path.lexists(place):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                place.lstat()  # raises where its name is too long, and then it is not merely missing
+            place = place.parent
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{out}: {place} is no folder that may be written; choose another --out")
+
+
 def check_same_run(state: Path, toml: str) -> None:
     """Refuses to go on in a state folder that another configuration began. Writes nothing."""
     path = state / "run.json"
     try:
-        same = not path.exists() or path.read_bytes() == _identity(toml)
-    except OSError:
+        same = not os.path.lexists(path) or read_small(path, MAX_TOML) == _identity(toml)
+    except InputError:
         same = False
     if not same:
         raise ConfigError(
@@ -479,12 +509,13 @@ def begin(state: Path, toml: str) -> None:
         raise ConfigError(f"{state}: cannot be written ({error.strerror}); choose another --out") from error
 
 
-def _already_there(out: Path, state: Path, plan: Plan, ledger_path: Path) -> None:
+def _already_there(out: Path, state: Path, plan: Plan, ledger: Callable[[], Path]) -> None:
     """A finished release of this configuration, on a ledger that this data's goes on from, is the answer; anything else is in the way."""
     try:
-        same = (out / "config.toml").read_bytes() == plan.toml.encode()
-        same = same and ledger_path.read_bytes().startswith((out / "ledger.jsonl").read_bytes())
-    except OSError:
+        same = read_small(out / "config.toml", MAX_TOML) == plan.toml.encode()
+        mine = read_small(out / "ledger.jsonl", ledgers.MAX_BYTES) if same else b""
+        same = same and read_small(ledger(), ledgers.MAX_BYTES).startswith(mine)
+    except InputError:
         same = False
     if not same:
         raise ReleaseError(

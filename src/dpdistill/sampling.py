@@ -72,7 +72,7 @@ def load_sampler(release: str | os.PathLike[str]) -> Drawer:
       ReleaseError: it is not what it says, or holds no diffusion model.
       ConfigError: diffusers is not installed.
     """
-    product = verification.inspect(Path(release)).product
+    product = verification.open_release(release).product
     if not isinstance(product, DiffusionProduct):
         raise ReleaseError(f"{release}: holds no diffusion model to sample from; `dpdistill diffusion` makes one")
     return sampler_of(product)

@@ -11,7 +11,7 @@ import pytest
 from dpdistill.bundle.release import write_bundle
 from dpdistill.bundle.report import write_report
 from dpdistill.bundle.verification import verify
-from dpdistill.errors import ReleaseError
+from dpdistill.errors import InputError, ReleaseError
 
 VOID = {"meta", "img", "link", "br", "hr", "input", "rect"}
 
@@ -164,7 +164,7 @@ def test_a_release_is_never_written_to(bundle: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_shown_is_one_line(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ReleaseError, match="not an object"):
         write_report(bundle, tmp_path / "page.html", [1])  # type: ignore[arg-type]
-    with pytest.raises(ReleaseError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot be written"):
         write_report(bundle, tmp_path / "missing" / "page.html")
     (bundle / "config.toml").write_text("")
     with pytest.raises(ReleaseError, match="SHA256SUMS"):

@@ -75,7 +75,7 @@ class DiffusionProduct:
     SIZES: ClassVar[dict[str, int]] = {
         "pipeline/model_index.json": 2**20,
         "pipeline/unet/config.json": 2**20,
-        "pipeline/unet/diffusion_pytorch_model.safetensors": 2**30,
+        "pipeline/unet/diffusion_pytorch_model.safetensors": tensors.MAX_ARRAYS,
         "pipeline/scheduler/scheduler_config.json": 2**20,
     }
 

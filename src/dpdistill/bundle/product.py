@@ -44,9 +44,9 @@ class ModelProduct:
     KIND: ClassVar[str] = "model"
     SIZES: ClassVar[dict[str, int]] = {
         "model/config.json": 2**20,
-        "model/student.safetensors": 2**30,
-        "model/student.onnx": 2**30,
-        "model/generator.safetensors": 2**30,
+        "model/student.safetensors": tensors.MAX_ARRAYS,
+        "model/student.onnx": tensors.MAX_ARRAYS,
+        "model/generator.safetensors": tensors.MAX_ARRAYS,
     }
 
     student: Weights

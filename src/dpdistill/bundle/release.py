@@ -154,7 +154,7 @@ def load_student(path: str | os.PathLike[str]) -> "ConvNet":
     Raises:
       ReleaseError: the release is not what it says, or holds no model. One without a guarantee is read as well: ask `verify`.
     """
-    product = verification.inspect(Path(path)).product
+    product = verification.open_release(path).product
     if not isinstance(product, ModelProduct):
         raise ReleaseError(f"{path}: a release of images, not of a model; see `read_bundle`")
     return student_of(product)
@@ -189,7 +189,8 @@ def read_bundle(path: str | os.PathLike[str]) -> "Synthetic":
 
     from ..methods.base import Synthetic
 
-    held = contents.unpack(verification.read_file(Path(path), "dataset/synthetic.safetensors"))
+    with verification.naming(path):
+        held = contents.unpack(verification.read_file(Path(path), "dataset/synthetic.safetensors"))
 
     def tensor(array: object) -> torch.Tensor:
         return torch.tensor(array)  # a copy: the array is a read-only view of the file's bytes

@@ -7,7 +7,6 @@ does not. Everything is escaped: class names come from file names.
 import base64
 import functools
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ReleaseError
+from ..files import write_whole
 from ..privacy.guarantee import shown
 from . import png
 from .certificate import shape
@@ -141,7 +141,7 @@ def _accuracy(evaluation: dict[str, Any]) -> str:
     mean, std = evaluation.get("mean"), evaluation.get("std")
     if not (isinstance(mean, int | float) and 0 <= mean <= 1):
         return ""
-    return f"{100 * mean:.1f} %" + (f" ± {100 * std:.1f}" if isinstance(std, int | float) and std > 0 else "")
+    return f"{100 * mean:.1f} %" + (f" ± {100 * std:.1f}" if isinstance(std, int | float) and 0 < std <= 1 else "")
 
 
 def render_report(certificate: dict[str, Any], held: Contents, evaluation: dict[str, Any] | None = None) -> str:
@@ -188,20 +188,14 @@ def write_report(bundle: Path, out: Path, evaluation: dict[str, Any] | None = No
     """Writes the page of a release anew, outside it, with the utility figures in `evaluation` if there are any.
 
     Raises:
-      ReleaseError: the release does not verify (one that is NOT PRIVATE is shown, with its banner), or `out` lies in
-        it or cannot be written.
+      ReleaseError: the release does not verify (one that is NOT PRIVATE is shown, with its banner), or `out` lies in it.
+      InputError: `out` cannot be written.
     """
-    from .verification import inspect  # verify renders pages too
+    from .verification import open_release  # verify renders pages too
 
     if evaluation is not None and not isinstance(evaluation, dict):
         raise ReleaseError("the evaluation is not an object of names and values; give the file that `evaluate` wrote")
     if out.resolve().is_relative_to(bundle.resolve()):
         raise ReleaseError(f"{out} lies in the release, which must not change; choose a place outside {bundle}")
-    checked = inspect(bundle)
-    text = render_report(checked.certificate, checked.contents, evaluation)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, out)
-    except OSError as error:
-        raise ReleaseError(f"{out}: cannot be written ({error.strerror})") from None
+    checked = open_release(bundle)
+    write_whole(out, render_report(checked.certificate, checked.contents, evaluation))

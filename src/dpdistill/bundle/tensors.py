@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import ReleaseError
 
+MAX_ARRAYS = 2**28  # bytes of one file: a release has to be checked on a laptop
 MAX_HEADER = 2**20
 MAX_TENSORS = 256
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8")}

@@ -8,15 +8,16 @@ import hashlib
 import os
 import re
 import stat
-import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from ..errors import DpdistillError, ReleaseError
+from ..errors import DpdistillError, ReleaseError, printable
+from ..files import MAX_TOML, parse_toml
 from ..privacy import Guarantee
 from ..privacy import ledger as ledgers
 from ..privacy.guarantee import shown
@@ -27,26 +28,27 @@ from .claims import ID, expect, number
 from .contents import Contents, one_line
 from .ledger_check import check_ledger
 from .product import PRODUCTS, Product
-from .tensors import parse_json
+from .tensors import MAX_ARRAYS, parse_json
 
 SIZES = {  # the only files of a data set's release, and the most bytes each may have; a `Product` has more
     "SHA256SUMS": 2**16,
     "certificate.json": 2**22,
-    "config.toml": 2**20,
+    "config.toml": MAX_TOML,
     "ledger.jsonl": ledgers.MAX_BYTES,
     "README.md": 2**22,
     "report.html": 2**27,
     "samples.png": 2**27,
-    "dataset/synthetic.safetensors": 2**30,
-    "dataset/train.parquet": 2**30,
+    "dataset/synthetic.safetensors": MAX_ARRAYS,
+    "dataset/train.parquet": MAX_ARRAYS,
 }
+MAX_RELEASE = 2**29  # bytes of all files together: they are held in memory while they are compared
 UNCHECKED = (
     "that the code was run as stated, on data of which each person is in one record",
     "that the noise key was secret and was erased",
     "that the ledger is complete: that no release was made from this data outside it, and none was deleted",
     "who made this release: hashes show that files belong together, not whose they are",
 )
-_MORE: dict[str, int] = {"conversion.toml": 2**20}  # where a release was converted from another
+_MORE: dict[str, int] = {"conversion.toml": MAX_TOML}  # where a release was converted from another
 for _kind in PRODUCTS.values():
     _MORE |= _kind.SIZES
 _ATTESTED = "what the supplier of the teacher says about its training, and that this teacher was used"
@@ -103,6 +105,26 @@ def verify(path: str | os.PathLike[str]) -> Verdict:
         guarantee=checked.guarantee if checked and ok else None,
         unchecked=checked.unchecked if checked else UNCHECKED,
     )
+
+
+@contextmanager
+def naming(root: str | os.PathLike[str]) -> Iterator[None]:
+    """Makes what is wrong with a release one problem that names its folder, for those who only want to use it."""
+    try:
+        yield
+    except DpdistillError as error:
+        first, *others = str(error).split("\n")
+        first = first if first.startswith(f"{printable(root)}: ") else f"{root}: {first}"
+        more = f" and {len(others)} more problems; see `dpdistill verify`" if others else ""
+        raise ReleaseError(one_line(first + more, 2**13)) from None
+    except Exception as error:  # as in `verify`: a hostile folder must not end in a crash
+        raise ReleaseError(f"{root}: the release cannot be read ({type(error).__name__})") from None
+
+
+def open_release(root: str | os.PathLike[str]) -> Checked:
+    """Returns a release if it is what it says, as `inspect`. Raises ReleaseError of one line that names the folder."""
+    with naming(root):
+        return inspect(Path(root))
 
 
 def inspect(root: Path) -> Checked:
@@ -178,9 +200,11 @@ def read_files(root: Path) -> dict[str, bytes]:
                         continue
                     found.add(name)
                     if len(found) > 100:
-                        raise ReleaseError(f"{root} holds over 100 files; a release has at most {len(sizes)}")
+                        raise ReleaseError(
+                            f"{printable(root)} holds over 100 files; a release has at most {len(sizes)}"
+                        )
     except OSError as error:
-        raise ReleaseError(f"{root}: not a release folder ({error.strerror})") from None
+        raise ReleaseError(f"{printable(root)}: not a release folder ({error.strerror})") from None
     _raise([f"{name}: not a file of a release" for name in sorted(found - set(sizes))])
     if "certificate.json" not in found:
         raise ReleaseError("certificate.json: missing")
@@ -189,6 +213,8 @@ def read_files(root: Path) -> dict[str, bytes]:
     problems = [f"{name}: not a file of a release" for name in sorted(found - wanted)]
     problems += [f"{name}: missing" for name in sorted(wanted - found)]
     _raise(problems)
+    if sum((root / name).lstat().st_size for name in wanted) > MAX_RELEASE:
+        raise ReleaseError(f"{printable(root)}: more than {MAX_RELEASE:,} bytes, so not a release of ours")
     return {name: read_file(root, name) for name in sorted(wanted)}
 
 
@@ -334,8 +360,8 @@ def _compare_figures(claimed: Figures, lines: list[ledgers.Line], facts: BundleF
 
 def _check_config(files: dict[str, bytes], name: str) -> list[str]:
     try:
-        tomllib.loads(files.get(name, b"").decode("utf-8"))
-    except (ValueError, RecursionError):
+        parse_toml(files.get(name, b""))
+    except ValueError:
         return [f"{name}: not readable"]
     return []
 
