@@ -16,7 +16,12 @@ from scipy.stats import binom
 
 from ..privacy import accounting
 
-FRACTIONS = (0.02, 0.1, 0.3, 1.0)  # of the canaries that are guessed about: fixed before any run, and paid for by Bonferroni
+FRACTIONS = (
+    0.02,
+    0.1,
+    0.3,
+    1.0,
+)  # of the canaries that are guessed about: fixed before any run, and paid for by Bonferroni
 CONFIDENCE = 0.95
 _MU = (1e-4, 40.0)  # what μ is looked for in
 _STEPS = 30  # of a bisection
@@ -44,8 +49,8 @@ def two_world_mu(hits: int, n_in: int, alarms: int, n_out: int, confidence: floa
     No test of size α against a Poisson-sampled Gaussian has a power above (1 - q)α + qΦ(Φ⁻¹(α) + μ). Clopper-Pearson bounds on size
     and power turn that round. The threshold must be fixed before these runs.
 
-    Source: Nasr et al. (2023), "Tight Auditing of Differentially Private Machine Learning"; trade-off curve of a sampled Gaussian: Dong, Roth
-    & Su (2022), "Gaussian Differential Privacy".
+    Source: Nasr et al. (2023), "Tight Auditing of Differentially Private Machine Learning"; the trade-off curve is that of
+    Dong, Roth & Su (2022), "Gaussian Differential Privacy".
 
     Args:
       hits: how often the attack said "in", of `n_in` runs with the record.
@@ -74,7 +79,7 @@ def two_world_epsilon(hits: int, n_in: int, alarms: int, n_out: int, delta: floa
 
 
 def best_threshold(sigma: float, n: int, confidence: float, q: float = 1.0) -> float:
-    """Returns the threshold, in units of the record's shift, at which n runs a world prove the most if the claim is exact. From public facts."""
+    """Returns the threshold, in units of the record's shift, at which n runs a world prove the most of an exact claim: a public fact."""
     candidates = np.linspace(-0.5, 1.5 + 4 * sigma, 81)
 
     def proved(threshold: float) -> float:
@@ -226,5 +231,3 @@ def power_at(inside: Array, outside: Array, size: float, confidence: float = CON
     threshold = np.sort(outside)[::-1][min(kept, len(outside) - 1)]
     hits = int((inside > threshold).sum())
     return (hits / len(inside), *clopper_pearson(hits, len(inside), (1 - confidence) / 2))
-
-

@@ -113,7 +113,9 @@ def gaussian_sum(
     return Drawn(seen, included, sigma, np.concatenate([one[~included] for one in noisy]), query.sigma_steps)
 
 
-def rank_one_sum(sigma: float, n: int, coins: np.random.Generator, grid_bits: int = 30, seed: int | None = None) -> Drawn:
+def rank_one_sum(
+    sigma: float, n: int, coins: np.random.Generator, grid_bits: int = 30, seed: int | None = None
+) -> Drawn:
     """One record of norm C spread evenly over the coordinates of one matrix: each carries C/√n, under noise of C·σ/√n."""
     side = math.isqrt(2 * n) // 2 * 2
     rows = coins.permutation(side) < side // 2
@@ -145,7 +147,9 @@ def noisy_votes(sigma: float, n: int, coins: np.random.Generator, seed: int | No
     def switching(x: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(turned[: len(x)], 2).double()
 
-    query = NoisyVotes(name="audit", n_queries=queries, n_classes=2, n_models=3, noise_multiplier=sigma / math.sqrt(queries))
+    query = NoisyVotes(
+        name="audit", n_queries=queries, n_classes=2, n_models=3, noise_multiplier=sigma / math.sqrt(queries)
+    )
     with tempfile.TemporaryDirectory(prefix="dpdistill-audit-") as place:
         vault = Vault.open(Path(place) / "vault", insecure_seed=seed)
         with Ledger.open(Path(place) / "ledger.jsonl", cap=_CAP, data="made-up", unit="owner") as ledger:
@@ -218,13 +222,17 @@ def _sigma(epsilon: float, delta: float, q: float) -> float:
     if q == 1:
         return accounting.gaussian_multiplier(epsilon, delta)
     return calibrate(
-        lambda sigma: [Planned(GaussianSum(name="audit", dim=1, noise_multiplier=sigma, sampling_prob=q))], epsilon, delta
+        lambda sigma: [Planned(GaussianSum(name="audit", dim=1, noise_multiplier=sigma, sampling_prob=q))],
+        epsilon,
+        delta,
     )
 
 
 def measure(drawn: Drawn, mechanism: str, epsilon: float, delta: float, q: float = 1.0) -> Kernel:
     """What a million draws show of ε and of the noise."""
-    threshold = bounds.best_threshold(drawn.sigma, len(drawn.seen) // 2, CONFIDENCE, q)  # from public facts: fixed before the draws
+    threshold = bounds.best_threshold(
+        drawn.sigma, len(drawn.seen) // 2, CONFIDENCE, q
+    )  # from public facts: fixed before the draws
     said = drawn.seen > threshold
     inside, outside = said[drawn.included], said[~drawn.included]
     mu = bounds.two_world_mu(int(inside.sum()), len(inside), int(outside.sum()), len(outside), CONFIDENCE, q)
@@ -234,7 +242,10 @@ def measure(drawn: Drawn, mechanism: str, epsilon: float, delta: float, q: float
     due = 2 * float(ndtr(-(math.ceil(4 * drawn.steps) - 0.5) / drawn.steps))
     ordered = np.sort(noise)
     equal = np.diff(np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 1, append=ordered[-1] + 1)))
-    pairs, chance = float((equal.astype(np.float64) * (equal - 1) / 2).sum()), n * (n - 1) / 2 / (2 * math.sqrt(math.pi) * steps)
+    pairs, chance = (
+        float((equal.astype(np.float64) * (equal - 1) / 2).sum()),
+        n * (n - 1) / 2 / (2 * math.sqrt(math.pi) * steps),
+    )
     rare = chance < n / 8  # else most draws have an equal one, and pairs say nothing
     wrong = {
         "spread": chi2.cdf(squares, n) < LEVEL,

@@ -154,11 +154,14 @@ class Audit:
             for what, bound, claim in self.lower_bounds
             if not (bound <= claim)
         ]
-        lines += [f"kernel {k.mechanism}: the {fault} of the noise is not what it has to be" for k in self.kernel for fault in k.faults]
-        if self.one_run is not None and self.one_run.null_trials:
-            # Three times the nominal rate is out of reach of chance at 200 trials.
-            if self.one_run.null_alarms > 0.15 * self.one_run.null_trials:
-                lines.append("one run: the audit itself raises alarms on coins that nothing has seen")
+        lines += [
+            f"kernel {k.mechanism}: the {fault} of the noise is not what it has to be"
+            for k in self.kernel
+            for fault in k.faults
+        ]
+        # Three times the nominal rate is out of reach of chance at 200 trials.
+        if self.one_run is not None and self.one_run.null_alarms > 0.15 * self.one_run.null_trials:
+            lines.append("one run: the audit itself raises alarms on coins that nothing has seen")
         return lines
 
     def describe(self) -> dict[str, Any]:
@@ -208,6 +211,10 @@ def _read(kind: Any, value: Any) -> Any:
         if not (isinstance(value, str) and _NUMBER.fullmatch(value)):
             raise ValueError("not a number of an audit")
         return float(value)
-    if type(value) is not kind or (kind is str and not _TEXT.fullmatch(value)) or (kind is int and not 0 <= value < 2**53):
+    if (
+        type(value) is not kind
+        or (kind is str and not _TEXT.fullmatch(value))
+        or (kind is int and not 0 <= value < 2**53)
+    ):
         raise ValueError("not a value of an audit")
     return value
