@@ -308,6 +308,115 @@ def verify(release: Release) -> None:
 
 
 @app.command()
+def audit(
+    release: Annotated[Path | None, typer.Argument(help="A release folder; not needed with --kernel.")] = None,
+    kernel: Annotated[
+        bool, typer.Option("--kernel", help="Only the kernel: worst pairs of data sets through the door, at five ε.")
+    ] = False,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Public images for the twin run, in any of the forms of `dataset --data`. Never private ones."
+        ),
+    ] = "digits",
+    auxiliary: Auxiliary = None,
+    canaries: Annotated[
+        int, typer.Option(min=20, help="Noise images in the twin run, at most; and a quarter of its records.")
+    ] = 500,
+    two_worlds: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Whole small runs in each of two worlds, with and without one record: 1000 take minutes."
+        ),
+    ] = 0,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="A tenth of the draws, and no twin beyond its last noisy sum: seconds to a minute."
+        ),
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write what was found to.")] = None,
+    device: Device = None,
+) -> None:
+    """Attacks the software and a release of it, and writes into the release what that proved. It can refute, not confirm.
+
+    Exit code 0: nothing was refuted; 1: a lower bound lies above the claim, and the release is left as it was.
+    """
+    from .audit import run as audits
+    from .audit.result import Audit
+    from .bundle.release import add_audit
+    from .errors import ConfigError
+    from .workspace import passing
+
+    if kernel == (release is not None):
+        raise ConfigError("give a release folder, or --kernel without one")
+    if json_file is not None:
+        _check_outside(json_file, release or Path("-"))
+    if release is None:
+        draws = audits.QUICK if quick else audits.DRAWS
+        rows = audits.kernels(audits.every_kind(), audits.DELTA, draws=draws, passing=passing)
+        found = Audit(epsilon=0.0, delta=audits.DELTA, confidence=0.999, twin="", blind="", kernel=rows)
+    else:
+        found = audits.audit_release(
+            release,
+            data=data,
+            auxiliary=auxiliary or "none",
+            device=device or "cpu",
+            most_canaries=canaries,
+            runs=two_worlds,
+            quick=quick,
+            passing=passing,
+            quiet=False,
+        )
+    _show_audit(found)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found.describe(), indent=2, sort_keys=True) + "\n")
+    if found.refuted:
+        for line in found.refuted:
+            console.print(f"REFUTED  {line}", style="bold red", markup=False)
+        raise typer.Exit(1)
+    if release is not None:
+        add_audit(release, found)
+        console.print(f"written into {release}: certificate, README.md and report.html", markup=False)
+
+
+def _show_audit(found: Any) -> None:
+    """Every bound beside its claim, and what else was seen."""
+    table = Table("audit", "claimed ε", "lower bound", "expected of a correct one", "noise: spread, tail, repeats")
+    for k in found.kernel:
+        name = f"kernel {k.mechanism}" + ("" if k.sampling_prob == 1 else f", sampled at {k.sampling_prob:g}")
+        noise = f"{k.spread:.4f}  {k.tail:.2f}  " + (f"{k.repeats:.2f}" if k.repeats else "-")
+        table.add_row(name, f"{k.epsilon:g}", f"{k.lower:.3f}", "", noise)
+    one = found.one_run
+    if one is not None:
+        for name, bound, band in (
+            ("Steinke et al. 2023", one.steinke, one.expected_steinke),
+            ("f-DP", one.fdp, one.expected_fdp),
+        ):
+            told = f"{band[0]:.2f} to {band[1]:.2f}"
+            table.add_row(f"one run, {one.canaries} canaries, {name}", f"{found.epsilon:g}", f"{bound:.3f}", told, "")
+    for pair in found.two_worlds:
+        name = f"two worlds, {pair.runs} runs each, {pair.seen}"
+        table.add_row(name, f"{found.epsilon:g}", f"{max(pair.lower, pair.lower_gdp):.3f}", "", "")
+    console.print(table)
+    if found.blind:
+        console.print(f"no audit from one run: {found.blind}", markup=False)
+    if one is not None:
+        console.print(f"coins drawn anew: {one.null_alarms} alarms in {one.null_trials} trials (5 % are due at most)")
+        console.print(
+            f"a tenth of the noise: bounds {one.broken_steinke:.2f} and {one.broken_fdp:.2f}, of {one.most_steinke:.2f} "
+            f"and {one.most_fdp:.2f} that so many canaries can prove"
+        )
+    for m in found.membership:
+        console.print(
+            f"membership of {m.who} by {m.attack}: AUC {m.auc[0]:.3f} ({m.auc[1]:.3f} to {m.auc[2]:.3f}), "
+            f"{100 * m.power[0]:.1f} % found at 1 % false alarms (ε, δ allow {100 * m.power_allowed:.1f} %)",
+            markup=False,
+        )
+    console.print("An audit can refute, not confirm.", style="bold")
+
+
+@app.command()
 def evaluate(
     release: Release,
     data: Annotated[str, typer.Option(help="Labelled test images, in any of the forms of `dataset --data`.")],

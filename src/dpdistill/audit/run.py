@@ -19,7 +19,8 @@ from .result import Audit, Kernel
 from .twin import Twin, configuration, public_records
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0)
-QUICK = 10**5
+DRAWS, QUICK = kernel.DRAWS, 10**5
+DELTA = 1e-5  # where no release names one
 SAMPLED = 0.25  # rate of the sampled sum where no release names one
 NO_RECORD_IN_SUMS = (
     "a canary's own vector is in no answer: models vote, so the kernel audit draws the worst pair of votes instead"
@@ -106,7 +107,7 @@ def audit_release(
     found = kernels(
         kinds_of(checked.certificate, config.epsilon),
         config.delta,
-        draws=QUICK if quick else kernel.DRAWS,
+        draws=QUICK if quick else DRAWS,
         passing=passing,
         seed=seed,
     )

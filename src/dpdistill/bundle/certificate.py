@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..audit.result import Audit
 from ..errors import ConfigError, ReleaseError
 from ..privacy import Guarantee, accounting
 from ..privacy import ledger as ledgers
@@ -71,6 +72,7 @@ class BundleFacts:
       claim: what a release without a ledger of ours rests on; then `ledger_raw` is empty and `run` only a name.
       conversion_toml: settings of a conversion that came after the run; empty where there was none.
       figures: numbers from public or released things only, to be shown, such as how often teacher and student agree.
+      audit: what attacks on it, or on a twin of it, found; None where there were none.
     """
 
     method: str
@@ -88,6 +90,7 @@ class BundleFacts:
     claim: Claim | None = None
     conversion_toml: str = ""
     figures: dict[str, float] = field(default_factory=dict)
+    audit: Audit | None = None
 
     @property
     def basis(self) -> Basis:
@@ -293,6 +296,7 @@ def build(
         "randomness": _randomness(mechanisms, facts.insecure) if lines else None,
         "checks": {name: decimal(value) for name, value in facts.checks.items()},
         "auxiliary": facts.auxiliary,
+        "audit": facts.audit.describe() if facts.audit else None,
         "ledger": _book(facts, lines, shown, found.spent) if lines else None,
         "software": versions,
         "pages": pages,

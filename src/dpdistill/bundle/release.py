@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..audit.result import Audit
 from ..errors import ReleaseError
 from ..privacy.faults import point
 from ..privacy.ledger import sync_directory
@@ -51,14 +52,7 @@ def write_bundle(out: Path, synthetic: "Synthetic", facts: BundleFacts, product:
     files = bundle_files(synthetic, facts, product)
     partial = out.with_name(out.name + ".partial")
     try:
-        _fresh(partial)
-        for name, raw in files.items():
-            _write(partial / name, raw)
-        for folder in (*(path for path in sorted(partial.rglob("*"), reverse=True) if path.is_dir()), partial):
-            sync_directory(folder)
-        point("release: written beside, not yet checked")
-        verification.inspect(partial)
-        point("release: checked, not yet renamed")
+        _write_checked(partial, files)
         os.rename(partial, out)
         point("release: renamed")
         sync_directory(out.absolute().parent)
@@ -68,6 +62,54 @@ def write_bundle(out: Path, synthetic: "Synthetic", facts: BundleFacts, product:
         ) from error
     point("release: in place")
     return out
+
+
+def _write_checked(partial: Path, files: dict[str, bytes]) -> None:
+    """Writes a release beside its place, and checks it as a stranger would."""
+    _fresh(partial)
+    for name, raw in files.items():
+        _write(partial / name, raw)
+    for folder in (*(path for path in sorted(partial.rglob("*"), reverse=True) if path.is_dir()), partial):
+        sync_directory(folder)
+    point("release: written beside, not yet checked")
+    verification.inspect(partial)
+    point("release: checked, not yet renamed")
+
+
+def add_audit(path: Path, audit: Audit) -> None:
+    """Puts an audit into a release: certificate, pages and hashes are written anew, everything else stays as it is.
+
+    The new folder is written beside, checked, and swapped in; the old one is `<path>.before` for that moment, and is put back here where
+    a crash came between.
+
+    Raises:
+      ReleaseError: the release does not verify, before or with the audit, or cannot be written. Then it is as it was.
+    """
+    partial, before = path.with_name(path.name + ".partial"), path.with_name(path.name + ".before")
+    if before.exists() and not path.exists():
+        os.rename(before, path)
+    checked = verification.inspect(path)
+    certificate = {**checked.certificate, "audit": audit.describe(), "pages": report.fingerprint()}
+    files = {
+        **checked.files,
+        "README.md": report.render_card(certificate).encode(),
+        "report.html": report.render_report(certificate, checked.contents).encode(),
+        "certificate.json": certificates.write(certificate),
+    }
+    files["SHA256SUMS"] = verification.checksums(files)
+    try:
+        _write_checked(partial, files)
+        if before.exists():
+            shutil.rmtree(before)
+        os.rename(path, before)
+        point("release: old one aside")
+        os.rename(partial, path)
+        sync_directory(path.absolute().parent)
+        shutil.rmtree(before)
+    except OSError as error:
+        if before.exists() and not path.exists():
+            os.rename(before, path)
+        raise ReleaseError(f"{path}: the audit could not be written into it ({error.strerror})") from error
 
 
 def bundle_files(synthetic: "Synthetic", facts: BundleFacts, product: Product | None = None) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..errors import ReleaseError
 from ..files import write_whole
 from ..privacy.guarantee import shown
-from . import png
+from . import audit_plot, png
 from .certificate import shape
 from .contents import Contents, one_line
 
@@ -44,7 +44,10 @@ def _environment() -> jinja2.Environment:
 def fingerprint() -> str:
     """Names the code and templates that write the pages: those of another fingerprint cannot be compared."""
     digest = hashlib.sha256()
-    for path in [*sorted(_TEMPLATES.iterdir()), Path(__file__), Path(png.__file__)]:
+    for path in [
+        *sorted(_TEMPLATES.iterdir()),
+        *(Path(code) for code in (__file__, png.__file__, audit_plot.__file__)),
+    ]:
         if path.is_file():
             digest.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return digest.hexdigest()[:16]
@@ -159,6 +162,7 @@ def render_report(certificate: dict[str, Any], held: Contents, evaluation: dict[
         kept=basis != "none",
         kind=certificate["release"]["kind"],
         shape=shape,
+        plot=audit_plot.drawn(certificate["audit"]),
         strips=_strips(held),
         neighbours=_neighbours(held) if certificate["release"]["kind"] == "diffusion" else [],
         bars=_bars(certificate) if basis == "proved" else [],

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..audit import result as audits
 from ..errors import DpdistillError, ReleaseError, printable
 from ..files import MAX_TOML, parse_toml
 from ..privacy import Guarantee
@@ -51,6 +52,7 @@ UNCHECKED = (
 _MORE: dict[str, int] = {"conversion.toml": MAX_TOML}  # where a release was converted from another
 for _kind in PRODUCTS.values():
     _MORE |= _kind.SIZES
+_AUDIT = "that the audit was made as it says; it can refute, not confirm"
 _ATTESTED = "what the supplier of the teacher says about its training, and that this teacher was used"
 _OTHER_PAGES = "what README.md and report.html say: another version of dpdistill wrote them; trust certificate.json"
 _CHECK_LIMIT = 1e-4
@@ -143,10 +145,12 @@ def inspect(root: Path) -> Checked:
     made = _product(certificate, files, facts)
     rebuilt = certificates.build(facts, claimed, held, certificate["software"], certificate["pages"], made)
     problems += [f"certificate.json: {where}" for where in differences(certificate, rebuilt)]
-    problems += _check_contents(held, facts, lines)
+    problems += _check_contents(held, facts, lines) + _check_audit(facts, claimed)
     _raise(problems)
     problems += _check_pictures(files, held)
     unchecked: tuple[str, ...] = UNCHECKED if facts.claim is None else (_ATTESTED, *UNCHECKED[3:])
+    if facts.audit is not None:
+        unchecked = (*unchecked, _AUDIT)
     if certificate["pages"] == report.fingerprint():
         pages = {"README.md": report.render_card(certificate), "report.html": report.render_report(certificate, held)}
         problems += [
@@ -326,6 +330,7 @@ def _claims(certificate: dict[str, Any], files: dict[str, bytes]) -> tuple[Bundl
                 expect(name, str, "a figure", ID.fullmatch(name) is not None): number(text, "a figure")
                 for name, text in expect(certificate["figures"], dict, "figures").items()
             },
+            audit=audits.parse(certificate["audit"]),
         )
         if isinstance(claim, claims.Nothing) and facts.delta != claim.delta:
             facts = replace(facts, delta=claim.delta)
@@ -410,6 +415,19 @@ def _check_contents(held: Contents, facts: BundleFacts, lines: list[ledgers.Line
         if x > _CHECK_LIMIT
     ]
     return problems
+
+
+def _check_audit(facts: BundleFacts, claimed: Figures) -> list[str]:
+    """An audit is about this very claim, and does not contradict it. Its figures are claims."""
+    if facts.audit is None:
+        return []
+    if (
+        facts.basis != "proved"
+        or facts.audit.delta != facts.delta
+        or audits.number(facts.audit.epsilon) != audits.number(float(claimed.epsilon))
+    ):
+        return ["certificate.json: the audit is of another claim"]
+    return [f"certificate.json: an audit refutes the claim: {line}" for line in facts.audit.refuted]
 
 
 def _check_pictures(files: dict[str, bytes], held: Contents) -> list[str]:
