@@ -405,7 +405,8 @@ def _show_audit(found: Any) -> None:
         console.print(f"coins drawn anew: {one.null_alarms} alarms in {one.null_trials} trials (5 % are due at most)")
         console.print(
             f"a tenth of the noise: bounds {one.broken_steinke:.2f} and {one.broken_fdp:.2f}, of {one.most_steinke:.2f} "
-            f"and {one.most_fdp:.2f} that so many canaries can prove"
+            f"and {one.most_fdp:.2f} that so many canaries can prove: "
+            + ("the alarm rings" if one.alarm_rings(found.epsilon) else "too few canaries to notice at this ε")
         )
     for m in found.membership:
         console.print(

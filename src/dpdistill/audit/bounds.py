@@ -186,6 +186,7 @@ def most(m: int, delta: float, confidence: float = CONFIDENCE) -> OneRunBounds:
     return one_run(np.arange(m, dtype=float), np.arange(m) >= m // 2, delta, confidence)
 
 
+@lru_cache(maxsize=64)
 def expected(
     mu: float, m: int, delta: float, confidence: float = CONFIDENCE, repeats: int = 200, seed: int = 0
 ) -> tuple[OneRunBounds, OneRunBounds]:

@@ -217,6 +217,7 @@ def audit(
     return measure(drawn, mechanism, epsilon, delta, q)
 
 
+@cache
 def _sigma(epsilon: float, delta: float, q: float) -> float:
     """σ of one release worth `epsilon`, and no more."""
     if q == 1:

@@ -74,6 +74,10 @@ class OneRun:
     broken_steinke: float = -1.0
     broken_fdp: float = -1.0
 
+    def alarm_rings(self, epsilon: float) -> bool:
+        """Whether the run with a tenth of its noise was refuted."""
+        return max(self.broken_steinke, self.broken_fdp) > epsilon
+
 
 @dataclass(frozen=True, kw_only=True)
 class TwoWorlds:

@@ -86,13 +86,18 @@ def _bounds(audit: dict[str, Any]) -> dict[str, Any]:
                 "text_y": _at(ROW * i + 12 + 14),
                 "band_y": _at(ROW * i + 6),
                 "width": _at(x(bound) - x(0.0)),
-                "value_x": _at(max(x(bound), x(band[1]) if band else 0.0) + 6),
+                "value_x": _at(_clear(max(x(bound), x(band[1]) if band else 0.0) + 6, x(claim))),
                 "value": f"{bound:.3g}",
                 "band": {"x": _at(x(band[0])), "width": _at(max(x(band[1]) - x(band[0]), 1.0))} if band else None,
             }
             for i, (name, bound, band) in enumerate(rows)
         ],
     }
+
+
+def _clear(place: float, line: float) -> float:
+    """Where a value is written: not across the line of the claim."""
+    return line + 6 if line - 34 < place < line + 6 else place
 
 
 def _kind(found: dict[str, Any]) -> str:
