@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from .bundle.verification import open_release
 from .config import ModelConfig, build, config_hash, public_toml
 from .data import procedural_images, to_unit
 from .errors import ConfigError, InputError, ReleaseError
-from .files import MAX_TOML, read_small
 from .mechanisms import Vault
 from .methods import MODEL_METHODS, Student
 from .models.teachers import Teacher
@@ -37,8 +35,11 @@ from .pipeline import (
     check_target,
     distil,
     forget,
+    forget_rest,
+    holds,
     public_facts,
     read_teacher,
+    resumable,
     write_result,
 )
 from .workspace import FolderWorkspace
@@ -64,6 +65,7 @@ class Brought:
     differentiable: bool = False
 
 
+@resumable
 def convert(
     config: ModelConfig, teacher: Teacher | None = None, *, quiet: bool = False, insecure_seed: int | None = None
 ) -> Path:
@@ -93,7 +95,7 @@ def convert(
     sigma = settings.sigma(config.epsilon, config.delta) if config.method == "opaque" else 0.0
     toml = f"# teacher: {brought.sha256}\n" + public_toml(config, settings, sigma)
     if os.path.lexists(out):
-        return _same_release(out, toml)
+        return _same_release(out, state, toml)
     check_target(out)
     check_same_run(state, toml)
     begin(state, toml)
@@ -130,13 +132,12 @@ def convert(
     return out
 
 
-def _same_release(out: Path, toml: str) -> Path:
+def _same_release(out: Path, state: Path, toml: str) -> Path:
     """A finished conversion of this very teacher with these settings is the answer; anything else is in the way."""
-    for name in ("conversion.toml", "config.toml"):
-        with suppress(InputError):
-            if read_small(out / name, MAX_TOML) == toml.encode():
-                return out
-    raise ReleaseError(f"{out} exists and holds something else; choose another --out or remove it")
+    if not any(holds(out / name, toml) for name in ("conversion.toml", "config.toml")):
+        raise ReleaseError(f"{out} exists and holds something else; choose another --out or remove it")
+    forget_rest(state, toml)
+    return out
 
 
 def bring(config: ModelConfig, given: Teacher | None = None) -> Brought:

@@ -24,13 +24,17 @@ from .pipeline import (
     check_target,
     distil,
     forget,
+    forget_rest,
+    holds,
     load_private,
     public_facts,
+    resumable,
     write_result,
 )
 from .workspace import FolderWorkspace
 
 
+@resumable
 def diffuse(config: DiffusionConfig, *, quiet: bool = False, insecure_seed: int | None = None) -> Path:
     """Makes a diffusion release, or goes on where the same command was stopped.
 
@@ -63,7 +67,7 @@ def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> P
     sigma = settings.sigma(config.epsilon, config.delta)
     toml = public_toml(config, settings, sigma)
     if os.path.lexists(out):
-        raise ReleaseError(f"{out} exists; choose another --out or remove it")
+        return _finished(out, state, toml)
     check_target(out)
     check_same_run(state, toml)
     begin(state, toml)
@@ -97,6 +101,15 @@ def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> P
     )
     write_result(out, made, facts)
     forget(state, vault)
+    return out
+
+
+def _finished(out: Path, state: Path, toml: str) -> Path:
+    """A release that a crash left beside its own run's state is done but for forgetting that; any other is in the way: it does not say
+    from which records it is."""
+    if not state.exists() or not holds(out / "config.toml", toml):
+        raise ReleaseError(f"{out} exists; choose another --out or remove it")
+    forget_rest(state, toml)
     return out
 
 

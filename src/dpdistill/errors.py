@@ -43,6 +43,18 @@ class ReleaseError(DpdistillError):
     """A release folder does not verify, or cannot be read."""
 
 
+class StorageError(DpdistillError):
+    """The disk is full, or fails. What was charged and released is kept, and the same command goes on from there.
+
+    Args:
+      error: what the system said.
+    """
+
+    def __init__(self, error: OSError) -> None:
+        why = f"{error.filename or 'input or output'}: {error.strerror or error}"
+        super().__init__(f"{why}; nothing is lost: once the disk takes it, the same command goes on from here")
+
+
 class RecordwiseError(DpdistillError):
     """A function handed to the door mixes records, so its sensitivity is unknown. Nothing was read."""
 

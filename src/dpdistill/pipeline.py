@@ -6,6 +6,7 @@ Everything that can be wrong is found before a record is read by a method and be
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import hmac
 import json
@@ -17,7 +18,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 import torch
@@ -26,13 +27,13 @@ from .bundle import BundleFacts, product_of, product_of_sampler, write_bundle
 from .bundle.tensors import MAX_ARRAYS
 from .config import DiffusionConfig, ModelConfig, RunConfig, build, config_hash, public_toml
 from .data import LabelledImages, Limits, chunks, load_images, procedural_images, to_unit
-from .errors import ConfigError, InputError, LedgerError, ReleaseError
+from .errors import ConfigError, InputError, LedgerError, ReleaseError, StorageError
 from .files import MAX_TOML, read_small
 from .mechanisms import Door, Ensemble, PrivateData, Ranks, Vault, joined
-from .mechanisms.vault import write_atomically
 from .methods import DIFFUSION_METHODS, METHODS, MODEL_METHODS, Method, Public, Sampler, Student, Synthetic
 from .privacy import Ledger, Planned, accounting, calibrate
 from .privacy import ledger as ledgers
+from .privacy.disk import sync_directory, write_atomically
 from .privacy.faults import point
 from .workspace import FolderWorkspace
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .models.teachers import Teacher
 
 N_PROCEDURAL = 4000
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +333,20 @@ def named_ledger(config: RunConfig) -> Path:
     return path
 
 
+def resumable(run: Callable[P, Path]) -> Callable[P, Path]:
+    """Decorates a command on a configuration: what the disk refuses, somewhere in the middle, is one line that says the way out."""
+
+    @functools.wraps(run)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Path:
+        try:
+            return run(*args, **kwargs)
+        except OSError as error:
+            raise StorageError(error) from error
+
+    return wrapped
+
+
+@resumable
 def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None = None) -> Path:
     """Distils a data set into a release folder, or goes on where the same command was stopped.
 
@@ -521,12 +537,27 @@ def _already_there(out: Path, state: Path, plan: Plan, ledger: Callable[[], Path
         raise ReleaseError(
             f"{out} exists and holds something else, or other data's release; choose another --out or remove it"
         )
+    forget_rest(state, plan.toml)
+
+
+def holds(path: Path, toml: str) -> bool:
+    """Whether a file holds this configuration."""
+    try:
+        return read_small(path, MAX_TOML) == toml.encode()
+    except InputError:
+        return False
+
+
+def forget_rest(state: Path, toml: str) -> None:
+    """After a crash between a release and `forget`: what that left. Another run's state is not touched."""
     if state.exists():
-        forget(state, Vault.open(state / "vault"))
+        check_same_run(state, toml)
+        forget(state, Vault(state / "vault", run="", key=b"", insecure=False))  # can erase, and nothing else
 
 
 def forget(state: Path, vault: Vault) -> None:
     """Destroys the noise key, then everything else that the run kept beside the release."""
+    sync_directory(state.absolute().parent)  # the release first: a crash may have come between its renaming and this
     point("pipeline: before the key is erased")
     vault.erase()
     for path in sorted(state.rglob("*"), reverse=True):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,11 +10,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load as load_bytes
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from .mechanisms import ALONE, Ranks
-from .mechanisms.vault import write_atomically
+from .privacy.disk import write_atomically
 from .privacy.faults import point
 
 
@@ -87,16 +86,11 @@ class FolderWorkspace:
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         if not self._ranks.first:
             return
-        path = self.folder / f"{name}.safetensors"
-        partial = path.with_name(path.name + ".partial")
         if self._checks:  # first: there must be no checkpoint without its checks
             write_atomically(self.folder / "checks.json", json.dumps(self._checks).encode())
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial)
-        descriptor = os.open(partial, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-        point("workspace: checkpoint written, not yet renamed")
-        os.replace(partial, path)
+        # As bytes, not by `save_file`: what that raises on a full disk is no OSError.
+        content = serialise({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+        write_atomically(self.folder / f"{name}.safetensors", content)
         point("workspace: checkpoint in place")
 
 

@@ -375,7 +375,7 @@ def check_ledger_first(m: SimpleNamespace, folder: Path) -> None:
 
 
 def check_ledger_file(m: SimpleNamespace, folder: Path) -> None:
-    """One holder; a chain; a torn tail cut and a lost newline refused; a full disk leaves no half line; the cap outlives a restart."""
+    """One holder; a chain; a torn tail cut and a lost newline put back; a full disk leaves no half line; the cap outlives a restart."""
     Ledger, GaussianSum = m.ledger.Ledger, m.queries.GaussianSum
     path = folder / "ledger.jsonl"
     query = GaussianSum(name="s", dim=3, noise_multiplier=20.0)
@@ -406,7 +406,8 @@ def check_ledger_file(m: SimpleNamespace, folder: Path) -> None:
     lines = raw.splitlines(keepends=True)
     assert opened(b"".join([lines[0], lines[2], lines[1], *lines[3:]])) is None, "reordered"
     assert opened(b"".join([lines[0], *lines[2:]])) is None, "a line removed"
-    assert opened(b"".join(lines[:-1]) + lines[-1][:-1]) is None, "a lost newline"
+    assert opened(b"".join(lines[:-1]) + lines[-1][:-1]) == 5, "a lost newline"
+    assert path.read_bytes() == raw
     assert opened(b"".join(lines[:-1]) + lines[-1][:-1] + b"x") is None, "a flipped newline"
     assert opened(b"".join(lines[:-1]) + lines[-1][:30]) == 4, "a torn tail"
     assert path.read_bytes() == b"".join(lines[:-1])
@@ -1273,15 +1274,11 @@ MUTANTS = [
         check_ledger_first,
         (LEDGER, "            os.fsync(self._descriptor)\n        except OSError", "        except OSError"),
     ),
-    bug("L4 a torn tail kept", check_ledger_file, (LEDGER, "if torn:", "if False:")),
+    bug("L4 a torn tail kept", check_ledger_file, (LEDGER, "    if raw != whole:\n", "    if False:\n")),
     bug(
         "L4 a lost newline forgets a charge",
         check_ledger_file,
-        (
-            LEDGER,
-            '    raise LedgerError("the last line of the ledger is damaged; restore the file, never edit it")',
-            "    return whole, torn",
-        ),
+        (LEDGER, '    return raw[:end] + tail + b"\\n"', "    return raw[:end]"),
     ),
     bug(
         "L4 the chain not verified",
@@ -1294,8 +1291,8 @@ MUTANTS = [
         check_ledger_file,
         (
             LEDGER,
-            "            return ledger\n        except BaseException:",
-            "            ledger.raise_cap(cap)\n            return ledger\n        except BaseException:",
+            "            return ledger\n        except BaseException as error:",
+            "            ledger.raise_cap(cap)\n            return ledger\n        except BaseException as error:",
         ),
     ),
     bug(

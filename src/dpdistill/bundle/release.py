@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from ..audit.result import Audit
 from ..errors import ReleaseError
+from ..privacy.disk import sync_directories, sync_directory
 from ..privacy.faults import point
-from ..privacy.ledger import sync_directory
 from . import certificate as certificates
 from . import contents, png, report, table, verification
 from .certificate import BundleFacts
@@ -55,7 +55,7 @@ def write_bundle(out: Path, synthetic: "Synthetic", facts: BundleFacts, product:
         _write_checked(partial, files)
         os.rename(partial, out)
         point("release: renamed")
-        sync_directory(out.absolute().parent)
+        sync_directories(out.absolute().parent)
     except OSError as error:
         raise ReleaseError(
             f"{out}: the release could not be written ({error.strerror}); the run's state is kept, try again"

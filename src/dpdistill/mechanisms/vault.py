@@ -16,31 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LedgerError
+from ..privacy.disk import overwrite, sync_directories, sync_directory, write_atomically
 from ..privacy.faults import point
-from ..privacy.ledger import sync_directory
 from .noise import Stream, derive
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Puts `content` at `path` wholly or not at all, also across a power cut."""
-    partial = path.with_name(path.name + ".partial")
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    point("vault: written beside, not yet renamed")
-    os.replace(partial, path)
-    sync_directory(path.parent)
-    point("vault: renamed")
-
-
-def _overwrite(path: Path) -> None:
-    """Puts zeros over a file's content, where there is one."""
-    if path.exists():
-        with open(path, "r+b") as file:
-            file.write(bytes(32))
-            file.flush()
-            os.fsync(file.fileno())
 
 
 class Vault:
@@ -62,9 +40,11 @@ class Vault:
             key = derive(b"insecure", str(insecure_seed))
             return cls(folder, "insecure-" + key.hex()[:16], key, True)
         path = folder / "key"
-        _overwrite(folder / "key.erased")  # a crash may have stopped `erase`
+        overwrite(folder / "key.erased")  # a crash may have stopped `erase`
         if not path.exists():
+            sync_directories(folder)  # first: a key that is there must outlive a power cut, and so must its folder
             write_atomically(path, secrets.token_bytes(32))
+        sync_directory(folder)  # each time: a crash may have come between the renaming of a file and this
         key = path.read_bytes()
         if len(key) != 32 or key == bytes(32):  # all zero: overwritten, so known to everyone
             raise LedgerError(
@@ -112,7 +92,7 @@ class Vault:
             os.replace(key, erased)  # first the name: a crash must never leave an overwritten, known key to be used
             sync_directory(self.folder)
             point("vault: key set aside")
-        _overwrite(erased)
+        overwrite(erased)
         point("vault: key overwritten")
         self._key = b""  # and this handle can draw no more noise: `Stream` and `derive` want a key
         shutil.rmtree(self.folder, ignore_errors=True)

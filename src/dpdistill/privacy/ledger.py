@@ -23,6 +23,7 @@ from typing import Any
 from ..errors import BudgetError, ConfigError, LedgerError
 from . import accounting
 from .accounting import Part, Relation
+from .disk import sync_directories
 from .faults import point
 from .guarantee import round_up, shown
 from .queries import Query, parse_query
@@ -123,31 +124,42 @@ def parse(raw: bytes) -> list[Line]:
     return lines
 
 
-def split_tail(raw: bytes) -> tuple[bytes, bytes]:
-    """Splits a ledger's bytes into whole lines and a torn last one, which a crash during a write may leave.
+def mended(raw: bytes) -> bytes:
+    """Returns a ledger's bytes without what a crash during a write may leave: a part of the last line, and zeros.
+
+    A last line that lacks nothing but its newline gets it back. It may have been on disk, so its release may have happened, and cutting it
+    would forget a charge; `parse` refuses it where it is not genuine.
 
     Raises:
-      LedgerError: what follows the last newline holds a whole object: its newline was lost after it was on disk, so its release may have
-        happened, and cutting it would forget a charge. Or there is no whole line, and what is there is not the start of a first one.
+      LedgerError: there is no whole line, and what is there is not the start of a first one.
     """
     end = raw.rfind(b"\n") + 1
-    whole, torn = raw[:end], raw[end:]
-    if not whole and torn[: len(_FIRST)] != _FIRST[: len(torn)]:
+    tail = raw[end:].rstrip(b"\0")
+    if not end and tail[: len(_FIRST)] != _FIRST[: len(tail)]:
         raise LedgerError("not one of our ledgers; name another file")  # and not to be cut: it is somebody's
     try:
-        json.JSONDecoder().raw_decode(torn.decode("utf-8", "replace"))
+        json.JSONDecoder().raw_decode(tail.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
-        return whole, torn
-    raise LedgerError("the last line of the ledger is damaged; restore the file, never edit it")
+        return raw[:end]
+    return raw[:end] + tail + b"\n"
 
 
-def sync_directory(path: Path) -> None:
-    """Makes names in `path` survive a power cut (a file's own fsync does not cover its directory entry)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _settle(descriptor: int, raw: bytes, whole: bytes) -> None:
+    """Makes the file hold `whole` instead of `raw`, and makes it last.
+
+    Also where they are the same: a process that was killed between writing a line and its fsync left it to be read, not to be relied on.
+    """
+    if raw != whole:
+        os.ftruncate(descriptor, len(whole))
+    if not raw.startswith(whole):  # a newline was lost
+        os.lseek(descriptor, -1, os.SEEK_END)
+        os.write(descriptor, b"\n")
+    os.fsync(descriptor)
+
+
+def _failed(path: Path, error: OSError) -> LedgerError:
+    why = f"the ledger could not be read or written ({error.strerror})"
+    return LedgerError(f"{path}: {why}; nothing else was read; once it can be, the same command goes on")
 
 
 class Ledger:
@@ -173,14 +185,14 @@ class Ledger:
 
         Raises:
           LedgerError: damaged, or another process holds it. A torn last line (a crash while writing) is cut off: its
-            release had not happened.
+            release had not happened. See `mended`.
         """
         cap = check_cap(cap)
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
         except OSError as error:
-            raise LedgerError(f"{path}: the ledger could not be opened ({error.strerror}); nothing was read") from error
+            raise _failed(path, error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -192,13 +204,11 @@ class Ledger:
             with os.fdopen(os.dup(descriptor), "rb") as file:
                 raw = file.read()
             try:
-                whole, torn = split_tail(raw)
+                whole = mended(raw)
                 lines = parse(whole) if whole else []
             except LedgerError as error:
                 raise LedgerError(f"{path}: {error}") from error.__cause__
-            if torn:
-                os.ftruncate(descriptor, len(whole))
-                os.fsync(descriptor)
+            _settle(descriptor, raw, whole)
             ledger = cls(path, descriptor, lines)
             if lines and ((data or lines[0]["data"]), unit) != (lines[0]["data"], lines[0]["unit"]):
                 raise LedgerError(
@@ -212,12 +222,12 @@ class Ledger:
                     )
                 opening = {"format": FORMAT, "data": name, "unit": unit, "relation": "add_or_remove_one"}
                 ledger._append({"type": "open", **opening, "cap_epsilon": repr(cap[0]), "cap_delta": repr(cap[1])})
-            sync_directory(path.parent)  # each time: a crash may have come between the first line and this
-            with suppress(OSError):  # not ours to read, perhaps
-                sync_directory(path.parent.parent)
+            sync_directories(path.parent)  # each time: a crash may have come between the first line and this
             return ledger
-        except BaseException:
+        except BaseException as error:
             os.close(descriptor)
+            if isinstance(error, OSError):
+                raise _failed(path, error) from error
             raise
 
     @classmethod
@@ -263,9 +273,7 @@ class Ledger:
             with suppress(OSError):
                 os.ftruncate(self._descriptor, end)
                 os.fsync(self._descriptor)
-            raise LedgerError(
-                f"{self.path}: the ledger could not be written ({error.strerror}); nothing was read"
-            ) from error
+            raise _failed(self.path, error) from error
         point("ledger: line on disk")
         self.lines.append(line)
         self._end, self._unsure = end + len(raw), False
