@@ -1,169 +1,231 @@
-"""kill -9 at every numbered point of a whole `distil` run: the same call gives the same release and ledger, to the byte.
+"""kill -9, power loss, torn writes, a full disk and I/O errors at every call that changes the disk: the same command goes on, to the byte.
 
-Runs are forked children, so that none pays for an import; they die by SIGKILL, which nothing can catch. The key and the ledger are
-made first, and copied to each place: both are random by design. Points of one process are counted from its own start.
+`helpers/crash_harness.py` says how. Here: every call of the cheapest whole way, and some of every method's. All: tools/crash_campaign.py.
 """
 
+import errno
+import io
 import os
+import random
+import re
+import resource
 import shutil
 import signal
-import warnings
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-from dpdistill import pipeline
+from crash_cases import NAMES, cases
+from crash_harness import ERRORS, KINDS, TORN, Case, Disk, Fault, File, Site, Study, Violation, content, forked
+from dpdistill import cli, pipeline
 from dpdistill.bundle.verification import verify
 from dpdistill.config import RunConfig
-from dpdistill.mechanisms import Vault
-from dpdistill.methods import joint
+from dpdistill.mechanisms import Vault, vault
 from dpdistill.pipeline import distil
-from dpdistill.privacy import Ledger, accounting, faults, queries
-
-# Two checkpoints of the fit, both in the middle of what one network serves.
-JOINT = {
-    "steps": 7,
-    "repeats": 3,
-    "networks": 1,
-    "feature_width": 4,
-    "feature_dims": 6,
-    "pixel_dims": 4,
-    "components": 2,
-    "pool_mixture": 4,
-    "pool_public": 12,
-    "width": 4,
-}
-NDPDC = {"steps": 3, "sampling_prob": 0.5, "group_size": 10, "width": 4, "checkpoint_steps": 1}
+from dpdistill.privacy import ledger as ledgers
+from dpdistill.privacy.disk import sync_directory
 
 
-def child(work: Callable[[], object], *, kill_at: int = 0, points: Path | None = None) -> int:
-    """Runs work() in a fork; returns 0 where it ended well, -9 where it was killed, 1 where it raised."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            faults._passed = 0
-            os.environ["DPDISTILL_KILL_AT"] = str(kill_at)
-            if points:
-                os.environ["DPDISTILL_POINTS"] = str(points)
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Case]]:
+    with cases(tmp_path_factory.mktemp("inputs")) as make:
+        yield make
 
 
-@pytest.fixture
-def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """begun(name) -> the place of a run that has its key and its ledger, the same in all places, and nothing else."""
-    monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 40)
-    monkeypatch.setattr(joint, "match_pool", partial(joint.match_pool, save_every=2))
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # a killed process loses nothing that it wrote; a power cut would
-    for place in (accounting, queries):  # the same arithmetic a hundred times over
-        monkeypatch.setattr(place, "gaussian_multiplier", lru_cache(accounting.gaussian_multiplier))
-    monkeypatch.setattr(accounting, "gaussian_epsilon", lru_cache(accounting.gaussian_epsilon))
-    torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (13, 8, 8), dtype=np.uint8), np.arange(13) % 2
-    np.savez(tmp_path / "private.npz", images=images, labels=labels, classes=np.array(["a", "b"]))
-    first = tmp_path / "first"
-    Vault.open(first / "out.state" / "vault")
-    Ledger.open(first / "ledger.jsonl", cap=(1.0, 1e-5)).close()
-
-    def copy(name: str) -> Path:
-        return Path(shutil.copytree(first, tmp_path / name))
-
-    return copy
+@pytest.fixture(scope="module")
+def toy(make: Callable[[str], Case], tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return Study(make("toy"), tmp_path_factory.mktemp("toy"))
 
 
-def config(place: Path, settings: dict[str, Any], method: str = "joint") -> RunConfig:
-    paths = {
-        "data": str(place.parent / "private.npz"),
-        "out": str(place / "out"),
-        "ledger": str(place / "ledger.jsonl"),
+def toy_config(case: Case, place: Path) -> RunConfig:
+    return RunConfig(data=str(case.inputs / "private.npz"), out=str(place / "out"), per_class=1, method="toy")
+
+
+def numbers(study: Study, kind: str, path: str) -> list[int]:
+    """The calls of one kind on files or folders like this."""
+    found = [f"{number} {study.where(number)}" for number in range(1, len(study.calls) + 1)]
+    return [int(text.split()[0]) for text in found if re.match(rf"\d+ {kind} {path},", text)]
+
+
+def test_the_whole_way_passes_every_room(toy: Study) -> None:
+    assert {name.split(":")[0] for name in toy.points} == {
+        *("ledger", "file", "door", "workspace", "release", "vault", "pipeline")
     }
-    return RunConfig(**paths, per_class=1, method=method, settings=settings)
+    assert toy.points.count("door: summed") == 3
+    assert toy.points.count("ledger: line on disk") == 5  # the first, run, two charges, final
+    assert toy.points[-1] == "pipeline: state removed"
+    assert len(toy.calls) > 120
+    assert [event[0] for event in toy.events if event[0] in ("read", "emit")] == ["read", "emit"] * 3
 
 
-def outcome(place: Path) -> dict[str, bytes | None]:
-    """Every file and folder of a run's place: the release, the ledger, and nothing else."""
-    return {str(p.relative_to(place)): p.read_bytes() if p.is_file() else None for p in sorted(place.rglob("*"))}
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_fault_at_every_call(kind: str, toy: Study) -> None:
+    for attempt in toy.attempts([kind], [0], all_variants=False):
+        attempt()
+    calls = [call for call, _ in toy.calls]
+    wanted = {
+        "kill": len(calls),
+        "power": 2 * (len(calls) + 1),
+        "torn": calls.count("write"),
+        **{error: sum(call in kinds for call in calls) for error, (_, kinds) in ERRORS.items()},
+    }
+    assert toy.counts[kind][0] == wanted[kind]
+    assert toy.site().start(Fault("kill", len(calls) + 1)) == 0  # there is no other call
 
 
-def kill_everywhere(
-    begun: Callable[[str], Path], plain: Callable[[Path], RunConfig], rooms: tuple[str, ...] = ("",)
-) -> list[str]:
-    """Kills a run at each of its points, in turn, and compares what the same call then makes. Returns all points' names.
-
-    Args:
-      rooms: only points whose names begin so.
-    """
-    whole = begun("whole")
-    distil(plain(whole), quiet=True)  # here, so that the children find everything imported and computed
-    expected = outcome(whole)
-    assert verify(whole / "out").ok
-    assert sorted(name for name in expected if "/" not in name) == ["ledger.jsonl", "out"]
-    again = begun("again")
-    assert child(lambda: distil(plain(again), quiet=True), points=again.parent / "points") == 0
-    assert outcome(again) == expected
-    names = (again.parent / "points").read_text().splitlines()
-    for number, name in enumerate(names, start=1):
-        if not name.startswith(rooms):
-            continue
-        place = begun(f"k{number}")
-        assert child(lambda p=place: distil(plain(p), quiet=True), kill_at=number) == -signal.SIGKILL, name
-        if (place / "out").exists():  # there is never half of one
-            assert verify(place / "out").ok, name
-        distil(plain(place), quiet=True)
-        found = outcome(place)
-        assert found == expected, (name, [key for key in expected if found.get(key) != expected[key]])
-        shutil.rmtree(place)
-    return names
+def test_random_faults_one_after_another(toy: Study) -> None:
+    met = [toy.campaign(seed) for seed in range(10)]
+    assert {kind for kinds in met for kind in kinds} == set(KINDS)
 
 
-def test_killed_at_every_point_and_resumed(begun: Callable[[str], Path]) -> None:
-    names = kill_everywhere(begun, lambda place: config(place, JOINT))
-    assert names.count("door: summed") == 4
-    assert names.count("workspace: checkpoint in place") == 3
-    assert names.count("ledger: line on disk") == 6  # run, four charges, final
-    for room in ("ledger: ", "vault: ", "door: ", "workspace: ", "release: ", "pipeline: "):
-        assert any(name.startswith(room) for name in names)
-    assert names[-1] == "pipeline: state removed"
+# The last three are ways of others.
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"toy", "votes-by-id", "votes-of-owners", "dpdm"}))
+def test_every_method_at_some_calls(name: str, make: Callable[[str], Case], tmp_path: Path) -> None:
+    study = Study(make(name), tmp_path)
+    attempts = list(study.attempts(KINDS, all_variants=False))
+    for attempt in attempts[len(attempts) // 6 :: len(attempts) // 3]:
+        attempt()
+    released = numbers(study, "fsync", r"\.")[-1]  # the release is in place, and the key not yet forgotten
+    study.strike(Fault("kill", released))
+    assert sum(tried for tried, _ in study.counts.values()) >= 4
 
 
-def test_poisson_samples_and_reservations_too(begun: Callable[[str], Path]) -> None:
-    rooms = ("ledger: ", "door: ", "workspace: ")  # the rest is the same for every method
-    names = kill_everywhere(begun, lambda place: config(place, NDPDC, "ndpdc"), rooms)
-    assert names.count("ledger: line on disk") == 3  # run, one charge for all, final
-    assert names.count("door: summed") == 3
-
-
-def test_killed_again_and_again(begun: Callable[[str], Path]) -> None:
-    """One run that dies again and again, each time a little later than it began."""
-    whole, often = begun("whole"), begun("often")
-    distil(config(whole, JOINT), quiet=True)
-    for _ in range(20):
-        if child(lambda: distil(config(often, JOINT), quiet=True), kill_at=17) == 0:
-            break
-    assert child(lambda: distil(config(often, JOINT), quiet=True)) == 0
-    assert outcome(often) == outcome(whole)
-
-
-def test_killed_and_the_budget_is_raised(begun: Callable[[str], Path]) -> None:
+def test_killed_and_the_budget_is_raised(make: Callable[[str], Case], toy: Study, tmp_path: Path) -> None:
     """The cap is a decision of its own: a resumed run with another budget goes on, and charges nothing twice."""
-    place = begun("raised")
-    assert child(lambda: distil(config(place, JOINT), quiet=True), kill_at=30) == -signal.SIGKILL
-    distil(replace(config(place, JOINT), budget=2.0), quiet=True)
-    lines = (place / "ledger.jsonl").read_text().splitlines()
-    assert sum('"type":"intent"' in line for line in lines) == 4
-    assert verify(place / "out").ok
+    plain = make("toy")
+    site = Site(plain, tmp_path / "place")
+    assert site.start(Fault("kill", len(toy.calls) // 2)) == -signal.SIGKILL
+    site.case = Case("raised", lambda place: distil(replace(toy_config(plain, place), budget=2.0), quiet=True))
+    assert site.start() == 0, site.said
+    lines = ledgers.parse((site.place / "out" / "ledger.jsonl").read_bytes())
+    assert [line["type"] for line in lines].count("intent") == 2
+    assert [line["type"] for line in lines].count("cap") == 1
+    assert verify(site.place / "out").ok
+
+
+def test_a_real_limit_is_one_line_and_exit_code_2(
+    make: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No fault of ours: the kernel refuses files above a size, to every writer there is."""
+    plain = make("toy")
+    monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
+    command = ["dpdistill", "dataset", "--data", str(plain.inputs / "private.npz"), "--method", "toy"]
+    command += ["--out", str(tmp_path / "out"), "--per-class", "1"]
+
+    reader, writer = os.pipe()  # not a file: it would have the limit too
+
+    def limited(size: int) -> None:
+        sys.argv, sys.stdout, sys.stderr = command, io.StringIO(), os.fdopen(writer, "w")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        try:
+            cli.main()
+        finally:
+            sys.stderr.flush()
+
+    codes = []
+    for size in (0, 100, 300, 700, 1200, 3000, 10_000):
+        codes.append(forked(partial(limited, size)))
+        said = os.read(reader, 2**16).decode().splitlines()
+        (line,) = [text for text in said if text.startswith("dpdistill: ")]
+        assert os.strerror(errno.EFBIG) in line
+        assert str(tmp_path) in line
+        assert not (tmp_path / "out").exists()
+    assert set(codes) == {2}
+    assert forked(partial(limited, 10**9)) == 0
+    assert verify(tmp_path / "out").ok
+    assert (tmp_path / "out" / "ledger.jsonl").read_bytes().count(b'"intent"') == 2
+
+
+# The harness has to notice. Each of these is a bug that it found here, or might.
+
+
+def test_a_ledger_line_that_was_written_but_not_synced_is_not_relied_on(
+    toy: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between write and fsync; the next process reads the line, and the power goes after it released under it."""
+    number = numbers(toy, "fsync", r"home/ledgers/.*")[
+        3
+    ]  # after the start's, the first line's and the run's: the first charge's
+    toy.strike(Fault("kill", number))
+    site = toy.site()
+    assert site.start(Fault("kill", number)) == -signal.SIGKILL
+    monkeypatch.setattr(ledgers, "_settle", lambda *_: None)
+    with pytest.raises(Violation, match="a power cut would forget the charge"):
+        site.finish(toy.expected)
+
+
+@pytest.mark.parametrize("place", [ledgers, vault])
+def test_new_folders_are_synced_into_those_above(
+    place: Any, make: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, "sync_directories", sync_directory)
+    with pytest.raises(Violation, match="a power cut would"):
+        Study(make("toy"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "call", "path", "said"),
+    [
+        (vault, "sync_directory", "fsync", "out.state/vault", "a power cut would lose"),
+        (pipeline, "sync_directory", "fsync", r"\.", "the key goes before the release is on disk"),
+    ],
+)
+def test_a_name_that_was_not_synced_is_not_relied_on(
+    place: Any, name: str, call: str, path: str, said: str, toy: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between a rename and its folder's fsync: the next process syncs before it goes on."""
+    monkeypatch.setattr(place, name, lambda _: None)
+    toy.seen.clear()
+
+    def kill_all() -> None:
+        for number in numbers(toy, call, path):
+            toy.strike(Fault("kill", number))
+
+    with pytest.raises(Violation, match=said):
+        kill_all()
+
+
+def test_noise_without_a_commitment_is_noticed(
+    make: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Vault, "binds", lambda *_: True)
+    with pytest.raises(Violation, match="unbind its noise"):
+        Study(make("toy"), tmp_path)
+
+
+def test_a_raw_error_is_noticed(toy: Study, tmp_path: Path) -> None:
+    (number, *_) = numbers(toy, "write", r"out\.state/work/.*")
+    toy.strike(Fault("enospc", number))
+    undressed = Case("undressed", lambda place: distil.__wrapped__(toy_config(toy.case, place), quiet=True))
+    site = Site(undressed, tmp_path / "place")
+    fault = Fault("enospc", number)
+    with pytest.raises(Violation, match="a traceback"):
+        site.judge(fault, site.start(fault), toy.expected)
+
+
+def test_what_is_written_past_the_tap_is_noticed(tmp_path: Path) -> None:
+    past = Case("past", lambda place: shutil.copyfile(__file__, place / "copy"))
+    with pytest.raises(Violation, match="past the tap"):
+        Site(past, tmp_path / "place").start()
+
+
+def test_what_a_power_cut_may_leave() -> None:
+    """Of an unsynced write nothing, all, a part, or zeros; of an unsynced rename either name, and never neither."""
+    left = {content(File(b"old new", b"old"), random.Random(seed)) for seed in range(200)}
+    assert {b"old", b"old new", b"old ne", b"old\0\0\0\0", b"old n\0\0"} <= left
+    assert all(raw.startswith(b"old") for raw in left)
+    disk = Disk.of({"x": b"1"}, {})
+    for event in (("create", "x.partial", True), ("write", "x.partial", 0, b"2"), ("rename", "x.partial", "x")):
+        disk.play(event)
+    assert disk.tree("lost") == {"x": b"1"}
+    trees = [disk.tree("any", random.Random(seed)) for seed in range(200)]
+    assert {tree["x"] for tree in trees} == {b"1", b"2", b"", b"\0"}
+    disk.play(("fsync", "x"))
+    disk.play(("fsync", "."))
+    assert disk.tree("lost") == {"x": b"2"}
+    assert len(TORN) == 3

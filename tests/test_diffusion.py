@@ -1,10 +1,6 @@
 """From private images to a diffusion model that anyone may sample: the whole way, its errors, and the paper's form without a promise."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,32 +100,6 @@ def test_the_papers_form_promises_nothing_and_charges_nothing(config: Any, tmp_p
     claim["sigma"] = "0.5"
     (out / "certificate.json").write_text(json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     assert any("certificate.json" in problem for problem in verify(out).problems)
-
-
-KILLED = """
-import sys
-from dpdistill.config import DiffusionConfig
-from dpdistill.diffusion import diffuse
-diffuse(DiffusionConfig(**{config}), quiet=True)
-"""
-
-
-@pytest.mark.parametrize("place", [4, 9, 25])
-def test_a_killed_run_goes_on_without_another_charge(place: int, config: Any, tmp_path: Path) -> None:
-    wanted = config()
-    facts = {"data": wanted.data, "out": wanted.out, "epsilon": 2.0, "expected_records": 60, "per_class": 3}
-    script = KILLED.format(config=repr({**facts, "settings": dict(wanted.settings)}))
-    env = {**os.environ, "DPDISTILL_KILL_AT": str(place)}
-    stopped = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=False)
-    assert stopped.returncode == -signal.SIGKILL, stopped.stderr.decode()[-500:]
-    out = diffuse(wanted, quiet=True)
-    assert verify(out).ok
-    ledger = next((tmp_path / "home").rglob("*.jsonl"))
-    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
-    assert sum(line["type"] == "run" for line in lines) == 1
-    names = [line["query"]["name"] for line in lines if line["type"] == "intent"]
-    mixture = ["dpsad-moments", "dpsad-local-1", "dpsad-local-2", "dpsad-tones"]
-    assert names == [*mixture, "count", "teacher-gradient", "denoiser-gradient"]
 
 
 @pytest.mark.parametrize(

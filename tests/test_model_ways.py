@@ -3,9 +3,6 @@
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -359,39 +356,6 @@ def test_one_data_set_has_one_unit(tmp_path: Path, run: Callable[..., ModelConfi
     convert(run(out=str(tmp_path / "first"), shards=4, id_column="person"), quiet=True)
     with pytest.raises(LedgerError):
         convert(run(budget=5.0), quiet=True)
-
-
-KILLED = """
-import sys
-from dpdistill import pipeline
-from dpdistill.config import ModelConfig
-from dpdistill.conversion import convert
-pipeline.N_PROCEDURAL = 200
-convert(ModelConfig(**{config}), quiet=True)
-"""
-
-
-@pytest.mark.parametrize(
-    ("place", "more"),
-    [(3, {}), (17, {}), (45, {}), (9, {"shards": 4}), (30, {"shards": 4})],
-    ids=["teacher-3", "teacher-17", "teacher-45", "votes-9", "votes-30"],
-)
-def test_a_killed_run_goes_on_without_another_charge(
-    place: int, more: dict[str, Any], tmp_path: Path, run: Callable[..., ModelConfig]
-) -> None:
-    config = run(**more)
-    facts = {"data": config.data, "out": config.out, "per_class": 2, "settings": dict(config.settings), **more}
-    script = KILLED.format(config=repr(facts))
-    env = {**os.environ, "DPDISTILL_KILL_AT": str(place)}
-    stopped = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, check=False)
-    assert stopped.returncode == -signal.SIGKILL, stopped.stderr.decode()[-500:]
-    out = convert(config, quiet=True)
-    assert verify(out).ok
-    lines = the_ledger(tmp_path)
-    assert sum(line["type"] == "run" for line in lines) == 1
-    assert [line["query"]["name"] for line in lines if line["type"] == "intent"] == (
-        ["votes"] if more else OF_A_TEACHER
-    )
 
 
 def test_ids_are_read_from_an_npz(tmp_path: Path) -> None:

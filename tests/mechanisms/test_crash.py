@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from crash_harness import forked
 from dpdistill.data.images import LabelledImages
 from dpdistill.errors import BudgetError, LedgerError
 from dpdistill.mechanisms import PrivateData, Vault
@@ -47,24 +47,17 @@ def run(folder: Path, records: LabelledImages, cap: tuple[float, float] = CAP) -
 
 
 def child(work: Callable[[], None], *, kill_at: int = 0, points: Path | None = None) -> int:
-    """Runs work() in a fork; returns 0 where it ended well, -9 where it was killed, 1 where it raised."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            torch.set_num_threads(1)
-            faults._passed = 0
-            os.environ["DPDISTILL_KILL_AT"] = str(kill_at)
-            if points:
-                os.environ["DPDISTILL_POINTS"] = str(points)
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
+    """Runs work() in a fork, to be killed at a numbered point."""
+
+    def to_be_killed() -> None:
+        torch.set_num_threads(1)
+        faults._passed = 0
+        os.environ["DPDISTILL_KILL_AT"] = str(kill_at)
+        if points:
+            os.environ["DPDISTILL_POINTS"] = str(points)
+        work()
+
+    return forked(to_be_killed)
 
 
 def began(folder: Path) -> Path:
