@@ -402,7 +402,9 @@ def _show_audit(found: Any) -> None:
     if found.blind:
         console.print(f"no audit from one run: {found.blind}", markup=False)
     if one is not None:
-        console.print(f"coins drawn anew: {one.null_alarms} alarms in {one.null_trials} trials (5 % are due at most)")
+        console.print(
+            f"coins drawn anew: {one.null_alarms} alarms in {one.null_trials} trials (5 % or so are due by chance at the most)"
+        )
         console.print(
             f"a tenth of the noise: bounds {one.broken_steinke:.2f} and {one.broken_fdp:.2f}, of {one.most_steinke:.2f} "
             f"and {one.most_fdp:.2f} that so many canaries can prove: "

@@ -134,13 +134,18 @@ def audit_release(
         epsilon=claimed,
         delta=config.delta,
         confidence=CONFIDENCE,
-        twin=f"{records.source}, {len(twin.records.labels)} public records",
+        twin="" if quick and blind else f"{_public_name(data)}, {len(twin.records.labels)} public records",
         blind=NO_RECORD_IN_SUMS if blind else "",
         kernel=found,
         one_run=judged,
         two_worlds=pairs,
         membership=said,
     )
+
+
+def _public_name(data: str) -> str:
+    """The last part of what the user named, as far as it is plain: a release names no path of a machine."""
+    return "".join(c for c in Path(data).name if c.isascii() and (c.isalnum() or c in "._-"))[:60] or "images"
 
 
 def _claim(checked: Checked) -> float:
