@@ -21,6 +21,7 @@ from dpdistill.bundle import report, tensors
 from dpdistill.bundle import verification as verifier
 from dpdistill.bundle.release import write_bundle
 from dpdistill.bundle.verification import verify
+from dpdistill.mechanisms import recordwise
 
 
 def problems(folder: Path) -> str:
@@ -132,6 +133,7 @@ LIES = {
     "a package": (_set("software", "malware", value="1.0"), "software lists other packages"),
     "numerics": (_set("randomness", "numerics", value="approximate"), "randomness.numerics"),
     "a failed check": (_set("checks", "class sums", value="0.5"), "failed"),
+    "a check of no query": (_set("checks", "more", value="0.0"), "a check of no query"),
     "a lost check": (lambda c: c["checks"].pop("class sums"), "no record-wise check of query 'class sums'"),
     "a coarser accountant": (_set("accountant", "discretisation", value="0.1"), "accountant.discretisation"),
     "another format": (_set("format", value="dpdistill-certificate-9"), "not of format"),
@@ -144,6 +146,14 @@ def test_a_lie_in_the_certificate_is_caught(bundle: Path, kit: Any, lie: str) ->
     change, reason = LIES[lie]
     kit.edit(bundle, change)
     assert reason in problems(bundle)
+
+
+def test_what_the_door_lets_pass_verifies(bundle: Path, kit: Any) -> None:
+    """It was 1e-4 here and 2e-2 at the door: a run could spend its budget and then have no release."""
+    kit.edit(bundle, _set("checks", "class sums", value=repr(recordwise.TOLERANCE)))
+    assert verify(bundle).ok
+    kit.edit(bundle, _set("checks", "class sums", value=repr(recordwise.TOLERANCE * 1.01)))
+    assert "failed" in problems(bundle)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from ..files import MAX_TOML, parse_toml
 from ..privacy import Guarantee
 from ..privacy import ledger as ledgers
 from ..privacy.guarantee import shown
+from ..privacy.queries import RECORDWISE_TOLERANCE
 from . import certificate as certificates
 from . import claims, contents, png, report, table
 from .certificate import BundleFacts, Figures
@@ -55,7 +56,6 @@ for _kind in PRODUCTS.values():
 _AUDIT = "that the audit was made as it says; it can refute, not confirm"
 _ATTESTED = "what the supplier of the teacher says about its training, and that this teacher was used"
 _OTHER_PAGES = "what README.md and report.html say: another version of dpdistill wrote them; trust certificate.json"
-_CHECK_LIMIT = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,10 +409,11 @@ def _check_contents(held: Contents, facts: BundleFacts, lines: list[ledgers.Line
     problems += [
         f"certificate.json: no record-wise check of query {name!r}" for name in sorted(asked - set(facts.checks))
     ]
+    problems += [f"certificate.json: a check of no query, {name!r}" for name in sorted(set(facts.checks) - asked)]
     problems += [
         f"certificate.json: the record-wise check of {name!r} failed"
         for name, x in facts.checks.items()
-        if x > _CHECK_LIMIT
+        if x > RECORDWISE_TOLERANCE
     ]
     return problems
 

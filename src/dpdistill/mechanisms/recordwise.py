@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import RecordwiseError
+from ..privacy.queries import RECORDWISE_TOLERANCE
 
 RecordFunction = Callable[[Tensor, Tensor], Tensor]
 # A batch against one record at a time: is it the right function? Other kernels round otherwise, and a trained network's normalisation
 # of an almost constant map blows that up (1e-3 seen); wrong gradient engines are off by 0.07 and more.
-TOLERANCE = 2e-2
+TOLERANCE = RECORDWISE_TOLERANCE
 # The same row among other rows: does it depend on them? That is what sensitivity rests on. In batches of one shape the arithmetic is the
 # same, so a CPU gives the same bits.
 MIXING_TOLERANCE = 2e-6

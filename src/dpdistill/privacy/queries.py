@@ -11,6 +11,8 @@ from ..errors import ConfigError
 from .accounting import Part, Relation, check_part, epsilon, gaussian_multiplier
 
 GRID_BITS = (8, 30)
+# Of a record function, between a batch and one record at a time: what the door lets pass, a release may show.
+RECORDWISE_TOLERANCE = 2e-2
 WASTE = 1e-3  # of the asked ε, at most, lest the search for σ take longer than the run
 SIGMA_GRID = (1e-3, 2.0**45)  # standard deviations that `mechanisms.noise` can draw, in grid steps
 
