@@ -568,12 +568,22 @@ def test_wrong_number_of_classes_or_micro_batch(open_door: Door, toy_records: Re
             open_door(toy_records(8, K), micro_batch=size)
 
 
-def test_progress_is_a_fraction(open_door: Door, toy_records: Records) -> None:
+@pytest.mark.parametrize("n", [0, 1, 4, 5, 401])
+@pytest.mark.parametrize("q", [1.0, 1e-9])
+def test_progress_says_nothing_of_the_number_of_records(
+    n: int, q: float, open_door: Door, toy_records: Records
+) -> None:
+    """A call for each micro-batch, with the fraction that it is, told a method how many there are; and of none, no call came at all."""
     told: list[float] = []
-    open_door(toy_records(10, K), micro_batch=4).release(query(), pixels, progress=told.append)
-    assert told == sorted(told)
-    assert told[-1] == 1.0
-    assert all(0 < fraction <= 1 for fraction in told)
+    door = open_door(toy_records(n, K), micro_batch=4)
+    door.release(query(sampling_prob=q), pixels, progress=told.append)
+    hundredths = [(part + 1) / 100 for part in range(100)]
+    assert told == hundredths
+    told.clear()
+    held = door.reserve(query(name="rank one", n_classes=1, dim=K * D, grid_bits=24))
+    features = door.features(lambda x: x.flatten(1) + 2, D, progress=told.append)
+    features.release_reserved(held, 0, lambda f, y: nn.functional.one_hot(y, K).float())
+    assert told == hundredths
 
 
 def test_uint8_and_float_records_give_the_same(open_door: Door, toy_records: Records) -> None:

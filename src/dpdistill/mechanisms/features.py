@@ -19,7 +19,7 @@ from ..data.stored import Images, room
 from ..errors import ConfigError, RecordwiseError
 from ..privacy.queries import GaussianSum
 from .clipping import UNIT_BITS, clip_left, unit_grid
-from .private import MAX_BATCH, PrivateData, Progress, Reservation
+from .private import MAX_BATCH, Passing, PrivateData, Progress, Reservation
 from .recordwise import check_recordwise, probed
 
 FeatureFunction = Callable[[Tensor], Tensor]
@@ -139,7 +139,7 @@ class PrivateFeatures:
         records are zero."""
         if self._rows is None:
             private, size = self._private, self._private.micro_batch
-            images, labels = private._records.images, private._records.labels
+            images, labels, told = private._records.images, private._records.labels, Passing(self._progress)
             blocks = private._ranks.mine(range(0, len(labels), self._size))
             ranges = [np.arange(start, min(start + self._size, len(labels))) for start in blocks]
             own = np.concatenate(ranges) if ranges else self._own
@@ -163,8 +163,8 @@ class PrivateFeatures:
                 grid = unit_grid(v).cpu()[:n]
                 grid[~torch.from_numpy(valid)] = 0
                 result[start : start + n] = grid.numpy()
-                if self._progress:
-                    self._progress(min(1.0, (start + size) / max(1, len(own))))
+                told((start + size) / len(own))
+            told(1.0)
             found = labels[own]
             self._labels = torch.from_numpy(np.where((found >= 0) & (found < private.n_classes), found, 0))
             self._rows, self._own = result, own

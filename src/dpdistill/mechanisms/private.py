@@ -7,6 +7,7 @@ Where a run has several processes, each reads and clips its share; all the rest 
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,6 +43,22 @@ class Progress(Protocol):
     """Told how far a pass over the records is, as a fraction: never a count, which is private."""
 
     def __call__(self, fraction: float, /) -> None: ...
+
+
+PARTS = 100  # that a pass is told in
+
+
+class Passing:
+    """Tells of a pass in PARTS equal steps, each of them once: the same calls for any number of records, none included."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress, self._told = progress, 0
+
+    def __call__(self, fraction: float) -> None:
+        """Tells what is new at this fraction; 1 at the end of the pass."""
+        while self._progress and self._told < math.floor(min(1.0, fraction) * PARTS):
+            self._told += 1
+            self._progress(self._told / PARTS)
 
 
 @dataclass(frozen=True)
@@ -293,7 +310,7 @@ class PrivateData(Door):
         if query.sampling_prob < 1:
             chosen = np.flatnonzero(self._coins(name, len(labels), query.sampling_prob))
         total = torch.zeros(query.n_classes, query.dim, dtype=torch.int64)
-        size = self.micro_batch
+        size, told = self.micro_batch, Passing(progress)
         # Whole micro-batches to each process: a record keeps its place in one, and the same arithmetic, however many processes there are.
         starts = self._ranks.mine(range(0, len(chosen), size))
         for done, start in enumerate(starts, start=1):
@@ -314,8 +331,8 @@ class PrivateData(Door):
             grid[~torch.from_numpy(valid)] = 0
             row = torch.from_numpy(y) if query.n_classes > 1 else torch.zeros(size, dtype=torch.int64)
             total.index_add_(0, row, grid)
-            if progress:
-                progress(done / len(starts))
+            told(done / len(starts))
+        told(1.0)
         return total.numpy()
 
 
