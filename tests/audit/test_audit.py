@@ -392,7 +392,7 @@ def test_the_twin_has_the_releases_own_settings(tiny: Config) -> None:
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli.console, "width", 200)
     monkeypatch.setattr(sys, "argv", ["dpdistill", *map(str, words)])
     code: Any = 0
     try:

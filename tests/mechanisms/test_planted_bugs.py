@@ -46,7 +46,7 @@ def load(folder: Path, name: str, changes: tuple[tuple[str, str, str], ...] = ()
     (package / "data").mkdir()
     for file in ("__init__.py", "data/__init__.py"):
         (package / file).write_text("")
-    for file in ("errors.py", "data/images.py"):
+    for file in ("errors.py", "data/images.py", "data/stored.py"):
         shutil.copy(ROOT / file, package / file)
     for file, old, new in changes:
         text = (package / file).read_text()
@@ -1386,7 +1386,11 @@ MUTANTS = [
     bug(
         "T2 shard by position",
         check_shards,
-        (ENSEMBLE, "return np.array(numbers, np.int64)[inverse]", "return np.arange(len(records.labels)) % n_shards"),
+        (
+            ENSEMBLE,
+            "return np.fromiter(numbers, np.int64, len(records.labels))",
+            "return np.arange(len(records.labels)) % n_shards",
+        ),
     ),
     bug(
         "T2 shard by content though ids are there", check_shards, (ENSEMBLE, "if records.ids is not None:", "if False:")

@@ -178,7 +178,7 @@ def _describe(error: Exception, rank: int) -> bytes:
 def _restore(raw: bytes) -> DpdistillError:
     kind, text = json.loads(raw)
     found = getattr(errors, kind, DpdistillError)
-    plain = isinstance(found, type) and issubclass(found, DpdistillError) and found.__init__ is Exception.__init__
+    plain = isinstance(found, type) and issubclass(found, DpdistillError) and found.__init__ is DpdistillError.__init__
     return found(text) if plain else DpdistillError(text)
 
 
