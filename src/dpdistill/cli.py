@@ -184,7 +184,7 @@ def model(
         bool, typer.Option("--dry-run", help="Check the input, show settings and planned ε, and stop.")
     ] = False,
 ) -> None:
-    """Makes a private student model without showing it a real image. What is given decides the way; stopped, it goes on."""
+    """Makes a private student model without showing it a private image. What is given decides the way; stopped, it goes on."""
     chosen = _config("ModelConfig", **{name: value for name, value in locals().items() if name != "dry_run"})
     from . import conversion, pipeline
 

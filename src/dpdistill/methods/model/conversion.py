@@ -1,4 +1,4 @@
-"""Data-free distillation: a student ConvNet that answers as a teacher does, trained on no real image.
+"""Data-free distillation: a student ConvNet that answers as a teacher does, trained on no private image.
 
 Source: knowledge distillation (Hinton et al. 2015) on logits (Ba & Caruana 2014); procedural images as transfer set; the generator's
 losses after DAFL (Chen et al. 2019: one-hot and information entropy) and DFAD (Fang et al. 2019: disagreement).
