@@ -216,6 +216,13 @@ LEDGERS: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
         ),
         "passed its cap of 3 at line",
     ),
+    "a sampled one too often": (
+        lambda lines: (
+            lines[2].update(count=10**12),
+            lines[2]["query"].update(sampling_prob="0.0001", noise_multiplier="100000.0"),
+        ),
+        "ε cannot be computed",
+    ),
     "a huge ε": (lambda lines: _intent(lines)["query"].update(noise_multiplier="0.001"), "too much for one accounting"),
     "a count of half": (lambda lines: _intent(lines).update(count=1.9), "ledger"),
     "a count of true": (lambda lines: _intent(lines).update(count=True), "ledger"),

@@ -25,6 +25,9 @@ COARSE_DISCRETISATION, COARSE_EPSILON = (
 )  # above this ε the coarse step will do: pessimistic too, and affordable
 CLOSED_SIGMA = 0.09  # below: no PLD (it needs minutes and gigabytes), but the closed-form bound without sampling
 Q_MIN, SIGMA_MIN, SIGMA_MAX = 1e-9, 1e-6, 1e9  # q: far above the 2⁻⁵³ to which a sampling coin is exact
+# Releases of one sampled mechanism. dp-accounting raises the size of a small loss distribution to this power, in whole numbers:
+# seconds here, hours a little later.
+MAX_SAMPLED = 10**6
 ACCOUNTANT = "dp-accounting PLD"
 _RELATIONS = {
     "add_or_remove_one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
@@ -126,6 +129,8 @@ def epsilon(parts: Iterable[Part], delta: float, relation: Relation = "add_or_re
         if whole >= CLOSED_SIGMA:  # PLD may lie below the exact value by its own rounding, never the other way about
             value = max(value, _pld_epsilon(((1.0, whole, 1),), delta, "add_or_remove_one"))
     else:
+        if any(count > MAX_SAMPLED for _, _, count in grouped):
+            raise ConfigError(f"Expected at most {MAX_SAMPLED} releases of one sampled mechanism, got {grouped}.")
         value = _pld_epsilon(grouped, delta, relation)
     if not (value >= 0):  # NaN or negative: refuse rather than compare as "below the cap"
         raise ConfigError(f"The accountant returned {value} for {grouped} at delta={delta}.")
