@@ -2,16 +2,19 @@
 """Bugs of this field's history, planted one at a time into a copy of privacy/ and mechanisms/: each must be caught by a check below.
 
 A mutant is a source-text replacement. The copy is imported under a name of its own, so nothing real is patched. The checks are plain
-functions that raise AssertionError; the clean copy passes them all. docs/pitfalls.md names the source of each bug.
+functions that raise AssertionError; the clean copy passes them all. docs/planted-bugs.md names the source of each bug, and what of this
+field's bugs is planted elsewhere.
 """
 
 import errno
 import importlib
+import logging
 import math
 import os
 import random
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,8 @@ from torch import Tensor
 import dpdistill.privacy
 from dpdistill.data.images import LabelledImages
 from several import check_ranks
+
+pytestmark = pytest.mark.mutants
 
 ROOT = Path(dpdistill.privacy.__file__).parents[1]
 MODULES = ["privacy.accounting", "privacy.queries", "privacy.ledger", "privacy.guarantee"]
@@ -167,6 +172,14 @@ def check_sum(m: SimpleNamespace, folder: Path) -> None:
         truth = np.zeros((K, D))
         np.add.at(truth, data.labels, data.to_unit().reshape(11, D).astype(float) * 0.2)
         assert np.abs(seen - truth).max() <= 11 / C
+        with Door(m, folder / "fine", data) as door:
+            query, fine = door.query(grid_bits=24), lambda x, y: x.flatten(1) * 0.01 + 0.33
+            rows = m.clipping.clip_to_grid(fine(torch.from_numpy(data.to_unit()), None), 1.0, 24).numpy().astype(object)
+            exact = np.zeros((K, D), object)
+            np.add.at(exact, data.labels, rows)
+            for size in (1, 4, 500):
+                door.handle.micro_batch = size
+                assert (door.handle._exact_sum(query, fine, "fine", None).astype(object) == exact).all(), "not exact"
         with Door(m, folder / "wide", data) as door:
             wide = door.release(lambda x, y: x.flatten(1).repeat(1, 500) * 900.0, dim=4000, grid_bits=24)
         truth = np.zeros((K, 4000))
@@ -183,7 +196,7 @@ def check_noise_scale(m: SimpleNamespace, folder: Path) -> None:
     def zeros(x: Tensor, y: Tensor) -> Tensor:
         return torch.zeros(len(x), 3000)
 
-    for n, sigma, clip, q in ((9, 30.0, 2.5, 1.0), (0, 0.5, 1.0, 1.0), (9, 4.0, 0.3, 1e-9)):
+    for n, sigma, clip, q in ((9, 30.0, 2.5, 1.0), (0, 0.9, 1.0, 1.0), (9, 4.0, 0.3, 1e-9)):
         with Door(m, folder / f"{n}-{sigma}", records(n)) as door:
             facts = {"dim": 3000, "noise_multiplier": sigma, "clip_norm": clip, "grid_bits": 20, "sampling_prob": q}
             first, second = door.release(zeros, **facts), door.release(zeros, **facts)
@@ -272,6 +285,51 @@ def check_noise_source(m: SimpleNamespace, folder: Path) -> None:
         assert (twice[0] != twice[1]).all(), "two releases, the same noise"
 
 
+def in_a_child(work: Callable[[], bytes]) -> bytes:
+    """What `work` gives in a forked child."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, work())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader, "rb") as pipe:
+        return pipe.read()
+
+
+def check_fork(m: SimpleNamespace, folder: Path) -> None:
+    """Two children of one run draw noise of their own; neither writes into the ledger that their parent holds."""
+
+    def zeros(x: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros(len(x), D)
+
+    with Door(m, folder / "f", records(9)) as door:
+        held = door.handle.reserve(door.query(), 3)
+        door.handle.release_reserved(held, 0, zeros)  # what state there may be is there
+        drawn = [
+            np.frombuffer(in_a_child(lambda i=i: door.handle.release_reserved(held, i, zeros).numpy().tobytes()), "<f4")
+            for i in (1, 2)
+        ]
+        assert drawn[0].size == drawn[1].size == K * D
+        assert not (drawn[0] == drawn[1]).any(), "two children, the same noise"
+        before = door.path.read_bytes()
+
+        def charging() -> bytes:
+            try:
+                door.ledger.reserve("run", door.query())
+            except m.errors.LedgerError:
+                return b"refused"
+            return b"written"
+
+        assert in_a_child(charging) == b"refused", "a child charged its parent's ledger"
+        assert door.path.read_bytes() == before
+
+
 def check_sampler(m: SimpleNamespace, folder: Path) -> None:
     """Counts through the door are binomial at q, anew for each release, whatever N is; a coin is fair to 2⁻⁵³."""
     noise, m.private.rounded_gaussian = m.private.rounded_gaussian, lambda n, sigma, stream: np.zeros(n, np.int64)
@@ -317,18 +375,23 @@ def check_ledger_first(m: SimpleNamespace, folder: Path) -> None:
     path = folder / "a" / "ledger.jsonl"
     spy = Spy(records(9), path)
     synced: list[int] = []
+    folders: set[Path] = set()
     fsync = os.fsync
 
     def noting(descriptor: int) -> None:
         fsync(descriptor)
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             synced.append(path.stat().st_size)
+        for place in (path.parent, path.parent / "vault"):
+            if place.exists() and os.path.samestat(os.fstat(descriptor), place.stat()):
+                folders.add(place)
 
     os.fsync = noting
     try:
         with Door(m, folder / "a", spy, cap=1.0) as door:
             for sigma in (50.0, 60.0):
                 spy.reads.clear()
+                folders.discard(path.parent / "vault")  # each start syncs it; so has each file that is new in it
                 door.release(flat, noise_multiplier=sigma)
                 last = m.ledger.parse(spy.reads[0])[-1]
                 assert last["type"] == "intent", "a record was read before the charge"
@@ -351,6 +414,18 @@ def check_ledger_first(m: SimpleNamespace, folder: Path) -> None:
                 pass
             else:
                 raise AssertionError("a made-up reservation was honoured")
+        assert folders == {path.parent, path.parent / "vault"}, "a file's name is not on disk"
+        other = m.vault.Vault(folder / "other", "another-run", b"j" * 32, False)
+        other.folder.mkdir()
+        with m.ledger.Ledger.open(path, cap=(1.0, 1e-5)) as ledger:
+            second = m.private.PrivateData(records(9), ledger, other)
+            alone = m.accounting.gaussian_multiplier(0.999, 1e-5)  # affordable, were the first run's charges not there
+            try:
+                second.reserve(m.queries.GaussianSum(name="s", dim=D, noise_multiplier=alone))
+            except m.errors.BudgetError:
+                pass
+            else:
+                raise AssertionError("another run's charges do not count")
     finally:
         os.fsync = fsync
     with Door(m, folder / "first", records(9), cap=1.0) as door:
@@ -507,21 +582,9 @@ def check_recordwise(m: SimpleNamespace, folder: Path) -> None:
 
 
 def check_accounting(m: SimpleNamespace, folder: Path) -> None:
-    """Golden values, composition, replace-one, refusals, and a calibration that keeps to its target."""
-    golden = [
-        (0.01, 4.2969, 10000, 1e-5, 0.87319),
-        (1.0, 1.0, 1, 1e-5, 4.377178),
-        (1.0, 4.0, 100, 1e-5, 13.206712),
-        (0.1, 3.0, 300, 1e-5, 2.4948),
-    ]
-    for q, sigma, count, delta, expected in golden:
-        value = m.accounting.epsilon([(q, sigma, count)], delta)
-        assert abs(value - expected) < 1e-3, (q, sigma, count, value)
-    mixed = m.accounting.epsilon([(1.0, 30.0, 2), (1.0, 10.0, 1)], 1e-5)
-    assert abs(mixed - m.accounting.gaussian_epsilon((2 / 900 + 1 / 100) ** -0.5, 1e-5)) < 1e-4
-    assert mixed >= m.accounting.gaussian_epsilon((2 / 900 + 1 / 100) ** -0.5, 1e-5)
-    replaced = m.accounting.epsilon([(1.0, 20.0, 1)], 1e-5, "replace_one")
-    assert abs(replaced - m.accounting.gaussian_epsilon(10.0, 1e-5)) < 1e-4
+    """ε printed upwards; replace-one; refusals; composition; golden values; no order left out; a calibration that keeps to its target."""
+    for value in (0.0004, 1.0000000000005, 12345.641):
+        assert value <= float(m.guarantee.shown(value)) <= value + 0.00101
     for part in (
         (math.nan, 1.0, 1),
         (1.0, math.nan, 1),
@@ -536,12 +599,36 @@ def check_accounting(m: SimpleNamespace, folder: Path) -> None:
         except m.errors.ConfigError:
             continue
         raise AssertionError(f"accounted for {part}")
+    replaced = m.accounting.epsilon([(1.0, 20.0, 1)], 1e-5, "replace_one")
+    assert abs(replaced - m.accounting.gaussian_epsilon(10.0, 1e-5)) < 1e-4
+    mixed = m.accounting.epsilon([(1.0, 30.0, 2), (1.0, 10.0, 1)], 1e-5)
+    assert abs(mixed - m.accounting.gaussian_epsilon((2 / 900 + 1 / 100) ** -0.5, 1e-5)) < 1e-4
+    assert mixed >= m.accounting.gaussian_epsilon((2 / 900 + 1 / 100) ** -0.5, 1e-5)
+    for tiny in ([(1.0, 0.005, 1)], [(0.5, 0.01, 3)]):  # where an accountant may give up
+        assert m.accounting.epsilon(tiny, 1e-5) > 5000
+    golden = [
+        (0.01, 4.2969, 10000, 1e-5, 0.87319),
+        (1.0, 4.0, 100, 1e-5, 13.206712),
+        (0.1, 3.0, 300, 1e-5, 2.4948),
+        (1.0, 1.0, 1, 1e-5, 4.377178),
+    ]
+    for q, sigma, count, delta, expected in golden:
+        value = m.accounting.epsilon([(q, sigma, count)], delta)
+        assert abs(value - expected) < 1e-3, (q, sigma, count, value)
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("absl").addHandler(listener)
+    try:
+        assert m.accounting.rdp_epsilon([(0.01, 4.2969, 10000)], 1e-5) > 0.87319
+        assert m.accounting.rdp_epsilon([(0.5, 0.5, 10)], 1e-5) > 30
+    finally:
+        logging.getLogger("absl").removeHandler(listener)
+    assert not said, "an order was left out"
     plan = lambda s: [m.queries.Planned(m.queries.GaussianSum(name="a", dim=1, noise_multiplier=s), 2)]  # noqa: E731
     for target in (0.3, 2.0):
         sigma = m.queries.calibrate(plan, target, 1e-5)
         assert 0.995 * target <= m.accounting.gaussian_epsilon(sigma / 2**0.5, 1e-5) <= target
-    for value in (0.0004, 1.0000000000005, 12345.641):
-        assert value <= float(m.guarantee.shown(value)) <= value + 0.00101
 
 
 class NoLedger:
@@ -687,7 +774,7 @@ def check_shards(m: SimpleNamespace, folder: Path) -> None:
 
 def check_votes(m: SimpleNamespace, folder: Path) -> None:
     """σ·√(2Q) votes on every entry; replace-one by whom it moves; one vote a model; refused before the charge, or before a model is trained."""
-    facts = {"name": "v", "n_queries": 3000, "n_classes": K, "n_models": 7, "noise_multiplier": 0.3}
+    facts = {"name": "v", "n_queries": 3000, "n_classes": K, "n_models": 7, "noise_multiplier": 9.0}
     queries = torch.zeros(3000, 1, 2, 4)
     first = lambda x: torch.tensor([1.0, 1.0, 1.0]).repeat(len(x), 1)  # noqa: E731  # a tie is one vote too
     vault = m.vault.Vault(folder, "run", b"k" * 32, False)
@@ -698,7 +785,7 @@ def check_votes(m: SimpleNamespace, folder: Path) -> None:
         assert (held._count(query, queries, None).sum(axis=1) == 7 * 2**10).all(), "not one vote a model"
         assert ledger.lines[0]["unit"] == "owner"
         drawn = held.release_reserved(held.reserve(query), 0, queries).double() - torch.tensor([7, 0, 0])
-    std = 0.3 * math.sqrt(6000)
+    std = 9.0 * math.sqrt(6000)
     assert abs(float(drawn.std()) / std - 1) < 5 * math.sqrt(0.5 / 9000), "noise of another scale"
     for moves in (1, 2):
         votes = m.queries.NoisyVotes(**facts | {"noise_multiplier": 9.0, "unit_moves": moves})
@@ -758,7 +845,7 @@ def check_shard_sum(m: SimpleNamespace, folder: Path) -> None:
     rng = np.random.default_rng(3)
     answers = [torch.from_numpy(rng.normal(0, scale, (n_queries, width))) for scale in (0.1, 0.2, 3.0, 1e6, 1e-9)]
     answers += [torch.full((n_queries, width), math.nan), torch.ones(n_queries, width) * 9]
-    facts = {"name": "v", "dim": n_queries * width, "n_models": 7, "noise_multiplier": 0.3, "clip_norm": clip}
+    facts = {"name": "v", "dim": n_queries * width, "n_models": 7, "noise_multiplier": 9.0, "clip_norm": clip}
     vault = m.vault.Vault(folder, "run", b"k" * 32, False)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -784,7 +871,7 @@ def check_shard_sum(m: SimpleNamespace, folder: Path) -> None:
         query = m.queries.ShardSum(**facts | {"dim": n_queries * 900})
         drawn = held.release_vectors(held.reserve(query), 0, queries).double()
     assert drawn.shape == (n_queries, 900)
-    assert abs(float(drawn.std()) / (0.3 * 2 * clip) - 1) < 5 * math.sqrt(0.5 / 3600), "noise of another scale"
+    assert abs(float(drawn.std()) / (9.0 * 2 * clip) - 1) < 5 * math.sqrt(0.5 / 3600), "noise of another scale"
     for moves in (1, 2):
         planned = m.queries.Planned(m.queries.ShardSum(**facts | {"noise_multiplier": 9.0, "unit_moves": moves}), 2)
         for relation, part, sigma in (
@@ -872,6 +959,7 @@ CHECKS: list[Callable[[SimpleNamespace, Path], None]] = [
     check_noise_law,
     check_noise_source,
     check_noise_scale,
+    check_fork,
     check_ledger_first,
     check_ledger_file,
     check_resume,
@@ -893,6 +981,7 @@ PRIVATE, CLIPPING, NOISE = "mechanisms/private.py", "mechanisms/clipping.py", "m
 RECORDWISE, VAULT = "mechanisms/recordwise.py", "mechanisms/vault.py"
 FEATURES, ENSEMBLE, ANSWERS = "mechanisms/features.py", "mechanisms/ensemble.py", "mechanisms/answers.py"
 RANKS = "mechanisms/ranks.py"
+DISK = "privacy/disk.py"
 ACCOUNTING, QUERIES, LEDGER, GUARANTEE = (
     f"privacy/{name}.py" for name in ("accounting", "queries", "ledger", "guarantee")
 )
@@ -1640,6 +1729,128 @@ MUTANTS = [
         check_ranks,
         (RANKS, "dist.reduce(tensor, 0)", "dist.all_reduce(tensor)"),
         (RANKS, "return tensor.cpu().numpy() if self.first else part[:0]", "return tensor.cpu().numpy()"),
+    ),
+    bug(
+        "M8 a vector of zeros divided by its norm",
+        check_sensitivity,
+        (CLIPPING, ".clamp_min(1e-300)", ""),
+        (CLIPPING, FITS, "fits = ~(grid.abs() > limit)"),
+        (
+            CLIPPING,
+            "((grid * grid).sum(dim=1, keepdim=True) <= limit * limit)",
+            "~((grid * grid).sum(dim=1, keepdim=True) > limit**2)",
+        ),
+    ),
+    bug(
+        "M16 the sum computed again after the noise",
+        check_noise_scale,
+        (
+            PRIVATE,
+            "        self._vault.save(self._name(held.line, index), noisy)\n        return noisy",
+            "        self._vault.save(self._name(held.line, index), noisy)\n        return total",
+        ),
+    ),
+    bug(
+        "R4 a stream that lives on in forked children",
+        check_fork,
+        (
+            VAULT,
+            KEY,
+            'self._stream = getattr(self, "_stream", None) or Stream(derive(self._key, "noise", self.run))\n        return self._stream',
+        ),
+    ),
+    bug(
+        "R9 summed in float32",
+        check_sum,
+        (PRIVATE, "query.dim, dtype=torch.int64)", "query.dim)"),
+        (PRIVATE, "total.index_add_(0, row, grid)", "total.index_add_(0, row, grid.float())"),
+        (PRIVATE, "return total.numpy()", "return total.numpy().astype(np.int64)"),
+    ),
+    bug(
+        "A2 one class drawn more often than the ledger says",
+        check_sampler,
+        (
+            PRIVATE,
+            "self._coins(name, len(labels), query.sampling_prob))",
+            "self._coins(name, len(labels), query.sampling_prob) | (labels == 0))",
+        ),
+    ),
+    bug(
+        "A2 another sampling rate on the ledger",
+        check_ledger_first,
+        (
+            QUERIES,
+            '"sampling_prob": repr(float(self.sampling_prob)),',
+            '"sampling_prob": repr(float(self.sampling_prob) / 2),',
+        ),
+        (QUERIES, "if query.describe() != description:", "if False:"),
+    ),
+    bug(
+        "A7 an accountant that gives 0 where it gives up",
+        check_accounting,
+        (
+            ACCOUNTING,
+            "value = gaussian_epsilon(whole, delta)",
+            "value = gaussian_epsilon(whole, delta) if whole > 0.02 else 0.0",
+        ),
+    ),
+    bug(
+        "A12 a charge by what the records are",
+        check_ledger_first,
+        (
+            PRIVATE,
+            "return self._ledger.reserve(self._vault.run, query, count)",
+            "return self._ledger.reserve(self._vault.run, type(query)(**{**vars(query), 'noise_multiplier': query.noise_multiplier * (1 + len(self._records.labels))}), count)",
+        ),
+        (PRIVATE, '"query": held.query.describe(),', '"type": "intent",'),
+    ),
+    bug(
+        "A13 δ from the number of records",
+        check_ledger_first,
+        (
+            PRIVATE,
+            "        self._records = records\n",
+            "        self._records = records\n        ledger.raise_cap((ledger.cap[0], 1e-5 / (1 + len(records.labels))))\n",
+        ),
+    ),
+    bug(
+        "A14 only a run's own charges count",
+        check_ledger_first,
+        (LEDGER, "extra: Iterable[Part]) -> None:", "extra: Iterable[Part], run: str | None = None) -> None:"),
+        (
+            LEDGER,
+            "total = accounting.epsilon([*parts(self.lines), *extra]",
+            "total = accounting.epsilon([*parts(self.lines, run), *extra]",
+        ),
+        (
+            LEDGER,
+            "        self.check_affordable([query.part(count)])",
+            "        self.check_affordable([query.part(count)], run)",
+        ),
+    ),
+    bug(
+        "A15 an order that does not converge left out",
+        check_accounting,
+        (ACCOUNTING, "orders = [*range(2, 65)", "orders = [1.1, 1.5, *range(2, 65)"),
+    ),
+    bug(
+        "L3 renamed, and the folder not on disk",
+        check_ledger_first,
+        (
+            DISK,
+            "        os.replace(partial, path)\n        sync_directory(path.parent)\n",
+            "        os.replace(partial, path)\n",
+        ),
+    ),
+    bug(
+        "L3 a new ledger whose name is not on disk",
+        check_ledger_first,
+        (LEDGER, "            sync_directories(path.parent)  # each time", "            pass  # each time"),
+    ),
+    bug(
+        "L5 a forked child charges its parent's ledger",
+        check_fork,
+        (LEDGER, "if self._descriptor < 0 or self._pid != os.getpid():", "if self._descriptor < 0:"),
     ),
 ]
 

@@ -108,7 +108,7 @@ def test_learns_with_little_noise(
 
     def kept(teacher: Any, *_: Any) -> None:  # of the teacher itself: a student of a few steps is tested elsewhere
         y = torch.arange(3).repeat_interleave(20)
-        drawn.append(edm.sample(teacher, y, (1, 8, 8), steps=10, generator=seeded(4), sigma_max=10.0))
+        drawn.append(edm.sample(teacher.denoise, y, (1, 8, 8), steps=10, generator=seeded(4), sigma_max=10.0))
 
     monkeypatch.setattr(dpdm, "finish", kept)
     go(tmp_path, records, public, config, sigma=0.01)
