@@ -58,13 +58,16 @@ def test_a_release_verifies_and_reads_back(kit: Any, tmp_path: Path, options: di
 
 def test_the_bytes_depend_on_the_arguments_alone(kit: Any, pristine: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import conftest as kit\n"
+        "import sys; from pathlib import Path; sys.path[:0] = sys.argv[3], sys.argv[1]; import conftest as kit\n"
         "from dpdistill.bundle.release import write_bundle\n"
         "made, place = kit.synthetic(), Path(sys.argv[2])\n"
         "write_bundle(place / 'elsewhere', made, kit.facts(place, made))"
     )
+    helpers = str(Path(__file__).parents[1] / "helpers")
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
-    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=True, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path), helpers], check=True, env=environment
+    )
     assert all_bytes(tmp_path / "elsewhere") == all_bytes(pristine)
 
 
