@@ -47,10 +47,15 @@ class Done:
 class Cli:
     """A process that has imported all that a command needs."""
 
-    def __init__(self) -> None:
+    def __init__(self, release: Path) -> None:
+        """Args: release: a good one, checked once, so that the children find ε of its ledger in a cache."""
         environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
         self._server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+            [sys.executable, __file__, str(release)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
         )
 
     def __call__(self, *words: object, cwd: Path, home: Path, file_bytes: int | None = None) -> Done:
@@ -160,7 +165,8 @@ def serve() -> None:
     from dpdistill.data import parquet  # noqa: F401
 
     pipeline.N_PROCEDURAL = 40  # as tests/test_cli.py
-    for words in WARM:  # what is imported on the way, each child would import again
+    warm = (*WARM, ["verify", sys.argv[1]])
+    for words in warm:  # what is imported on the way, each child would import again
         sys.argv = ["dpdistill", *words]
         with suppress(SystemExit), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
             cli.main()

@@ -151,7 +151,7 @@ def case(name: str, inputs: Path) -> Case:
         facts = {"data": data, "epsilon": 2.0, "expected_records": 26, "method": name}
         return diffuse(DiffusionConfig(**common, **facts, **DIFFUSION[name]), quiet=True)
 
-    return Case(name, start, name not in UNPROVED, inputs)
+    return Case(name, start, name not in UNPROVED, inputs, repeats=name != "paper")
 
 
 @contextmanager

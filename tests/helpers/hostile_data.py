@@ -547,13 +547,13 @@ def legal(**arrays: np.ndarray) -> Make:
 FLOATS = np.random.default_rng(0).random((13, 8, 8)).astype(np.float32)
 NAN, WILD = FLOATS.copy(), FLOATS.copy()
 NAN[3, 2, 2], NAN[4], WILD[2:5] = np.nan, np.inf, 1e30
+MARKUP = np.array(["<script>alert(1)</script>", "=cmd|' /C calc'!A0"])
 LEGAL: dict[str, Make] = {
-    "NaN and infinite pixels: these records count zero": legal(images=NAN),
+    "NaN and infinite pixels, which count zero, and markup in class names": legal(images=NAN, classes=MARKUP),
     "float pixels out of range: they are clamped": legal(images=WILD),
     "float64 pixels beyond float32": legal(images=FLOATS.astype(np.float64) * 1e300),
     "all images identical": legal(images=np.full((13, 8, 8), 7, np.uint8)),
     "one class": legal(labels=np.zeros(13, int), classes=np.array(["only"])),
     "one record": legal(images=np.zeros((1, 8, 8), np.uint8)),
     "a class without a record": legal(classes=np.array(["a", "b", "nobody"])),
-    "markup in a class name": legal(classes=np.array(["<script>alert(1)</script>", "=cmd|' /C calc'!A0"])),
 }

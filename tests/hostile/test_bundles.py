@@ -13,7 +13,7 @@ from dpdistill.bundle.verification import verify
 
 KINDS = ("dataset", "model", "diffusion")
 MOST = {
-    "dataset": 2**14,
+    "dataset": 2**13,
     "model": 256,
     "diffusion": 128,
 }  # places in a file: every byte, or so many evenly spread in a longer one

@@ -32,6 +32,7 @@ FORMAT = "dpdistill-ledger-1"
 MAX_BYTES = 64 * 2**20
 _START = "0" * 64
 _FIRST = b'{"cap_delta":"'  # how every ledger begins
+MOST_TORN = 4096  # bytes that a crash within the first line may leave
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEYS = {
     "open": {"format", "data", "unit", "relation", "cap_epsilon", "cap_delta"},
@@ -135,7 +136,7 @@ def mended(raw: bytes) -> bytes:
     """
     end = raw.rfind(b"\n") + 1
     tail = raw[end:].rstrip(b"\0")
-    if not end and tail[: len(_FIRST)] != _FIRST[: len(tail)]:
+    if not end and (len(raw) > MOST_TORN or tail[: len(_FIRST)] != _FIRST[: len(tail)]):
         raise LedgerError("not one of our ledgers; name another file")  # and not to be cut: it is somebody's
     try:
         json.JSONDecoder().raw_decode(tail.decode("utf-8", "replace"))
