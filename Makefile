@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types setup clean
+.PHONY: demo test long lint types setup clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 -q
+
+# Hours: 100,000 hostile files, and 200 random campaigns of crashes.
+long: $(VENV)/.installed
+	$(BIN)/python tools/fuzz.py --count 100000
+	$(BIN)/python tools/crash_campaign.py --campaigns 200
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
