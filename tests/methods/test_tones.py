@@ -41,8 +41,11 @@ class Said:
 def test_what_the_noise_alone_could_be_is_no_tone(tmp_path: object) -> None:
     query = GaussianSum(name="x-tones", dim=2 * tones.VALUES, noise_multiplier=3.0)
     answer = torch.full((2, tones.VALUES), 2.0)
-    answer[0, 3], answer[0, 5] = 30.0, 10.0
-    found = tones.fit(query, Said(answer.flatten()), FolderWorkspace(tmp_path, quiet=True))  # type: ignore[arg-type]
+    workspace = FolderWorkspace(tmp_path, quiet=True)  # type: ignore[arg-type]
+    assert tones.fit(query, Said(answer.flatten()), workspace) is None  # type: ignore[arg-type]
+    answer[0, 3], answer[0, 5] = 3000.0, 1000.0
+    found = tones.fit(query, Said(answer.flatten()), workspace)  # type: ignore[arg-type]
+    assert found is not None
     assert found[0, 3] == 0.75
     assert found[0, 5] == 0.25
     assert torch.allclose(found[1], torch.full((tones.VALUES,), 1 / tones.VALUES))  # nothing known: any tone

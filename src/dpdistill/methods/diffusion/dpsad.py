@@ -161,6 +161,8 @@ def train(config: Config, public: Public, private: PrivateData, plan: list[Plann
     if config.share:
         network = private_denoiser.network(config, public, workspace.generator("denoiser-model"), denoise)
         denoise = private_denoiser.train(network.to(workspace.device), config, public, private, plan[6], workspace)
+    if wanted is None:
+        return Teacher(denoise=denoise, guide=guide)
     # What its samples lack of the tones.
     labels = torch.arange(public.n_classes).repeat_interleave(-(-N_DRAWN // public.n_classes))
     drawn = edm.sample(
