@@ -18,7 +18,9 @@ from ..base import Public, Workspace
 
 VALUES = 16
 KNOTS = 256
-CLEAR = 30.0  # records over the noise of all values: at 13 (digits, ε = 1) tones cost samples accuracy, at 80 they do not
+CLEAR = (
+    30.0  # records over the noise of all values: at 13 (digits, ε = 1) tones cost samples accuracy, at 80 they do not
+)
 
 
 def planned(name: str, public: Public, noise_multiplier: float, share: float) -> Planned:
