@@ -13,6 +13,7 @@ from rich.table import Table
 from .errors import DpdistillError, printable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+RESUMED = ("dataset", "model", "diffusion")  # commands that keep what was done
 SAMPLES = 10_000  # drawn of a diffusion model to evaluate it
 FIRST = (
     int(os.environ.get("RANK", "0")) == 0 or "WORLD_SIZE" not in os.environ
@@ -524,7 +525,8 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != 130:  # typer turns Ctrl-C into exit code 130
             raise
-        _say("stopped; the same command goes on from here")
+        goes_on = sys.argv[1:2] in ([name] for name in RESUMED)
+        _say(f"stopped; the same command {'goes on from here' if goes_on else 'begins anew'}")
         sys.exit(130)
 
 

@@ -454,6 +454,15 @@ def charge_of(name: str, tree: Tree) -> bool:
     return any(charge["hash"].startswith(line) and int(index) < charge["count"] for charge in charges(tree))
 
 
+def noted(log: Path) -> list[Event]:
+    """What a tap wrote down."""
+    found = []
+    with open(log, "rb") as file:
+        while file.peek(1):
+            found.append(pickle.load(file))
+    return found
+
+
 def forked(work: Callable[[], object]) -> int:
     """Runs work() in a fork, which pays for no import. Returns 0, 1 where it raised, -9 where it was killed, or what it exited with."""
     with warnings.catch_warnings():
@@ -523,10 +532,7 @@ class Site:
                 raise
 
         status = forked(work)
-        self.said, self.events = said.read_text(), []
-        with open(log, "rb") as file:
-            while file.peek(1):
-                self.events.append(pickle.load(file))
+        self.said, self.events = said.read_text(), noted(log)
         for event in self.events:
             self.disk.play(event)
         expect(self.disk.tree() == on_disk(self.place), "something was written past the tap")
