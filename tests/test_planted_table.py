@@ -1,4 +1,4 @@
-"""docs/planted-bugs.md and the planted bugs are in step: each bug is in its row, with the check that catches it, and no row is empty."""
+"""docs/pitfalls.md and the planted bugs are in step: each bug is in its row, with the check that catches it, and no row is empty."""
 
 import ast
 import re
@@ -17,12 +17,16 @@ PAPERS = {  # ways that are played as they are: no bug has to be planted
 def table() -> dict[str, dict[str, str]]:
     """By row, what is planted and what catches it."""
     rows = {}
-    for line in (HERE.parent / "docs" / "planted-bugs.md").read_text().splitlines():
+    for line in (HERE.parent / "docs" / "pitfalls.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if re.fullmatch(r"[A-Z]\d+", cells[0]):
-            assert len(cells) == 4, line
+            assert len(cells) == 5, line
             assert cells[0] not in rows, f"{cells[0]} has two rows"
-            found = [re.fullmatch(r"(.+) → `(\w+)`", entry) for entry in cells[3].split("<br>")]
+            found = [
+                re.fullmatch(r"(.+) → `(\w+)`", entry)
+                for entry in cells[4].split("<br>")
+                if not entry.startswith("and `")
+            ]
             rows[cells[0]] = {f"{cells[0]} {entry[1]}": entry[2] for entry in found if entry}
             assert len(rows[cells[0]]) == len(found), line
     return rows

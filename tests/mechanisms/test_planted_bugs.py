@@ -2,7 +2,7 @@
 """Bugs of this field's history, planted one at a time into a copy of privacy/ and mechanisms/: each must be caught by a check below.
 
 A mutant is a source-text replacement. The copy is imported under a name of its own, so nothing real is patched. The checks are plain
-functions that raise AssertionError; the clean copy passes them all. docs/planted-bugs.md names the source of each bug, and what of this
+functions that raise AssertionError; the clean copy passes them all. docs/pitfalls.md names the source of each bug, and what of this
 field's bugs is planted elsewhere.
 """
 
