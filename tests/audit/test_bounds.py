@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import beta, norm
+from scipy.stats import beta, binom, norm
 
 from dpdistill.audit import bounds
 
@@ -112,6 +112,35 @@ def test_two_worlds() -> None:
     assert bounds.two_world_epsilon(900, 1000, 100, 1000, 0.5, 0.95) < 0.8 * math.log(9)
     # The other direction: rarely "out" when in, often when out.
     assert bounds.two_world_epsilon(995, 1000, 500, 1000, 0.0, 0.95) > math.log(20)
+
+
+@pytest.mark.parametrize("q", [1.0, 0.25])
+def test_the_joint_bound_is_wrong_as_rarely_as_it_says(q: float) -> None:
+    """Every outcome of a few runs, at the exact power and many sizes: how likely those are whose bound lies above the truth."""
+    n, mu, confidence = 9, 0.8, 0.8
+    bound = {(x, y): bounds.joint_mu(x, n, y, n, confidence, q) for x in range(n + 1) for y in range(n + 1)}
+    assert max(bound.values()) > 3 * mu  # so that it can be wrong
+    worst = 0.0
+    for size in np.linspace(0.01, 0.99, 99):
+        power = (1 - q) * size + q * norm.cdf(norm.ppf(size) + mu)
+        hits, alarms = binom.pmf(np.arange(n + 1), n, power), binom.pmf(np.arange(n + 1), n, size)
+        worst = max(worst, sum(hits[x] * alarms[y] for (x, y), found in bound.items() if found > mu))
+    assert 0.02 < worst <= 1 - confidence
+
+
+@pytest.mark.parametrize(("q", "mu", "size", "least"), [(1.0, 0.1422, 0.464, 0.95), (0.25, 0.3655, 0.223, 0.935)])
+def test_the_joint_bound_pays_once_for_chance(q: float, mu: float, size: float, least: float) -> None:
+    """At ε = 0.5, a million runs, 99.9 %: what the normal law allows of two counts, to 1 %, and more than two intervals give."""
+    n = 10**6
+    power = (1 - q) * size + q * norm.cdf(norm.ppf(size) + mu)
+    slope = q * norm.pdf(norm.ppf(size) + mu)
+    counts = round(power * n), n, round(size * n), n
+    found = bounds.joint_mu(*counts, 0.999, q)
+    ideal = mu - norm.isf(0.001) * math.sqrt((power * (1 - power) + size * (1 - size)) / n) / slope
+    assert ideal - 0.01 * mu < found < ideal
+    assert found > least * mu > bounds.two_world_mu(*counts, 0.999, q)
+    assert bounds.joint_mu(counts[2], n, counts[2], n, 0.999, q) == 0.0
+    assert bounds.joint_mu(n, n, 0, n, 0.999, q) > 5
 
 
 def test_roc() -> None:

@@ -236,7 +236,7 @@ def measure(drawn: Drawn, mechanism: str, epsilon: float, delta: float, q: float
     )  # from public facts: fixed before the draws
     said = drawn.seen > threshold
     inside, outside = said[drawn.included], said[~drawn.included]
-    mu = bounds.two_world_mu(int(inside.sum()), len(inside), int(outside.sum()), len(outside), CONFIDENCE, q)
+    mu = bounds.joint_mu(int(inside.sum()), len(inside), int(outside.sum()), len(outside), CONFIDENCE, q)
     noise, steps = drawn.noise, math.sqrt(drawn.steps**2 + 1 / 12)  # rounding adds a twelfth
     n, squares = len(noise), float((noise.astype(np.float64) ** 2).sum()) / steps**2
     far = int((np.abs(noise) >= 4 * drawn.steps).sum())
