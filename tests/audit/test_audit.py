@@ -254,6 +254,30 @@ def test_two_worlds_end_to_end(tiny: Config, monkeypatch: pytest.MonkeyPatch) ->
     assert sums.lower_gdp > 0.5
 
 
+@pytest.mark.parametrize("method", ["dosser", "ndpdc"])
+def test_two_worlds_of_a_baseline(method: str, tiny: Config) -> None:
+    """With the settings that a release of it has."""
+    few = {"steps": 3} if method == "ndpdc" else {"sampling_steps": 3, "optimisation_steps": 4, "subspace_dim": 2}
+    found = two_worlds.audit(
+        tiny(method=method, settings={**few, "expected_records_per_class": 140, "parts": 2}), 2, seed=1
+    )
+    assert [(pair.seen, pair.runs) for pair in found] == [("noisy sums", 1), ("released images", 1)]
+
+
+def test_two_worlds_that_cannot_be_made_are_refused_at_once(
+    audited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not left out in silence after minutes."""
+    for name in ("kernels", "public_records"):
+        monkeypatch.setattr(run, name, lambda *_, **__: pytest.fail("begun"))
+    monkeypatch.setattr(two_worlds, "CHEAP", {})
+    code, _, err = typed(monkeypatch, capsys, "audit", audited, "--two-worlds", 10)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "no two-world audit of 'joint'" in err
+    assert "leave --two-worlds out" in err
+
+
 # --- what the certificate takes
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..bundle.verification import Checked, inspect
 from ..errors import ConfigError
-from ..pipeline import check_device
+from ..pipeline import check_device, with_way
 from . import kernel, membership, one_run, two_worlds
 from .bounds import CONFIDENCE
 from .bounds import one_run as bounds_of
@@ -94,7 +94,7 @@ def audit_release(
 
     Raises:
       ReleaseError: the release is not what it says.
-      ConfigError: it has no ledger of its own, so there is nothing to audit.
+      ConfigError: it has no ledger of its own, so there is nothing to audit; or `runs` of its method cannot be made.
     """
     checked = inspect(path)
     if checked.facts.basis != "proved":
@@ -103,6 +103,11 @@ def audit_release(
         )
     config = configuration(checked.certificate, checked.facts.config_toml, data, auxiliary, device)
     check_device(config)
+    if runs and not two_worlds.possible(config):
+        raise ConfigError(
+            f"{path}: no two-world audit of {with_way(config).method!r}, whose runs take too long to be made thousands of times; "
+            "leave --two-worlds out"
+        )
     claimed = _claim(checked)
     found = kernels(
         kinds_of(checked.certificate, config.epsilon),
@@ -127,7 +132,7 @@ def audit_release(
         if made is not None:
             said = membership.measure(twin, made)
     pairs = ()
-    if runs and two_worlds.possible(config):
+    if runs:
         with passing(f"two worlds: {2 * runs} whole runs") as progress:
             pairs = two_worlds.audit(config, runs, progress=progress, seed=seed)
     return Audit(

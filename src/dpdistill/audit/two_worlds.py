@@ -21,6 +21,7 @@ from .result import TwoWorlds
 from .twin import Twin
 
 SIDE, FEW = 8, 6
+ALL = {"sampling_prob": 1.0, "expected_records_per_class": None}  # of a baseline's rounds: each reads the few there are
 CHEAP: dict[str, dict[str, Any]] = {  # by method: settings that only make it small
     "joint": {
         "steps": 2,
@@ -52,9 +53,9 @@ CHEAP: dict[str, dict[str, Any]] = {  # by method: settings that only make it sm
         "subspace_dim": 4,
         "auxiliary_images": 40,
         "width": 8,
-        "sampling_prob": 1.0,
+        **ALL,
     },
-    "ndpdc": {"steps": 8, "width": 8, "sampling_prob": 1.0},
+    "ndpdc": {"steps": 8, "width": 8, **ALL},
 }
 CONFIDENCE = 0.95
 
