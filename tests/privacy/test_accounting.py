@@ -128,6 +128,30 @@ def test_bad_part_is_refused(bad: float) -> None:
             accounting.epsilon([part], 1e-5)
 
 
+@pytest.mark.parametrize("part", [(1e-9, 1.0, 1), (1, 1e-6, 1), (0.5, 1e9, 1), (1.0, 1.0, 10**12)])
+def test_a_part_at_the_limit_is_taken_and_one_beyond_it_is_not(part: accounting.Part) -> None:
+    accounting.check_part(*part)
+    q, sigma, count = part
+    beyond = {1e-9: (0.99e-9, sigma, count), 1: (1 + 1e-12, sigma, count), 0.5: (q, 1e9 + 1, count)}
+    with pytest.raises(ConfigError):
+        accounting.check_part(*beyond[q])
+    with pytest.raises(ConfigError):
+        accounting.check_part(q, 0.99e-6, count)
+    with pytest.raises(ConfigError):
+        accounting.check_part(q, sigma, 10**12 + 1)
+
+
+def test_equal_parts_and_all_unsampled_gaussians_are_merged() -> None:
+    parts = [(1.0, 3.0, 2), (0.3, 2.0, 5), (1.0, 5.0, 1), (0.2, 2.0, 3), (1.0, 3.0, 1), (0.2, 2.0, 4), (0.2, 1.0, 1)]
+    gaussian = (1.0, pytest.approx((3 / 9 + 1 / 25) ** -0.5), 1)
+    assert accounting.group(parts) == ((0.2, 1.0, 1), (0.2, 2.0, 7), (0.3, 2.0, 5), gaussian)
+    assert accounting.group(iter(parts[3:4])) == ((0.2, 2.0, 3),)
+    one = dp_accounting.PoissonSampledDpEvent(0.2, dp_accounting.GaussianDpEvent(2.0))
+    whole = dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(3.0), 1)
+    composed = dp_accounting.ComposedDpEvent([dp_accounting.SelfComposedDpEvent(one, 3), whole])
+    assert accounting.event([(1, 3.0, 1), (0.2, 2.0, 3)]) == composed
+
+
 @pytest.mark.parametrize("count", [0, -3, 1.5, True, "1", None])
 def test_bad_count_is_refused(count: object) -> None:
     with pytest.raises(ConfigError):
