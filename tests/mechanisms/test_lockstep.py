@@ -7,6 +7,8 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,11 @@ from torch import Tensor
 
 from dpdistill import errors
 from dpdistill.errors import DpdistillError, LedgerError, RanksError
-from dpdistill.mechanisms import ranks
+from dpdistill.mechanisms import ensemble, private, ranks, vault
 from dpdistill.mechanisms.ranks import ALONE, LOST, Distributed
+from dpdistill.mechanisms.recordwise import probe, probed
+from dpdistill.privacy import ledger, queries
+from several import Place, every_release, models_of_owners, other_numbers, other_records
 
 
 class Connected:
@@ -354,7 +359,39 @@ def test_they_end_together(error: Any, started: Connected, monkeypatch: pytest.M
     else:
         body()
     assert devices == ["cuda"]
-    assert mine.said == ([error] if isinstance(error, Exception) else ["end"] if not isinstance(error, BaseException) else [])
+    assert mine.said == (
+        [error] if isinstance(error, Exception) else ["end"] if not isinstance(error, BaseException) else []
+    )
     left = isinstance(error, KeyboardInterrupt) or error == "lost"
     assert started.calls == ["connected", "destroyed"] if left else ["connected"]
     assert ranks._joined is None
+
+
+CORE = SimpleNamespace(ranks=ranks, private=private, ensemble=ensemble, vault=vault, ledger=ledger, queries=queries)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_threads_release_what_one_does(world: int, together: Callable[..., list[Any]], tmp_path: Path) -> None:
+    expected = every_release(Place(CORE, tmp_path / "alone"), ALONE)
+    assert together(world, lambda mine: every_release(Place(CORE, tmp_path / "several"), mine)) == [expected] * world
+    assert len({(tmp_path / name / "ledger").read_bytes() for name in ("alone", "several")}) == 1
+    place = Place(CORE, tmp_path)
+    assert together(world, lambda mine: models_of_owners(place, mine)) == [[[3, 2, 2]] * 2] * world
+
+
+@pytest.mark.parametrize("scenario", [other_numbers, other_records])
+def test_other_numbers_or_records_in_one_of_them_stop_all(
+    scenario: Callable[[Place, Any], None], together: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    for found in together(3, lambda mine: scenario(Place(CORE, tmp_path), mine)):
+        assert isinstance(found, RanksError)
+        assert "different" in str(found)
+
+
+def test_what_is_compared_is_every_bit_of_the_made_up_answers() -> None:
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        return x.flatten(1) * (y[:, None] + 1)
+
+    x, y = probe((1, 2, 4), 3)
+    assert probed(fn, (1, 2, 4), 3) == fn(x, y).double().numpy().tobytes()
+    assert probed(lambda x, y: fn(x, y) * (1 + 2.0**-23), (1, 2, 4), 3) != probed(fn, (1, 2, 4), 3)
