@@ -38,6 +38,7 @@ FIRMLY = re.compile(
 TABLES = {
     "docs/pitfalls.md",
     "docs/planted-bugs.md",
+    "docs/mutation.md",
 }  # each row names the check behind it; `test_every_test_that_a_page_names_exists` reads it
 THEOREMS = ("Statement", "Theorem")  # of a proof page; the rest of it is the proof
 CODE = {  # strings that a person reads: all but what refuses and what explains the code; of the verifier what it says each time

@@ -275,7 +275,7 @@ def test_the_fine_step_is_taken_wherever_it_can_be(
 
 
 def test_the_ceiling_is_the_least_over_its_orders() -> None:
-    """By definition for one unsampled Gaussian, for noise whose best order is each of these, or between two; certificates bear the value."""
+    """By definition for one unsampled Gaussian, for noise whose best order is one of these, or between two. Certificates bear it."""
     orders = [*range(2, 65), *range(68, 257, 4), 384, 512, 1024]
     for best in (
         1.5,

@@ -328,12 +328,20 @@ LIMITS = [
     (summed, {"grid_bits": 8}, {"grid_bits": 7}),
     (summed, {"grid_bits": 30}, {"grid_bits": 31}),
     (summed, {"grid_bits": 8, "dim": 4**4}, {"grid_bits": 8, "dim": 4**4 + 1}),
-    (summed, {"grid_bits": 30, "noise_multiplier": 2.0**15}, {"grid_bits": 30, "noise_multiplier": 2.0**15 * (1 + 1e-9)}),
+    (
+        summed,
+        {"grid_bits": 30, "noise_multiplier": 2.0**15},
+        {"grid_bits": 30, "noise_multiplier": 2.0**15 * (1 + 1e-9)},
+    ),
     (summed, {"grid_bits": 8, "noise_multiplier": 1e-3 / 2**8}, {"grid_bits": 8, "noise_multiplier": 0.999e-3 / 2**8}),
     (summed, {"dim": 1, "n_classes": 1, "sampling_prob": 1}, {"dim": 0}),
     (votes, {"n_models": 2**40}, {"n_models": 2**40 + 1}),
     (votes, {"n_queries": 2**20, "n_classes": 2**20}, {"n_queries": 2**20, "n_classes": 2**20 + 1}),
-    (votes, {"n_queries": 2**13, "noise_multiplier": 2.0**28}, {"n_queries": 2**13, "noise_multiplier": 2.0**28 * (1 + 1e-9)}),
+    (
+        votes,
+        {"n_queries": 2**13, "noise_multiplier": 2.0**28},
+        {"n_queries": 2**13, "noise_multiplier": 2.0**28 * (1 + 1e-9)},
+    ),
     (votes, {"noise_multiplier": 5e8}, {"noise_multiplier": 5e8 + 1}),  # doubled, it must still be accountable
     (votes, {"n_queries": 10**6, "noise_multiplier": 1e-6}, {"n_queries": 10**6, "noise_multiplier": 0.6e-6}),
     (votes, {"n_queries": 1, "n_classes": 1, "n_models": 1}, {"n_models": 0}),
@@ -344,7 +352,11 @@ LIMITS = [
     (shards, {"grid_bits": 8, "dim": 4**4}, {"grid_bits": 8, "dim": 4**4 + 1}),
     (shards, {"grid_bits": 8, "noise_multiplier": 5e8}, {"grid_bits": 8, "noise_multiplier": 5e8 + 1}),
     (shards, {"grid_bits": 24, "noise_multiplier": 1e-6}, {"grid_bits": 24, "noise_multiplier": 0.6e-6}),
-    (shards, {"grid_bits": 24, "noise_multiplier": 2.0**20}, {"grid_bits": 24, "noise_multiplier": 2.0**20 * (1 + 1e-9)}),
+    (
+        shards,
+        {"grid_bits": 24, "noise_multiplier": 2.0**20},
+        {"grid_bits": 24, "noise_multiplier": 2.0**20 * (1 + 1e-9)},
+    ),
     (shards, {"grid_bits": 8, "noise_multiplier": 1e-3 / 2**9}, {"grid_bits": 8, "noise_multiplier": 0.999e-3 / 2**9}),
     (shards, {"dim": 1, "n_models": 1, "unit_moves": 2}, {"unit_moves": 3}),
 ]
@@ -360,7 +372,9 @@ def test_a_fact_at_its_limit_is_taken_and_one_beyond_it_is_not(make: type, at: o
 
 def test_what_a_query_says_of_itself() -> None:
     """The scale of the noise, in grid steps, and what the ledger gets: by hand."""
-    query = GaussianSum(name="s", dim=5, n_classes=3, noise_multiplier=1.5, clip_norm=4.0, sampling_prob=0.25, grid_bits=12)
+    query = GaussianSum(
+        name="s", dim=5, n_classes=3, noise_multiplier=1.5, clip_norm=4.0, sampling_prob=0.25, grid_bits=12
+    )
     assert (query.rows, query.dim, query.unit_steps, query.sigma_steps) == (3, 5, 1024.0, 6144.0)
     assert query.part() == query.part(1, "replace_one") == (0.25, 1.5, 1)
     facts = {"sampling_prob": "0.25", "noise_multiplier": "1.5", "clip_norm": "4.0", "grid_bits": "12"}
@@ -379,7 +393,14 @@ def test_what_a_query_says_of_itself() -> None:
     assert (vector.rows, vector.dim, vector.unit_steps, vector.sigma_steps) == (1, 200, 2048.0, 3.0 * 2 * 4096)
     assert (vector.part(2), vector.part(2, "replace_one")) == ((1.0, 3.0, 2), (1.0, 6.0, 2))
     assert (shards(unit_moves=2).part(), shards(unit_moves=2).part(1, "replace_one")) == ((1.0, 3.0, 1),) * 2
-    facts = {"dim": "200", "models": "40", "noise_multiplier": "3.0", "clip_norm": "2.0", "unit_moves": "1", "grid_bits": "20"}
+    facts = {
+        "dim": "200",
+        "models": "40",
+        "noise_multiplier": "3.0",
+        "clip_norm": "2.0",
+        "unit_moves": "1",
+        "grid_bits": "20",
+    }
     assert shards().describe() == {"mechanism": "shard_sum", "name": "v", **facts}
     assert Planned(vote) == Planned(vote, 1)
     assert (Planned(vote, 3).part, Planned(vote, 3).part_replace_one) == ((1.0, 3.0, 3), (1.0, 6.0, 3))
@@ -428,8 +449,8 @@ def test_the_first_guess_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_plan_that_no_noise_makes_cheap_or_dear(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
-    monkeypatch.setattr(queries, "epsilon", lambda parts, delta: (asked.append(parts[0][1]), price)[1])
     for price, found in ((2.0, None), (0.5, 1e-3)):
+        monkeypatch.setattr(queries, "epsilon", lambda parts, delta, e=price: (asked.append(parts[0][1]), e)[1])
         asked.clear()
         if found is None:
             with pytest.raises(ConfigError, match="fewer steps"):

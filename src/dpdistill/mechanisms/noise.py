@@ -79,7 +79,7 @@ def _decide(word: int, sigma: float, stream: Stream) -> int:
 
 
 def _half_normal(p: "mpmath.mpf") -> "mpmath.mpf":
-    """-Φ⁻¹(p) for 0 < p <= 1/2, by Newton's method from the float64 value. Below 2⁻¹⁰⁷⁴, which no stream reaches, it raises ZeroDivisionError."""
+    """-Φ⁻¹(p) for 0 < p <= 1/2, by Newton's method from float64. ZeroDivisionError below 2⁻¹⁰⁷⁴, which no stream reaches."""
     z = mpmath.mpf(float(-ndtri(float(p))))
     for _ in range(60):
         step = (mpmath.erfc(z / mpmath.sqrt(2)) / 2 - p) / mpmath.npdf(z)
