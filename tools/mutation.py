@@ -658,8 +658,6 @@ def main() -> int:
         def warm_work() -> None:
             # A pool of threads does not outlive a fork: its user would wait for ever.
             setattr(sys.modules["torch"], "set_num_threads", lambda _: None)  # noqa: B010
-                None
-            )  # a pool of threads does not outlive a fork: its user would wait for ever
 
             def loop(session: pytest.Session) -> None:
                 runner = Runner(session, report, folder)
