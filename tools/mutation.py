@@ -360,6 +360,9 @@ class _Changed(importlib.abc.MetaPathFinder):
             def get_code(self, fullname: str) -> CodeType:
                 return compile(source, file, "exec")
 
+            def get_source(self, fullname: str) -> str:
+                return source
+
         return importlib.machinery.ModuleSpec(
             name, Loader(name, file), origin=file, is_package=file.endswith("__init__.py")
         )

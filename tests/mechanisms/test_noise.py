@@ -67,6 +67,14 @@ def test_noise_fails_closed(monkeypatch: pytest.MonkeyPatch) -> None:
         derive(b"", "x")
 
 
+def test_where_aes_is_wrong_the_module_cannot_be_imported() -> None:
+    source = noise.__spec__.loader.get_source(noise.__name__).replace(  # type: ignore[union-attr]
+        noise._KNOWN_STREAM, "00" * 16
+    )
+    with pytest.raises(RuntimeError, match="no noise"):
+        exec(compile(source, "noise.py", "exec"), {"__name__": "noise"})
+
+
 def test_a_derived_key_is_the_hmac_of_counted_labels() -> None:
     """A resumed run must derive what the one before it derived, also by another version."""
     message = bytes(7) + b"\x02id" + bytes(8) + bytes(7) + b"\x03\xce\xb5\xff"

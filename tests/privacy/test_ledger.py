@@ -126,7 +126,7 @@ def test_a_torn_last_line_is_cut_wherever_it_tore(path: Path) -> None:
         assert len(reopened(path, raw[:-1] + tail)) == 5
         assert path.read_bytes() == raw
     forged = raw[:-1].replace(b'"run-1"', b'"run-2"')
-    for tail in (raw[:-1] + b"x", raw[:-1] + b" ", raw[:-1] + b"\0x", forged):  # whole, and not ours
+    for tail in (raw[:-1] + b"x", raw[:-1] + b"X", raw[:-1] + b" ", raw[:-1] + b"\0x", forged):  # whole, and not ours
         with pytest.raises(LedgerError):
             reopened(path, tail)
         assert path.read_bytes() == tail
@@ -581,6 +581,12 @@ def test_the_intents_of_a_run_are_its_own(path: Path) -> None:
         assert ledger.intents("run-1") == ledger.lines[2:4]
         assert ledger.intents("run-2") == ledger.lines[5:]
         assert ledger.intents("run-3") == []
+        lines = ledger.lines
+    for run, expected in (("run-1", lines[2:4]), ("run-2", lines[5:]), (None, [*lines[2:4], lines[5]])):
+        wanted = [ledgers.line_part(line) for line in expected]
+        assert ledgers.parts(lines, run) == wanted
+        for relation in ("add_or_remove_one", "replace_one"):
+            assert ledgers.spent(lines, 1e-6, run, relation) == accounting.epsilon(wanted, 1e-6, relation)
 
 
 def test_a_first_line_may_be_torn_and_no_longer_than_one(tmp_path: Path) -> None:
@@ -665,6 +671,8 @@ def test_points_at_which_a_crash_is_tried(path: Path, tmp_path: Path, monkeypatc
 def test_a_ledger_that_is_elsewhere_or_closed_touches_no_file(path: Path) -> None:
     away = Ledger.elsewhere()
     assert (away.path, away.lines) == (Path(os.devnull), [])
+    with pytest.raises(LedgerError, match="closed"):
+        away.finish("run-9")
     closed = Ledger.open(path, cap=CAP)
     closed.close()
     closed.close()

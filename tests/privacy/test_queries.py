@@ -459,3 +459,19 @@ def test_a_plan_that_no_noise_makes_cheap_or_dear(monkeypatch: pytest.MonkeyPatc
         else:
             assert 1e-4 < calibrate(one, 1.0, 1e-5) <= found
         assert len(asked) < 40
+
+
+@pytest.mark.parametrize(("dear", "cheap"), [(1.5, 0.5), (math.inf, 0.5), (1.5, 0.0), (1.001, 0.9)])
+def test_a_cost_that_jumps_past_the_target(dear: float, cheap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No σ costs nearly the target: the smallest that is cheap enough is found, and the search ends."""
+    asked: list[float] = []
+    for jump in (1e-2, 12.3, 4e4):
+        asked.clear()
+        monkeypatch.setattr(
+            queries,
+            "epsilon",
+            lambda parts, delta, at=jump: (asked.append(parts[0][1]), dear if parts[0][1] < at else cheap)[1],
+        )
+        sigma = calibrate(one, 1.0, 1e-5)
+        assert jump <= sigma < jump * (1 + 2e-6)
+        assert len(asked) < 150
