@@ -219,8 +219,11 @@ def test_an_error_that_takes_more_than_a_text_is_still_an_error_of_ours(monkeypa
 
 
 def test_a_process_that_is_gone_ends_all(together: Callable[..., list[Any]]) -> None:
+    agreed = threading.Barrier(2)
+
     def work(mine: Distributed) -> list[Any]:
         mine.agree(lambda: b"")
+        agreed.wait(10)  # both are out of the exchange
         said = []
         if mine.rank == 1:
             ranks.dist.break_up()  # type: ignore[attr-defined]
