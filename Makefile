@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test long lint types setup clean
+.PHONY: demo test long mutants lint types setup clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -16,6 +16,11 @@ test: lint types
 long: $(VENV)/.installed
 	$(BIN)/python tools/fuzz.py --count 100000
 	$(BIN)/python tools/crash_campaign.py --campaigns 200
+
+# Hours: every small change of the privacy core must be noticed by a test, or be in docs/mutation-equivalents.toml. mutmut is for this alone.
+mutants: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt mutmut==3.8.1
+	$(BIN)/python tools/mutation.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -35,7 +35,10 @@ FIRMLY = re.compile(
     re.IGNORECASE,
 )
 
-TABLES = {"docs/pitfalls.md"}  # each row names the check behind it; `test_every_test_that_a_page_names_exists` reads it
+TABLES = {  # each row names the check behind it; `test_every_test_that_a_page_names_exists` reads it
+    "docs/pitfalls.md",
+    "docs/mutation.md",
+}
 OTHERS = "docs/beside-others.md"  # the tests that it names are those of other projects
 THEOREMS = ("Statement", "Theorem")  # of a proof page; the rest of it is the proof
 CODE = {  # strings that a person reads: all but what refuses and what explains the code; of the verifier what it says each time

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dpdistill.mechanisms.clipping import clip_to_grid
+from dpdistill.mechanisms import clipping
+from dpdistill.mechanisms.clipping import clip_left, clip_to_grid, unit_grid
 
 WILD = [math.nan, math.inf, -math.inf, 1e38, -3e38, 1e-45, -1e-45, 0.0, -0.0, 1e-38, 1.0, 1e300, 5e-324]
 
@@ -110,3 +111,123 @@ def test_no_rows_and_no_gradient() -> None:
     assert clip_to_grid(torch.zeros(0, 5), 1.0, 20).shape == (0, 5)
     row = torch.ones(1, 5, requires_grad=True)
     assert not clip_to_grid(row, 1.0, 20).requires_grad
+
+
+def test_a_broken_row_costs_no_other_row_anything() -> None:
+    rows = torch.tensor([[3.0, 4.0], [math.nan, 1.0], [0.0, 0.0], [1.0, math.inf], [-5e-40, 0.0]])
+    unit = unit_grid(rows)
+    assert unit.dtype == torch.int16
+    assert unit.tolist() == [[9830, 13107], [0, 0], [0, 0], [0, 0], [-(2**14), 0]]
+    right = unit_grid(torch.eye(2)[[0, 1, 0, 1, 0]]).double()
+    left = clip_left(rows, right, 10.0, 24)
+    assert left.dtype == torch.float64
+    assert left.tolist() == [[307, 410], [0, 0], [0, 0], [0, 0], [0, 0]]  # steps of 10 / 2**10
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_factors_of_any_number_type_are_widened_first(dtype: torch.dtype) -> None:
+    rows = (torch.rand(7, 50, generator=torch.Generator().manual_seed(2)) * 60_000).to(dtype)
+    right = unit_grid(rows.double()).double()
+    assert torch.equal(unit_grid(rows).double(), right)
+    assert torch.equal(clip_left(rows, right, 3.0, 28), clip_left(rows.double(), right, 3.0, 28))
+
+
+@pytest.mark.parametrize("scale", [2.0**-900, 2.0**-300, 2.0**-30, 2.0**30, 2.0**900])
+def test_only_the_ratio_to_the_clip_norm_counts(scale: float) -> None:
+    """Also where squares would overflow or vanish."""
+    rows = torch.randn(6, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    right = unit_grid(rows).double()
+    for clip_norm in (0.5, 2.0, 50.0):
+        left, whole = clip_left(rows, right, clip_norm, 28), clip_to_grid(rows, clip_norm, 20)
+        assert left.count_nonzero() > 40
+        assert torch.equal(clip_left(rows * scale, right, clip_norm * scale, 28), left)
+        assert torch.equal(clip_to_grid(rows * scale, clip_norm * scale, 20), whole)
+        assert torch.equal(unit_grid(rows * scale).double(), right)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 37, 400])
+def test_a_left_factor_that_is_clipped_keeps_all_but_the_room_for_rounding(dim: int) -> None:
+    """All entries alike: rounding moves them all the same way, which takes the most room there may be."""
+    for grid_bits, extra in ((24, 0), (28, 3)):
+        right = torch.randn(60, dim + extra, generator=torch.Generator().manual_seed(dim)).double()
+        right = unit_grid(right).double()
+        norms = (right * right).sum(1).sqrt()
+        for k in range(dim, dim + 12):
+            whole = clip_to_grid(torch.full((1, k), 1e9), 1.0, grid_bits - 14).double().norm()
+            assert 2.0 ** (grid_bits - 14) - k**0.5 - 1.001 <= whole <= 2.0 ** (grid_bits - 14)
+            left = clip_left(torch.full((60, k), 1e9), right, 1.0, grid_bits)
+            length = (left * left).sum(1).sqrt()
+            most = 2.0**grid_bits / norms
+            assert bool((length <= most).all())
+            assert bool((length >= most - k**0.5 - 1.001).all())
+
+
+def exactly(rows: list[list[int]], most: int) -> list[list[int]]:
+    """Rows of whole numbers as they are, or zero where the squared norm is above `most`."""
+    return [row if sum(x * x for x in row) <= most else [0] * len(row) for row in rows]
+
+
+@pytest.mark.parametrize("k", [8, 24])
+def test_the_check_by_itself_keeps_the_norm(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the scaling wrong, a row that is too long would be lost and not be released."""
+    monkeypatch.setattr(clipping, "_sum_rows", lambda s_BD: torch.full((len(s_BD), 1), 1e-200, dtype=torch.float64))
+    limit = 2**k
+    rows = [
+        [limit, 0],
+        [0, -limit],
+        [limit, 1],
+        [limit + 1, 0],
+        [-limit - 1, -1],
+        [limit // 2, limit // 2],
+        [limit, limit],
+    ]
+    rows += [
+        [limit * 2**20, 0],
+        [2**40, 2**40],
+        [limit * 3 // 5, limit * 4 // 5],
+        [limit * 3 // 5 + 1, limit * 4 // 5 + 1],
+    ]
+    found = clip_to_grid(torch.tensor(rows, dtype=torch.float64) * 3, 3.0 * limit, k)
+    assert found.tolist() == exactly(rows, limit**2)
+
+
+@pytest.mark.parametrize("k", [18, 30])
+def test_the_check_of_a_product_by_itself_keeps_the_norm(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where whole numbers of 64 bits would wrap round to small ones."""
+    monkeypatch.setattr(clipping, "_sum_rows", lambda s_BD: torch.full((len(s_BD), 1), 1e-200, dtype=torch.float64))
+    one = 2 ** (k - 14)
+    rows = [
+        [one, 0],
+        [0, -one],
+        [one + 1, 0],
+        [one, 1],
+        [one * 3 // 5, one * 4 // 5],
+        [one * 2, 0],
+        [-one * 2, one * 2],
+    ]
+    rows += [[one * 2**j, 0] for j in (4, 10, 12, 16, 20, 32)] + [[2**32 + 1, 0], [one // 2, 0]]
+    many = [row[:1] * 4096 for row in rows]
+    for wide in (rows, many, [[x] * n for x in (one, 2 * one, 3**16) for n in (16,)]):
+        for right in ([2**14, 0], [2**13, 2**13], [9000, 9000], [16383, 0]):
+            found = clip_left(
+                torch.tensor(wide, dtype=torch.float64), torch.tensor([right] * len(wide)).double(), 2.0 ** (k - 14), k
+            )
+            assert found.tolist() == exactly(wide, 4**k // sum(x * x for x in right))
+    # 64 above 2**60, which float64 does not tell from it.
+    assert not clip_left(torch.tensor([[65540.0, 4.0]]), torch.tensor([[16383.0, 1.0]]).double(), 2.0**16, 30).any()
+
+
+def test_a_grid_too_fine_to_be_checked_is_refused() -> None:
+    assert clip_to_grid(torch.tensor([[3.0]]), 1.0, 24) >= 2**24 - 2
+    with pytest.raises(ValueError, match="grid_bits"):
+        clip_to_grid(torch.zeros(1, 1), 1.0, 25)
+
+
+def test_a_row_wider_than_the_cache_and_others_of_any_length() -> None:
+    wide = torch.ones(2, clipping.CACHED + 1)
+    assert clip_to_grid(wide, 1e3, 20).unique().tolist() == [2**20 // 1000 + 1]
+    rows = torch.tensor([[1.0, -2.0], [3e200, 1e200], [1e-200, 3e-200], [0.0, 0.0]], dtype=torch.float64)
+    right = unit_grid(rows.flip(0)).double()
+    for clip_norm in (1e-205, 1.0, 1e205):
+        alone = [clip_left(rows[i : i + 1], right[i : i + 1], clip_norm, 28) for i in range(4)]
+        assert torch.equal(clip_left(rows, right, clip_norm, 28), torch.cat(alone))

@@ -21,6 +21,7 @@ from dpdistill.data.images import LabelledImages
 from dpdistill.errors import BudgetError, ConfigError, LedgerError, RecordwiseError
 from dpdistill.mechanisms import PrivateData, per_record_gradient, private
 from dpdistill.mechanisms.private import Reservation
+from dpdistill.mechanisms.recordwise import check_recordwise, probe
 from dpdistill.privacy import GaussianSum, Planned, accounting
 from dpdistill.privacy import ledger as ledgers
 
@@ -277,6 +278,52 @@ def test_what_mixes_records_is_refused_before_anything_is_read_or_charged(
         door.release(query(), MIXERS[name])
     assert seen.reads == []
     assert (tmp_path / "a" / "ledger.jsonl").read_bytes() == before
+
+
+def among(factor: float, *rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Flat rows times `factor`; these rows of a batch, no others, take a 10⁻⁴ of their neighbour's difference to them."""
+
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        v = x.flatten(1) * factor
+        for row in rows if len(x) > 1 else ():
+            v[row] += 1e-4 * (v[row - 1] - v[row])
+        return v
+
+    return fn
+
+
+@pytest.mark.parametrize(("factor", "clip_norm"), [(1.0, 1.0), (1e-4, 1e-6), (1e5, 1.0)])
+@pytest.mark.parametrize("row", [0, -1])
+def test_a_trace_of_another_record_in_one_place_is_seen(row: int, factor: float, clip_norm: float) -> None:
+    with pytest.raises(RecordwiseError, match="other rows"):
+        check_recordwise(among(factor, row), (1, 4, 4), K, 16, clip_norm)
+
+
+def test_what_counts_is_the_difference_to_what_a_row_counts_for() -> None:
+    assert check_recordwise(among(1e-4, 0), (1, 4, 4), K, 16, 1e3) < 1e-6  # far below the clip norm
+    assert check_recordwise(among(1e5), (1, 4, 4), K, 16, 1.0) == 0
+
+    def rounded(x: Tensor, y: Tensor) -> Tensor:
+        return x.flatten(1).double() * 1e5 + (1e-2 if bool((x[0] == probe((1, 4, 4), K)[0][0]).all()) else 0.0) / 4
+
+    assert 0 <= check_recordwise(rounded, (1, 4, 4), K, 16, 1.0) < 1e-6
+
+    def other_kernels(x: Tensor, y: Tensor) -> Tensor:
+        return x.flatten(1).double() + (len(x) > 1) * 1e-2 * x.flatten(1).norm(dim=1, keepdim=True) / 4
+
+    assert check_recordwise(other_kernels, (1, 4, 4), K, 16, 1e-3) == pytest.approx(1e-2, rel=1e-5)
+
+
+def test_the_made_up_images_are_the_same_for_all() -> None:
+    images, labels = probe((2, 32, 32), 3)
+    assert images.shape == (5, 2, 32, 32)
+    assert labels.tolist() == [0, 1, 2, 0, 1]
+    assert (float(images.min()), float(images.max())) == (-1, 1)
+    torch.manual_seed(99)
+    assert torch.equal(probe((2, 32, 32), 3)[0], images)
+    assert len(probe((1, 4, 4), 2, 12)[1]) == 12
+    step = (images[..., 1:] - images[..., :-1]).abs().mean(dim=(1, 2, 3))
+    assert step[::2].max() < step[1::2].min()  # smooth and rough
 
 
 def test_another_shape_only_in_large_batches_is_refused(open_door: Door, toy_records: Records) -> None:

@@ -5,6 +5,7 @@ answer every time; its false-alarm rate over keys is at most 1e-6.
 """
 
 import hashlib
+import hmac
 import math
 import os
 import random
@@ -64,6 +65,21 @@ def test_noise_fails_closed(monkeypatch: pytest.MonkeyPatch) -> None:
             Stream(bytes(length))
     with pytest.raises(ValueError, match="erased"):
         derive(b"", "x")
+
+
+def test_where_aes_is_wrong_the_module_cannot_be_imported() -> None:
+    source = noise.__spec__.loader.get_source(noise.__name__).replace(  # type: ignore[union-attr]
+        noise._KNOWN_STREAM, "00" * 16
+    )
+    with pytest.raises(RuntimeError, match="no noise"):
+        exec(compile(source, "noise.py", "exec"), {"__name__": "noise"})
+
+
+def test_a_derived_key_is_the_hmac_of_counted_labels() -> None:
+    """A resumed run must derive what the one before it derived, also by another version."""
+    message = bytes(7) + b"\x02id" + bytes(8) + bytes(7) + b"\x03\xce\xb5\xff"
+    assert derive(b"key", "id", b"", b"\xce\xb5\xff") == hmac.new(b"key", message, hashlib.sha256).digest()
+    assert derive(b"key", "ε") == derive(b"key", "ε".encode())
 
 
 def test_labels_do_not_run_together() -> None:
@@ -170,6 +186,24 @@ def test_words_at_the_rounding_boundaries(sigma: float) -> None:
                 assert drawn == (-expected if sign else expected), (sigma, k, offset)
 
 
+@pytest.mark.parametrize("sigma", [3.0, 2.0**33 / 3, 2.0**45])
+@pytest.mark.parametrize("z", [0.0, 0.4, 0.99, 1.01, 2.5, 4.0, 5.5, 6.6, 7.3, 7.6])
+def test_a_word_that_holds_a_step_is_read_on(z: float, sigma: float) -> None:
+    """A step lies within the word's interval of p, so both ends of the interval must be told apart, also in the far tail."""
+    for k in range(int(z * sigma) + 1, int(z * sigma) + 4):
+        lead = boundary(k, sigma, 64)
+        drawn = []
+        for rest in (0, 2**64 - 1):
+            words = Words(lead, *[rest] * 12)
+            drawn += rounded_gaussian(1, sigma, words).tolist()  # type: ignore[arg-type]
+            assert len(words.left) == 11
+            p = lead << 192 | rest << 128 | rest << 64 | rest
+            assert (
+                boundary(drawn[-1] + 1, sigma, 256) <= p <= (boundary(drawn[-1], sigma, 256) if drawn[-1] else 2**255)
+            )
+        assert drawn[0] >= k > drawn[1]
+
+
 @pytest.mark.parametrize("sigma", [0.7, 64.0, 2.0**20, 2.0**40])
 def test_neighbouring_words_against_high_precision(sigma: float) -> None:
     """The float64 path alone: words around a step, where only the margin tells which are undecidable."""
@@ -185,6 +219,15 @@ def test_neighbouring_words_against_high_precision(sigma: float) -> None:
         # drawn = j exactly where p lies between the steps of j + 1 (excluded) and j.
         assert drawn == 0 or p <= boundary(drawn, sigma, 256)
         assert p >= boundary(drawn + 1, sigma, 256)
+
+
+def test_a_quantile_that_does_not_converge_is_no_noise() -> None:
+    with mpmath.workprec(300):
+        for p in (mpmath.mpf(2) ** -1000, mpmath.mpf("1e-9"), mpmath.mpf("0.3"), mpmath.mpf(0.5)):
+            z = noise._half_normal(p)
+            assert abs(mpmath.erfc(z / mpmath.sqrt(2)) / 2 - p) < p * mpmath.mpf(2) ** -240
+        with pytest.raises(ZeroDivisionError):  # not to be reached: seventeen words of zeros
+            noise._half_normal(mpmath.mpf(2) ** -1100)
 
 
 def test_decide_against_float64_in_the_clear() -> None:
@@ -225,7 +268,12 @@ def test_any_length_and_every_coordinate(n: int) -> None:
         assert not np.array_equal(draws[:3], draws[2**20 :])
 
 
-@pytest.mark.parametrize("sigma", [math.nan, math.inf, 0, -1, 1e-9, 2.0**46])
+def test_sigma_at_the_limits() -> None:
+    assert not rounded_gaussian(3, 1e-3, stream()).any()
+    assert 2**44 < np.abs(rounded_gaussian(30, 2.0**45, stream())).mean() < 2**46
+
+
+@pytest.mark.parametrize("sigma", [math.nan, math.inf, 0, -1, 1e-9, 0.999e-3, 2.0**45 * 1.001, 2.0**46])
 def test_bad_sigma_is_refused(sigma: float) -> None:
     with pytest.raises(ValueError, match="sigma"):
         rounded_gaussian(3, sigma, stream())

@@ -1072,7 +1072,7 @@ MUTANTS = [
             "finite = torch.isfinite(v).all(dim=1, keepdim=True)",
             "finite = torch.ones_like(v[:, :1], dtype=torch.bool)",
         ),
-        (CLIPPING, "torch.where(finite & fits, grid, torch.zeros_like(grid))", "grid"),
+        (CLIPPING, "torch.where(fits, grid, torch.zeros_like(grid))", "grid"),
     ),
     bug(
         "M7 infinity counted",

@@ -1,6 +1,8 @@
 """The vault: keys, names, commitments, erasure, and what a fork shares."""
 
+import hashlib
 import os
+import shutil
 import struct
 import warnings
 from collections.abc import Callable
@@ -11,7 +13,8 @@ import pytest
 
 from dpdistill.errors import LedgerError
 from dpdistill.mechanisms import Vault
-from dpdistill.mechanisms.noise import rounded_gaussian
+from dpdistill.mechanisms import vault as vaults
+from dpdistill.mechanisms.noise import Stream, derive, rounded_gaussian
 from dpdistill.mechanisms.vault import write_atomically
 
 TOTAL = np.arange(6, dtype=np.int64).reshape(2, 3)
@@ -171,3 +174,83 @@ def forked() -> Callable[..., bytes]:
         return raw[8:]
 
     return run
+
+
+def test_every_stream_has_a_label_of_its_own(tmp_path: Path) -> None:
+    """What a run derives from its key, by hand: a resumed run must derive the same, and no two purposes may share a stream."""
+    key = b"k" * 32
+    (tmp_path / "key").write_bytes(key)
+    vault = Vault.open(tmp_path)
+    assert (vault.run, vault.folder) == ("run-" + derive(key, "name").hex()[:16], tmp_path)
+    assert vault.insecure is False
+    digest = hashlib.sha256(TOTAL.tobytes()).digest()
+    streams = {
+        vault.sampling_stream("r").words(2).tobytes(): ("sample", vault.run, "r"),
+        vault.noise_stream("r", b"q", TOTAL).words(2).tobytes(): ("noise", vault.run, "r", b"q", digest),
+    }
+    for drawn, labels in streams.items():
+        assert drawn == Stream(derive(key, *labels)).words(2).tobytes()
+    assert vault.binds("r", TOTAL)
+    assert (tmp_path / "r.commitment").read_bytes() == derive(key, "commit", vault.run, "r", digest)
+    known = Vault.open(tmp_path / "x", insecure_seed=3)
+    seed = derive(b"insecure", "3")
+    assert (known.run, known.folder, known.insecure) == ("insecure-" + seed.hex()[:16], tmp_path / "x", True)
+    assert known.sampling_stream("r").words(1) == Stream(derive(seed, "sample", known.run, "r")).words(1)
+
+
+def test_folders_above_are_made_and_nothing_is_pickled(tmp_path: Path) -> None:
+    vault = Vault.open(tmp_path / "a" / "b")
+    assert Vault.open(tmp_path / "a" / "b").run == vault.run
+    odd = np.array([LedgerError], dtype=object)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        vault.save("r", odd)
+    np.save(tmp_path / "a" / "b" / "r.npy", odd, allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        vault.load("r")
+
+
+def test_elsewhere_there_is_no_key() -> None:
+    away = Vault.elsewhere()
+    assert (away.folder, away.run, away._key, away.insecure) == (Path(os.devnull), "", b"", False)
+
+
+def test_what_is_on_disk_before_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[object] = []
+
+    def spied(name: str, note: Callable[..., object]) -> None:
+        real = getattr(vaults, name)
+        monkeypatch.setattr(vaults, name, lambda *facts, **more: (events.append(note(*facts)), real(*facts, **more))[1])
+
+    spied("sync_directories", lambda path: ("sync all", path.name, (path / "key").exists()))
+    spied("sync_directory", lambda path: ("sync", path.name, sorted(os.listdir(path))))
+    spied("write_atomically", lambda path, content: ("write", path.name))
+    spied("overwrite", lambda path: ("overwrite", path.name, path.exists()))
+    spied("point", lambda name: name)
+    vault = Vault.open(tmp_path / "v")
+    (tmp_path / "v" / "key.erased").write_bytes(b"old")
+    Vault.open(tmp_path / "v")
+    assert events == [
+        ("overwrite", "key.erased", False),
+        ("sync all", "v", False),
+        ("write", "key"),
+        ("sync", "v", ["key"]),
+        ("overwrite", "key.erased", True),
+        ("sync", "v", ["key", "key.erased"]),
+    ]
+    assert (tmp_path / "v" / "key.erased").read_bytes() == bytes(32)
+    (tmp_path / "v" / "key.erased").unlink()
+    events.clear()
+    left: list[tuple[str, bytes]] = []
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda folder, ignore_errors: left.extend((p.name, p.read_bytes()) for p in folder.iterdir())
+    )
+    vault.erase()
+    assert events == [
+        ("sync", "v", ["key.erased"]),
+        "vault: key set aside",
+        ("overwrite", "key.erased", True),
+        "vault: key overwritten",
+    ]
+    assert left == [("key.erased", bytes(32))]
+    assert vault._key == b""
+    vault.erase()  # again, where a crash came between

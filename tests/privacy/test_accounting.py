@@ -128,6 +128,30 @@ def test_bad_part_is_refused(bad: float) -> None:
             accounting.epsilon([part], 1e-5)
 
 
+@pytest.mark.parametrize("part", [(1e-9, 1.0, 1), (1, 1e-6, 1), (0.5, 1e9, 1), (1.0, 1.0, 10**12)])
+def test_a_part_at_the_limit_is_taken_and_one_beyond_it_is_not(part: accounting.Part) -> None:
+    accounting.check_part(*part)
+    q, sigma, count = part
+    beyond = {1e-9: (0.99e-9, sigma, count), 1: (1 + 1e-12, sigma, count), 0.5: (q, 1e9 + 1, count)}
+    with pytest.raises(ConfigError):
+        accounting.check_part(*beyond[q])
+    with pytest.raises(ConfigError):
+        accounting.check_part(q, 0.99e-6, count)
+    with pytest.raises(ConfigError):
+        accounting.check_part(q, sigma, 10**12 + 1)
+
+
+def test_equal_parts_and_all_unsampled_gaussians_are_merged() -> None:
+    parts = [(1.0, 3.0, 2), (0.3, 2.0, 5), (1.0, 5.0, 1), (0.2, 2.0, 3), (1.0, 3.0, 1), (0.2, 2.0, 4), (0.2, 1.0, 1)]
+    gaussian = (1.0, pytest.approx((3 / 9 + 1 / 25) ** -0.5), 1)
+    assert accounting.group(parts) == ((0.2, 1.0, 1), (0.2, 2.0, 7), (0.3, 2.0, 5), gaussian)
+    assert accounting.group(iter(parts[3:4])) == ((0.2, 2.0, 3),)
+    one = dp_accounting.PoissonSampledDpEvent(0.2, dp_accounting.GaussianDpEvent(2.0))
+    whole = dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(3.0), 1)
+    composed = dp_accounting.ComposedDpEvent([dp_accounting.SelfComposedDpEvent(one, 3), whole])
+    assert accounting.event([(1, 3.0, 1), (0.2, 2.0, 3)]) == composed
+
+
 @pytest.mark.parametrize("count", [0, -3, 1.5, True, "1", None])
 def test_bad_count_is_refused(count: object) -> None:
     with pytest.raises(ConfigError):
@@ -195,3 +219,65 @@ def test_replace_one_costs_more_and_at_most_two_removals(parts: list[accounting.
     assert add < replace
     # A replacement is a removal and an addition: ε doubles at most, at δ·(1 + e^ε).
     assert replace <= 2 * accounting.epsilon(parts, 1e-5 / (1 + math.exp(add + 1)))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What is asked of PLD from here on; it answers 7."""
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(accounting, "_pld_epsilon", lambda *facts: (calls.append(facts), 7.0)[1])
+    return calls
+
+
+def test_which_parts_are_a_matter_for_pld(asked: list[tuple[object, ...]]) -> None:
+    mixed = [(0.1, 0.09, 10**6), (1.0, 2.0, 4)]  # at the smallest noise and at the most releases that PLD takes
+    for relation in ("add_or_remove_one", "replace_one"):
+        assert accounting.epsilon(mixed, 1e-5, relation) == 7
+        assert asked.pop() == (((0.1, 0.09, 10**6), (1.0, 1.0, 1)), 1e-5, relation)
+        half = 2 if relation == "replace_one" else 1
+        # Unsampled: one Gaussian whose exact ε is below 7 here, as PLD's may be.
+        assert accounting.epsilon([(1.0, 8.0, 4)], 1e-5, relation) == 7
+        assert asked.pop() == (((1.0, pytest.approx(4.0 / half, rel=1e-12), 1),), 1e-5, "add_or_remove_one")
+        assert accounting.epsilon([(1.0, 0.09 * half, 1)], 1e-5, relation) > 7
+        assert asked.pop()[0] == ((1.0, pytest.approx(0.09), 1),)
+        # Below, or with too little noise to sample: closed form, with all parts unsampled.
+        whole = accounting.gaussian_epsilon((2 / (0.089 / half) ** 2 + 4 / (1.0 / half) ** 2) ** -0.5, 1e-5)
+        assert accounting.epsilon([(0.2, 0.089, 2), (1.0, 1.0, 4)], 1e-5, relation) == pytest.approx(whole, rel=1e-12)
+        assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("coarse", "steps"),
+    [(20.0, [1e-3, 1e-4]), (0.0, [1e-3, 1e-4]), (20.1, [1e-3]), (math.inf, [1e-3]), (math.nan, [1e-3])],
+)
+def test_the_fine_step_is_taken_wherever_it_can_be(
+    coarse: float, steps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[float] = []
+
+    class Accountant:
+        def __init__(self, relation: object, value_discretization_interval: float) -> None:
+            assert relation is dp_accounting.NeighboringRelation.REPLACE_ONE
+            taken.append(value_discretization_interval)
+
+        def compose(self, event: dp_accounting.DpEvent) -> "Accountant":
+            assert event == accounting.event([(0.5, 1.0, 2)])
+            return self
+
+        def get_epsilon(self, delta: float) -> float:
+            assert delta == 1e-6
+            return {1e-3: coarse, 1e-4: 3.0}[taken[-1]]
+
+    monkeypatch.setattr(pld, "PLDAccountant", Accountant)
+    value = accounting._pld_epsilon.__wrapped__(((0.5, 1.0, 2),), 1e-6, "replace_one")
+    assert taken == steps
+    assert value == pytest.approx({1e-3: coarse, 1e-4: 3.0}[taken[-1]], nan_ok=True)
+
+
+def test_the_ceiling_is_the_least_over_its_orders() -> None:
+    """By definition for one unsampled Gaussian, for noise whose best order is one of these, or between two. Certificates bear it."""
+    orders = [*range(2, 65), *range(68, 257, 4), 384, 512, 1024]
+    for best in (0.5, 1, *range(2, 95), 100, *range(244, 270, 2), 350, 384, 400, 512, 600, 1024, 1500):
+        sigma = best / math.sqrt(2 * math.log(1e5))
+        by_order = [a / (2 * sigma**2) + math.log1p(-1 / a) - math.log(1e-5 * a) / (a - 1) for a in orders]
+        assert accounting.rdp_epsilon([(1.0, sigma, 1)], 1e-5) == pytest.approx(min(by_order), rel=1e-12)

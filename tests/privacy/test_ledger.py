@@ -2,9 +2,11 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -124,7 +126,7 @@ def test_a_torn_last_line_is_cut_wherever_it_tore(path: Path) -> None:
         assert len(reopened(path, raw[:-1] + tail)) == 5
         assert path.read_bytes() == raw
     forged = raw[:-1].replace(b'"run-1"', b'"run-2"')
-    for tail in (raw[:-1] + b"x", raw[:-1] + b" ", raw[:-1] + b"\0x", forged):  # whole, and not ours
+    for tail in (raw[:-1] + b"x", raw[:-1] + b"X", raw[:-1] + b" ", raw[:-1] + b"\0x", forged):  # whole, and not ours
         with pytest.raises(LedgerError):
             reopened(path, tail)
         assert path.read_bytes() == tail
@@ -514,3 +516,167 @@ def test_a_file_that_is_no_ledger_is_not_cut(tmp_path: Path, raw: bytes) -> None
     with pytest.raises(LedgerError, match="not one of our ledgers"):
         Ledger.open(path, cap=(1, 1e-5))
     assert path.read_bytes() == raw
+
+
+def test_a_line_is_written_in_one_way_and_hashed_with_the_one_before() -> None:
+    body = {"b": 1, "a": {"é": "ü", "c": [1, "x"]}}
+    raw = b'{"a":{"c":[1,"x"],"\\u00e9":"\\u00fc"},"b":1}'
+    assert ledgers.canonical(body) == raw
+    assert ledgers.line_hash("ab", body) == hashlib.sha256(b"ab" + raw).hexdigest()
+    for odd in (math.nan, math.inf):
+        with pytest.raises(ValueError):
+            ledgers.canonical({"a": odd})
+
+
+def test_the_first_line_says_everything(path: Path) -> None:
+    first = json.loads(path.read_bytes().splitlines()[0])
+    relation = {"unit": "record", "relation": "add_or_remove_one"}
+    cap = {"cap_epsilon": "50.0", "cap_delta": "1e-05"}
+    assert first == {
+        "type": "open",
+        "format": "dpdistill-ledger-1",
+        "data": "toy",
+        **relation,
+        **cap,
+        "hash": first["hash"],
+    }
+    assert ledgers.parse(path.read_bytes())[0]["hash"] == ledgers.line_hash(
+        "0" * 64, {k: first[k] for k in first if k != "hash"}
+    )
+    with Ledger.open(path.parent / "other", cap=CAP) as ledger:
+        assert re.fullmatch("data-[0-9a-f]{16}", ledger.lines[0]["data"])
+        assert ledger.path == path.parent / "other"
+
+
+def test_a_folder_and_a_file_for_their_owner_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        Ledger.open(tmp_path / "a" / "b" / "ledger", cap=CAP).close()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "a" / "b" / "ledger").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_raised_cap_counts_from_its_line_on(path: Path) -> None:
+    with Ledger.open(path, cap=CAP) as ledger:
+        n = len(ledger.lines)
+        ledger.raise_cap(CAP)
+        assert len(ledger.lines) == n
+        ledger.raise_cap((60.0, 1e-6))
+        assert ledger.cap == (60.0, 1e-6)
+        assert (len(ledger.lines), ledger.lines[-1]["type"]) == (n + 1, "cap")
+        ledger.start("run-1", "joint", "c0ffee")
+        ledger.finish("run-1")
+        assert len(ledger.lines) == n + 1  # a run begins once, and ends once
+    lines = ledgers.parse(path.read_bytes())
+    for bad in ("60", "nan", "-1.0"):
+        with pytest.raises(LedgerError, match="cap that is none"):
+            ledgers.parse(rechained([*lines[:-1], {**lines[-1], "cap_epsilon": bad}]))
+
+
+def test_the_intents_of_a_run_are_its_own(path: Path) -> None:
+    with Ledger.open(path, cap=CAP) as ledger:
+        ledger.reserve("run-2", query())
+        assert ledger.intents("run-1") == ledger.lines[2:4]
+        assert ledger.intents("run-2") == ledger.lines[5:]
+        assert ledger.intents("run-3") == []
+        lines = ledger.lines
+    for run, expected in (("run-1", lines[2:4]), ("run-2", lines[5:]), (None, [*lines[2:4], lines[5]])):
+        wanted = [ledgers.line_part(line) for line in expected]
+        assert ledgers.parts(lines, run) == wanted
+        for relation in ("add_or_remove_one", "replace_one"):
+            assert ledgers.spent(lines, 1e-6, run, relation) == accounting.epsilon(wanted, 1e-6, relation)
+
+
+def test_a_first_line_may_be_torn_and_no_longer_than_one(tmp_path: Path) -> None:
+    begun = b'{"cap_delta":"' + b"1" * 4082
+    assert len(begun) == 4096
+    assert ledgers.mended(begun) == b""
+    assert ledgers.mended(b"") == b""
+    with pytest.raises(LedgerError, match="not one of our ledgers"):
+        ledgers.mended(begun + b"1")
+
+
+def test_a_whole_last_line_that_is_damaged_is_refused_and_not_cut(path: Path) -> None:
+    """A byte that is no UTF-8 and a lost newline: the line may have been on disk, so it must not be forgotten."""
+    raw = path.read_bytes()
+    damaged = raw[:-1].replace(b'"final"', b'"fin\xffl"')
+    with pytest.raises(LedgerError, match="line 5"):
+        reopened(path, damaged)
+    assert path.read_bytes() == damaged
+
+
+def test_a_full_ledger_takes_no_line_and_loses_none(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ledger.open(path, cap=CAP) as ledger:
+        size = path.stat().st_size
+        ledger.finish("run-2")
+        line = path.stat().st_size - size
+        monkeypatch.setattr(ledgers, "MAX_BYTES", size + 2 * line)
+        ledger.finish("run-3")
+        assert path.stat().st_size == ledgers.MAX_BYTES
+        with pytest.raises(LedgerError, match="full"):
+            ledger.finish("run-4")
+    n = len(reopened(path, path.read_bytes()))
+    monkeypatch.setattr(ledgers, "MAX_BYTES", size + 3 * line - 1)
+    with Ledger.open(path, cap=CAP) as ledger, pytest.raises(LedgerError, match="full"):
+        ledger.finish("run-4")
+    assert len(ledgers.parse(path.read_bytes())) == n
+    monkeypatch.setattr(ledgers, "MAX_BYTES", size)
+    with pytest.raises(LedgerError, match="no regular file of at most"):
+        Ledger.open(path, cap=CAP)
+
+
+def test_a_disk_that_takes_a_few_bytes_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    with Ledger.open(path, cap=CAP) as ledger, monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:70]))
+        ledger.reserve("run-1", query())
+        lines = ledger.lines
+    assert ledgers.parse(path.read_bytes()) == lines
+
+
+def test_what_failed_is_taken_off_the_disk_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    truncate, fsync = os.ftruncate, os.fsync
+
+    def failing(descriptor: int) -> None:
+        events.append("fsync")
+        if len(events) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "ftruncate", lambda *facts: (events.append("truncate"), truncate(*facts)))
+    with Ledger.open(path, cap=CAP) as ledger:
+        monkeypatch.setattr(os, "fsync", failing)
+        events.clear()
+        with pytest.raises(
+            LedgerError, match=re.escape(f"{path}: the ledger could not be read or written (Input/output error); ")
+        ):
+            ledger.reserve("run-1", query())
+        assert events == ["fsync", "truncate", "fsync"]
+    events.clear()
+    with pytest.raises(LedgerError, match="could not be read or written"):
+        Ledger.open(path, cap=CAP)
+
+
+def test_points_at_which_a_crash_is_tried(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ledger.open(path, cap=CAP) as ledger:
+        monkeypatch.setenv("DPDISTILL_POINTS", str(tmp_path / "points"))
+        ledger.reserve("run-1", query())
+    passed = (tmp_path / "points").read_text().splitlines()
+    assert passed == ["ledger: before the line", "ledger: line written, not yet on disk", "ledger: line on disk"]
+
+
+def test_a_ledger_that_is_elsewhere_or_closed_touches_no_file(path: Path) -> None:
+    away = Ledger.elsewhere()
+    assert (away.path, away.lines) == (Path(os.devnull), [])
+    with pytest.raises(LedgerError, match="closed"):
+        away.finish("run-9")
+    closed = Ledger.open(path, cap=CAP)
+    closed.close()
+    closed.close()
+    away.close()
+    for ledger in (away, closed):
+        with pytest.raises(LedgerError, match="closed"):
+            ledger.finish("run-9")

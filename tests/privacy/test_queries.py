@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpdistill.errors import ConfigError
-from dpdistill.privacy import GaussianSum, NoisyVotes, Planned, accounting, calibrate
+from dpdistill.privacy import GaussianSum, NoisyVotes, Planned, accounting, calibrate, queries
 from dpdistill.privacy.queries import SIGMA_GRID, WASTE, ShardSum, parse_query
 
 BAD = [
@@ -317,3 +317,161 @@ def test_exchange_of_one_unit_of_a_sum_over_models() -> None:
         exchanged = accounting.epsilon([planned.part_replace_one], 1e-5, "replace_one")
         assert once == pytest.approx(accounting.gaussian_epsilon(20 / math.sqrt(5), 1e-5), rel=1e-3)
         assert exchanged == pytest.approx(accounting.gaussian_epsilon(20 / factor / math.sqrt(5), 1e-5), rel=1e-3)
+
+
+def summed(**change: object) -> GaussianSum:
+    return GaussianSum(**{"name": "s", "dim": 4, "noise_multiplier": 1.0} | change)  # type: ignore[arg-type]
+
+
+# At a limit, and one step beyond it.
+LIMITS = [
+    (summed, {"grid_bits": 8}, {"grid_bits": 7}),
+    (summed, {"grid_bits": 30}, {"grid_bits": 31}),
+    (summed, {"grid_bits": 8, "dim": 4**4}, {"grid_bits": 8, "dim": 4**4 + 1}),
+    (
+        summed,
+        {"grid_bits": 30, "noise_multiplier": 2.0**15},
+        {"grid_bits": 30, "noise_multiplier": 2.0**15 * (1 + 1e-9)},
+    ),
+    (summed, {"grid_bits": 8, "noise_multiplier": 1e-3 / 2**8}, {"grid_bits": 8, "noise_multiplier": 0.999e-3 / 2**8}),
+    (summed, {"dim": 1, "n_classes": 1, "sampling_prob": 1}, {"dim": 0}),
+    (votes, {"n_models": 2**40}, {"n_models": 2**40 + 1}),
+    (votes, {"n_queries": 2**20, "n_classes": 2**20}, {"n_queries": 2**20, "n_classes": 2**20 + 1}),
+    (
+        votes,
+        {"n_queries": 2**13, "noise_multiplier": 2.0**28},
+        {"n_queries": 2**13, "noise_multiplier": 2.0**28 * (1 + 1e-9)},
+    ),
+    (votes, {"noise_multiplier": 5e8}, {"noise_multiplier": 5e8 + 1}),  # doubled, it must still be accountable
+    (votes, {"n_queries": 10**6, "noise_multiplier": 1e-6}, {"n_queries": 10**6, "noise_multiplier": 0.6e-6}),
+    (votes, {"n_queries": 1, "n_classes": 1, "n_models": 1}, {"n_models": 0}),
+    (votes, {"unit_moves": 2}, {"unit_moves": 3}),
+    (shards, {"n_models": 2**38}, {"n_models": 2**38 + 1}),
+    (shards, {"grid_bits": 8}, {"grid_bits": 7}),
+    (shards, {"grid_bits": 24}, {"grid_bits": 25}),
+    (shards, {"grid_bits": 8, "dim": 4**4}, {"grid_bits": 8, "dim": 4**4 + 1}),
+    (shards, {"grid_bits": 8, "noise_multiplier": 5e8}, {"grid_bits": 8, "noise_multiplier": 5e8 + 1}),
+    (shards, {"grid_bits": 24, "noise_multiplier": 1e-6}, {"grid_bits": 24, "noise_multiplier": 0.6e-6}),
+    (
+        shards,
+        {"grid_bits": 24, "noise_multiplier": 2.0**20},
+        {"grid_bits": 24, "noise_multiplier": 2.0**20 * (1 + 1e-9)},
+    ),
+    (shards, {"grid_bits": 8, "noise_multiplier": 1e-3 / 2**9}, {"grid_bits": 8, "noise_multiplier": 0.999e-3 / 2**9}),
+    (shards, {"dim": 1, "n_models": 1, "unit_moves": 2}, {"unit_moves": 3}),
+]
+
+
+@pytest.mark.parametrize(("make", "at", "beyond"), LIMITS, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_a_fact_at_its_limit_is_taken_and_one_beyond_it_is_not(make: type, at: object, beyond: object) -> None:
+    query = make(**at)
+    assert parse_query(query.describe()) == query
+    with pytest.raises(ConfigError):
+        make(**beyond)
+
+
+def test_what_a_query_says_of_itself() -> None:
+    """The scale of the noise, in grid steps, and what the ledger gets: by hand."""
+    query = GaussianSum(
+        name="s", dim=5, n_classes=3, noise_multiplier=1.5, clip_norm=4.0, sampling_prob=0.25, grid_bits=12
+    )
+    assert (query.rows, query.dim, query.unit_steps, query.sigma_steps) == (3, 5, 1024.0, 6144.0)
+    assert query.part() == query.part(1, "replace_one") == (0.25, 1.5, 1)
+    facts = {"sampling_prob": "0.25", "noise_multiplier": "1.5", "clip_norm": "4.0", "grid_bits": "12"}
+    assert query.describe() == {"mechanism": "gaussian_sum", "name": "s", "dim": "5", "classes": "3", **facts}
+    assert GaussianSum(name="s", dim=5, noise_multiplier=1.5).describe() == {
+        "mechanism": "gaussian_sum", "name": "s", "dim": "5", "classes": "1", "sampling_prob": "1.0", "noise_multiplier": "1.5",
+        "clip_norm": "1.0", "grid_bits": "20",
+    }  # fmt: skip
+    vote = votes(n_queries=8, unit_moves=1)
+    assert (vote.rows, vote.dim, vote.unit_steps, vote.sigma_steps) == (8, 10, 1024.0, 3.0 * 4 * 1024)
+    assert (vote.part(2), vote.part(2, "replace_one")) == ((1.0, 3.0, 2), (1.0, 6.0, 2))
+    assert (votes(unit_moves=2).part(), votes(unit_moves=2).part(1, "replace_one")) == ((1.0, 3.0, 1),) * 2
+    facts = {"queries": "8", "classes": "10", "models": "40", "noise_multiplier": "3.0", "unit_moves": "1"}
+    assert votes(n_queries=8).describe() == {"mechanism": "noisy_votes", "name": "v", **facts}
+    vector = shards(grid_bits=12)
+    assert (vector.rows, vector.dim, vector.unit_steps, vector.sigma_steps) == (1, 200, 2048.0, 3.0 * 2 * 4096)
+    assert (vector.part(2), vector.part(2, "replace_one")) == ((1.0, 3.0, 2), (1.0, 6.0, 2))
+    assert (shards(unit_moves=2).part(), shards(unit_moves=2).part(1, "replace_one")) == ((1.0, 3.0, 1),) * 2
+    facts = {
+        "dim": "200",
+        "models": "40",
+        "noise_multiplier": "3.0",
+        "clip_norm": "2.0",
+        "unit_moves": "1",
+        "grid_bits": "20",
+    }
+    assert shards().describe() == {"mechanism": "shard_sum", "name": "v", **facts}
+    assert Planned(vote) == Planned(vote, 1)
+    assert (Planned(vote, 3).part, Planned(vote, 3).part_replace_one) == ((1.0, 3.0, 3), (1.0, 6.0, 3))
+
+
+@pytest.mark.parametrize("sampling_prob", [1.0, 0.05])
+@pytest.mark.parametrize("power", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("scale", [1e-6, 0.3, 0.999, 1.0, 3.0, 2e4])
+def test_the_search_finds_the_noise_wherever_it_is(
+    scale: float, power: float, sampling_prob: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ε as another function of σ than the first guess supposes: never above the target, little below it, and soon."""
+    asked: list[float] = []
+
+    def plan(sigma: float) -> list[Planned]:
+        return [Planned(summed(noise_multiplier=sigma, sampling_prob=sampling_prob), 7)]
+
+    def cost(parts: object, delta: float) -> float:
+        ((q, sigma, count),) = parts  # type: ignore[misc]
+        assert (q, count, delta) == (sampling_prob, 7, 1e-5)
+        asked.append(sigma)
+        return (scale * at / sigma) ** power
+
+    at = 1.0
+    monkeypatch.setattr(queries, "epsilon", cost)
+    at = calibrate(plan, 1.0, 1e-5) if scale == 1.0 else 9.87
+    asked.clear()
+    sigma = calibrate(plan, 1.0, 1e-5)
+    spent = cost(plan(sigma)[0].part and [plan(sigma)[0].part], 1e-5)
+    assert spent <= 1.0
+    assert spent >= 1 - WASTE or sigma <= 1e-3
+    assert len(asked) <= 40
+
+
+def test_the_first_guess_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """σ from Σ count/σ² = μ² without sampling, and from the central limit of Poisson sampling with it."""
+    asked: list[float] = []
+    monkeypatch.setattr(queries, "epsilon", lambda parts, delta: (asked.append(parts[0][1]), 1.0)[1])
+    mu = 1 / accounting.gaussian_multiplier(1.0, 1e-5)
+    assert calibrate(lambda s: [Planned(summed(noise_multiplier=s), 9)], 1.0, 1e-5) == asked[0] == pytest.approx(3 / mu)
+    asked.clear()
+    plan = [Planned(summed(noise_multiplier=1.0, sampling_prob=0.02), 400)]
+    calibrate(lambda s: [Planned(summed(noise_multiplier=s, sampling_prob=0.02), p.count) for p in plan], 1.0, 1e-5)
+    assert asked[0] == pytest.approx(math.log1p(mu**2 / (400 * 0.02**2)) ** -0.5)
+
+
+def test_a_plan_that_no_noise_makes_cheap_or_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    for price, found in ((2.0, None), (0.5, 1e-3)):
+        monkeypatch.setattr(queries, "epsilon", lambda parts, delta, e=price: (asked.append(parts[0][1]), e)[1])
+        asked.clear()
+        if found is None:
+            with pytest.raises(ConfigError, match="fewer steps"):
+                calibrate(one, 1.0, 1e-5)
+            assert 5e5 < max(asked) <= 1e6
+        else:
+            assert 1e-4 < calibrate(one, 1.0, 1e-5) <= found
+        assert len(asked) < 40
+
+
+@pytest.mark.parametrize(("dear", "cheap"), [(1.5, 0.5), (math.inf, 0.5), (1.5, 0.0), (1.001, 0.9)])
+def test_a_cost_that_jumps_past_the_target(dear: float, cheap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No σ costs nearly the target: the smallest that is cheap enough is found, and the search ends."""
+    asked: list[float] = []
+    for jump in (1e-2, 12.3, 4e4):
+        asked.clear()
+        monkeypatch.setattr(
+            queries,
+            "epsilon",
+            lambda parts, delta, at=jump: (asked.append(parts[0][1]), dear if parts[0][1] < at else cheap)[1],
+        )
+        sigma = calibrate(one, 1.0, 1e-5)
+        assert jump <= sigma < jump * (1 + 2e-6)
+        assert len(asked) < 150

@@ -59,7 +59,7 @@ def _clip_rows(v_BD: Tensor, clip_norm: float, grid_bits: int) -> Tensor:
     steps = torch.minimum(largest * (limit / clip_norm), reach / norm.clamp_min(1e-300))
     grid = torch.round(unit * steps)
     fits = (grid.abs() <= limit).all(dim=1, keepdim=True) & ((grid * grid).sum(dim=1, keepdim=True) <= limit * limit)
-    return torch.where(finite & fits, grid, torch.zeros_like(grid)).to(torch.int64)
+    return torch.where(fits, grid, torch.zeros_like(grid)).to(torch.int64)
 
 
 def unit_grid(v_BD: Tensor) -> Tensor:
@@ -102,4 +102,4 @@ def clip_left(v_BK: Tensor, right_BD: Tensor, clip_norm: float, grid_bits: int) 
     # Exact: |grid| <= 2**17 keeps `own` from wrapping, and a product that wraps is one that float64 sees beyond 2**62.
     fits = (grid.abs() <= 2.0 ** (grid_bits - UNIT_BITS) * 2).all(dim=1, keepdim=True)
     fits &= (own.to(torch.float64) * squares < 2.0**62) & (own * wide <= limit * limit)
-    return torch.where(finite & fits, grid, torch.zeros_like(grid))
+    return torch.where(fits, grid, torch.zeros_like(grid))

@@ -69,9 +69,9 @@ def _decide(word: int, sigma: float, stream: Stream) -> int:
             top, bottom = (bits + 1) * scale, bits * scale
             # Φ⁻¹(p) for p <= 1/2: z = √2·erfinv(1 - 2p), at a precision that keeps 1 - 2p exact.
             low = _half_normal(top)
-            high = _half_normal(bottom) if bits else mpmath.inf
-            if high == mpmath.inf:
-                continue
+            high = (
+                _half_normal(bottom) if bits else mpmath.inf
+            )  # then no floor is the same, and the next 64 bits decide
             guard = mpmath.mpf(2) ** -(known // 2 + 40)
             first = mpmath.floor(sigma * (low - guard) + mpmath.mpf(0.5))
             if first == mpmath.floor(sigma * (high + guard) + mpmath.mpf(0.5)):
@@ -79,16 +79,14 @@ def _decide(word: int, sigma: float, stream: Stream) -> int:
 
 
 def _half_normal(p: "mpmath.mpf") -> "mpmath.mpf":
-    """-Φ⁻¹(p) for 0 < p <= 1/2, by Newton's method from the float64 value."""
-    z = mpmath.mpf(float(-ndtri(float(p)))) if float(p) > 0 else mpmath.sqrt(-2 * mpmath.log(p))
+    """-Φ⁻¹(p) for 0 < p <= 1/2, by Newton's method from float64. ZeroDivisionError below 2⁻¹⁰⁷⁴, which no stream reaches."""
+    z = mpmath.mpf(float(-ndtri(float(p))))
     for _ in range(60):
         step = (mpmath.erfc(z / mpmath.sqrt(2)) / 2 - p) / mpmath.npdf(z)
         z += step
         if abs(step) < mpmath.mpf(2) ** -(mpmath.mp.prec - 40):
             return z
-    raise RuntimeError(
-        "The normal quantile did not converge; no noise can be drawn."
-    )  # only below 2⁻¹⁰⁷⁴, which no stream reaches
+    raise RuntimeError("The normal quantile did not converge; no noise can be drawn.")
 
 
 def rounded_gaussian(n: int, sigma: float, stream: Stream) -> NDArray[np.int64]:
