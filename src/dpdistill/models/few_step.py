@@ -7,6 +7,7 @@ B images, N images, C channels, S side, K classes, t noise level.
 """
 
 import importlib.util
+import itertools
 import math
 from typing import Any
 
@@ -133,7 +134,7 @@ def _init(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def noisy(x: Tensor, t: Tensor, normal: Tensor) -> Tensor:
-    """Returns what the student is asked about: (x + σ_t · normal) / √(1 + σ_t²), of length 1 at any level. All [B, C, S, S], t int64 [B]."""
+    """Returns what the student is asked about, (x + σ_t · normal) / √(1 + σ_t²). All [B, C, S, S], t int64 [B]."""
     sigma = torch.tensor(SIGMA)[t].view(-1, 1, 1, 1)
     return (x + sigma * normal) / (1 + sigma.square()).sqrt()
 
@@ -165,7 +166,7 @@ def scheduler() -> Any:
     kept = [1 / (1 + sigma**2) for sigma in SIGMA]
     return diffusers().DDIMScheduler(
         num_train_timesteps=LEVELS,
-        trained_betas=[1 - kept[0], *(1 - after / before for before, after in zip(kept, kept[1:], strict=False))],
+        trained_betas=[1 - kept[0], *(1 - after / before for before, after in itertools.pairwise(kept))],
         prediction_type="sample",
         timestep_spacing="trailing",
     )

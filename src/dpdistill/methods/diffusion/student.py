@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ...models import edm, unet
+from ...models import edm, few_step
 from ..base import Public, Sampler, Synthetic, Workspace
 from .distillation import Teacher, distil
 
@@ -79,5 +79,5 @@ def finish(teacher: Teacher, public: Public, config: Any, workspace: Workspace) 
     student = distil(teacher, seeds, public, config, workspace)
     labels = torch.arange(public.n_classes).repeat_interleave(config.per_class)
     student = student.cpu().eval()
-    shown = unet.draw(unet.pipeline(student), labels, STEPS, workspace.generator("shown"))
-    return Sampler(unet=student, images=Synthetic(images=shown, labels=labels), figures={})
+    shown = few_step.draw(few_step.pipeline(student), labels, STEPS, workspace.generator("shown"))
+    return Sampler(model=student, images=Synthetic(images=shown, labels=labels), figures={})
