@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--cells", default="")
     parser.add_argument("--releases", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], help="name=value for the method's Config")
-    parser.add_argument("--steps", type=int, default=1, help="of the student, for an image")
+    parser.add_argument("--steps", type=int, default=2, help="of the student, for an image")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--table", action="store_true")

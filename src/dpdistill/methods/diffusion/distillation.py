@@ -70,7 +70,7 @@ class DistillationConfig:
     """
 
     student_width: int | Literal["auto"] = "auto"
-    student_steps: int = 3000
+    student_steps: int = 2000
     student_batch: int = 128
     student_lr: float = 2e-3
     student_warmup: int = 100
@@ -81,8 +81,8 @@ class DistillationConfig:
     guidance: float = 1.0
     pool: int = 4096
     reuse: int = 8
-    adversarial: float = 1.0
-    spread: float = 0.5
+    adversarial: float = 0.5
+    spread: float = 0.25
     critic_width: int = 8
     critic_lr: float = 1e-3
     bf16: bool = False
@@ -179,7 +179,7 @@ def distil(
         # The student: L_dis + λ·L_adv, joined where they meet, at its image.
         with torch.autocast(device, torch.bfloat16, enabled=config.bf16):
             answer = clean(model, pool.noisy, pool.level, pool.classes)
-        shown = answer.detach().clamp(-1, 1)
+        shown, inside = answer.detach().clamp(-1, 1), answer.detach().abs() <= 1 + REACH  # beyond, nothing that is shown changes
         gradient = missing(answer.detach(), pool.targets)
         length = gradient.norm()
         if config.adversarial:
@@ -192,10 +192,10 @@ def distil(
             loss.backward()
             critic_optimizer.step()
             fake = shown.clone().requires_grad_()
-            (push,) = torch.autograd.grad(-critic(fake, pool.classes).sum(), fake)
+            push = torch.autograd.grad(-critic(fake, pool.classes).sum(), fake)[0] * inside
             gradient = gradient + config.adversarial * PUSH * length / (push.norm() + 1e-12) * push
         if config.spread:
-            apart = energy_gradient(shown, pool.targets, pool.classes)
+            apart = energy_gradient(shown, pool.targets, pool.classes) * inside
             gradient = gradient + config.spread * length / (apart.norm() + 1e-12) * apart
         optimizer.zero_grad()
         answer.backward(gradient / len(answer))
