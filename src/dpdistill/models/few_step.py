@@ -175,15 +175,17 @@ def scheduler() -> Any:
 @torch.no_grad()
 def decoder(channels: int) -> Any:
     """An AutoencoderTiny that does nothing but what its class does to everything, `decoded`: the pipeline must have one."""
-    model = diffusers().AutoencoderTiny(
-        in_channels=channels,
-        out_channels=channels,
-        latent_channels=channels,
-        encoder_block_out_channels=(2 * channels,),
-        decoder_block_out_channels=(2 * channels,),
-        num_encoder_blocks=(0,),
-        num_decoder_blocks=(0,),
-    )
+    with torch.device("meta"):  # nothing is drawn from the global random state
+        model = diffusers().AutoencoderTiny(
+            in_channels=channels,
+            out_channels=channels,
+            latent_channels=channels,
+            encoder_block_out_channels=(2 * channels,),
+            decoder_block_out_channels=(2 * channels,),
+            num_encoder_blocks=(0,),
+            num_decoder_blocks=(0,),
+        )
+    model.to_empty(device="cpu")
     for weight in model.parameters():
         weight.zero_()
     into, _, out = model.decoder.layers  # a rectifier lies between
