@@ -218,6 +218,10 @@ def test_both_say_the_same_of_a_diffusion_model_and_of_test_noise(tmp_path: Path
     made = kit.synthetic()
     assert agree(write_bundle(tmp_path / "diffusion", made, kit.facts(tmp_path / "a", made), diffusion()))
     assert not agree(write_bundle(tmp_path / "test", made, kit.facts(tmp_path / "b", made, run="insecure-1")))
+    files = tool.read_folder(tmp_path / "diffusion")
+    for order in (sorted(files), sorted(files, reverse=True)):  # a folder lists its files in any order
+        found = tool.describe({name: files[name] for name in order})
+        assert found["student_parameters"] == sum(array.size for array in diffusion().transformer.values())
 
 
 # --- the accountant alone
