@@ -53,7 +53,7 @@ class Drawer:
         return few_step.draw(self.pipe, labels, steps, generator, batch=max(1, len(labels)))
 
 
-def draw_set(release: str | os.PathLike[str], count: int, *, steps: int = 1, seed: int = 0) -> Synthetic:
+def draw_set(release: str | os.PathLike[str], count: int, *, steps: int = 2, seed: int = 0) -> Synthetic:
     """Returns about `count` samples of a release as a labelled set, as many of each class."""
     drawer = load_sampler(release)
     labels = torch.arange(len(drawer.class_names)).repeat_interleave(max(1, count // len(drawer.class_names)))
@@ -99,7 +99,7 @@ def sample(
     count: int = 10_000,
     *,
     classes: Sequence[str] | None = None,
-    steps: int = 1,
+    steps: int = 2,
     batch: int = 256,
     seed: int = 0,
     fmt: str | None = None,
