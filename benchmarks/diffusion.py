@@ -41,7 +41,7 @@ from dpdistill.mechanisms import PrivateData, Vault
 from dpdistill.methods import DIFFUSION_METHODS, Public, Synthetic, dpmerf
 from dpdistill.methods.diffusion import dpsad
 from dpdistill.methods.diffusion import student as student_of
-from dpdistill.models import unet
+from dpdistill.models import few_step
 from dpdistill.models.linear import LinearTeacher
 from dpdistill.privacy import Ledger, calibrate
 from dpdistill.workspace import FolderWorkspace
@@ -201,8 +201,8 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
         add(setting, made)
         return rows
     labels = torch.arange(records.n_classes).repeat_interleave(DRAWN // records.n_classes)
-    at, pipe = time.monotonic(), unet.pipeline(made.unet)
-    drawn_by_student = unet.draw(pipe, labels, args.steps, torch.Generator().manual_seed(args.seed))
+    at, pipe = time.monotonic(), few_step.pipeline(made.model)
+    drawn_by_student = few_step.draw(pipe, labels, args.steps, torch.Generator().manual_seed(args.seed))
     took = time.monotonic() - at
     add(setting, Synthetic(images=drawn_by_student, labels=labels), sampling_seconds=took, steps=args.steps)
     return rows
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--cells", default="")
     parser.add_argument("--releases", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], help="name=value for the method's Config")
-    parser.add_argument("--steps", type=int, default=1, help="of the student, for an image")
+    parser.add_argument("--steps", type=int, default=2, help="of the student, for an image")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--table", action="store_true")

@@ -12,7 +12,7 @@ from dpdistill import sampling
 from dpdistill.bundle.diffusion_product import DiffusionProduct
 from dpdistill.data import load_images
 from dpdistill.errors import ConfigError, DpdistillError, InputError, ReleaseError
-from dpdistill.models import unet
+from dpdistill.models import few_step
 
 pytest.importorskip("diffusers")
 
@@ -23,10 +23,11 @@ NAMES = ("cat", "dog", "a/b")
 def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a checked release holds; the check has tests of its own."""
     g = torch.Generator().manual_seed(0)
-    made = unet.student_unet((request.param, 8, 8), 3, width=8, generator=g).eval()
+    images = torch.rand(20, request.param, 8, 8, generator=g) * 2 - 1
+    made = few_step.student((request.param, 8, 8), 3, width=8, images=images, generator=g).eval()
     with torch.no_grad():
-        made.conv_out.weight.copy_(torch.randn(made.conv_out.weight.shape, generator=g) * 0.1)
-    product = DiffusionProduct.of(unet.pipeline(made), NAMES)
+        made.proj_out_2.weight.normal_(generator=g)
+    product = DiffusionProduct.of(few_step.pipeline(made), NAMES)
     monkeypatch.setattr(sampling.verification, "open_release", lambda path: SimpleNamespace(product=product))
     return Path("release")
 
@@ -65,7 +66,8 @@ def test_classes_may_be_chosen(release: Path, tmp_path: Path) -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], type[DpdistillError], str]] = {
     "none": ({"count": 0}, ConfigError, "at least 1"),
-    "no step": ({"steps": 0}, ConfigError, "steps in 1 to 40"),
+    "no step": ({"steps": 0}, ConfigError, "steps of 1, 2 or 4"),
+    "three steps": ({"steps": 3}, ConfigError, "steps of 1, 2 or 4"),
     "a class": ({"classes": ["dig"]}, ConfigError, "the nearest is 'dog'"),
     "no class": ({"classes": []}, ConfigError, "at least one class"),
     "a format": ({"fmt": "tar"}, ConfigError, "--format folder, npz or parquet"),

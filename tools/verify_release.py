@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-IMAGES, UNET = "dataset/synthetic.safetensors", "pipeline/unet/diffusion_pytorch_model.safetensors"
-FILES = {"README.md", "SHA256SUMS", "certificate.json", "config.toml", "report.html", "samples.png", "ledger.jsonl"}
-FILES |= {"conversion.toml", "dataset/train.parquet", "model/config.json", "model/generator.safetensors", IMAGES, UNET}
-FILES |= {"model/student.onnx", "model/student.safetensors", "pipeline/model_index.json", "pipeline/unet/config.json"}
-FILES |= {"pipeline/scheduler/scheduler_config.json"}
+IMAGES, VAE = "dataset/synthetic.safetensors", "pipeline/vae/diffusion_pytorch_model.safetensors"
+FILES = f"""README.md SHA256SUMS certificate.json config.toml conversion.toml ledger.jsonl report.html samples.png {IMAGES}
+dataset/train.parquet model/config.json model/generator.safetensors model/student.onnx model/student.safetensors {VAE}
+pipeline/model_index.json pipeline/scheduler/scheduler_config.json pipeline/transformer/config.json"""
+FILES = {*FILES.split(), "pipeline/vae/config.json", "pipeline/transformer/diffusion_pytorch_model.safetensors"}
 INNER = {str(parent) for name in FILES for parent in Path(name).parents}
 KINDS = {"dataset": ("dataset/",), "model": ("dataset/", "model/"), "diffusion": ("dataset/", "pipeline/")}
 BITS = {".safetensors": 30, ".onnx": 30, ".parquet": 30, ".html": 27, ".png": 27, ".jsonl": 26}  # log2; 22 elsewhere
@@ -219,7 +219,7 @@ def describe(files):
             weights, metadata = tensors(raw)
             need(metadata == {"format": "pt"} and all(w.dtype == "<f4" for w in weights.values()), "no weights")
             field = "generator_parameters" if "generator" in name else "student_parameters"
-            found[field] = sum(w.size for w in weights.values())
+            found |= {} if name == VAE else {field: sum(w.size for w in weights.values())}
     return found
 
 

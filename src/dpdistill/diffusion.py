@@ -14,7 +14,7 @@ from .data import LabelledImages
 from .errors import ReleaseError
 from .mechanisms import Vault
 from .methods import DIFFUSION_METHODS
-from .models import unet
+from .models import few_step
 from .pipeline import (
     auxiliary_of,
     begin,
@@ -60,7 +60,7 @@ def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> P
     check_device(config)
     out, state = Path(config.out), Path(f"{Path(config.out)}.state")
     records = load_private(config)
-    unet.check(records.image_shape)
+    few_step.check(records.image_shape)
     method: Any = DIFFUSION_METHODS["paper"]
     given = {"per_class": config.per_class, "expected_records": config.expected_records}
     settings = build(method.Config, {**given, **config.settings}, "settings.")

@@ -27,7 +27,7 @@ from .bundle import png, verification
 from .bundle.diffusion_product import DiffusionProduct
 from .errors import ConfigError, InputError, ReleaseError
 from .methods.base import Synthetic
-from .models import unet
+from .models import few_step
 from .privacy.disk import sync_directory
 from .workspace import passing
 
@@ -42,7 +42,7 @@ class Drawer:
     """A released diffusion model.
 
     Attributes:
-      pipe: diffusers' ConsistencyModelPipeline.
+      pipe: diffusers' DiTPipeline.
       image_shape: (C, S, S).
       class_names: K names.
     """
@@ -53,10 +53,10 @@ class Drawer:
 
     def __call__(self, labels: torch.Tensor, steps: int, generator: torch.Generator) -> torch.Tensor:
         """Returns float32 images [B, C, S, S] in [-1, 1] of the classes `labels`."""
-        return unet.draw(self.pipe, labels, steps, generator, batch=max(1, len(labels)))
+        return few_step.draw(self.pipe, labels, steps, generator, batch=max(1, len(labels)))
 
 
-def draw_set(release: str | os.PathLike[str], count: int, *, steps: int = 1, seed: int = 0) -> Synthetic:
+def draw_set(release: str | os.PathLike[str], count: int, *, steps: int = 2, seed: int = 0) -> Synthetic:
     """Returns about `count` samples of a release as a labelled set, as many of each class."""
     drawer = load_sampler(release)
     labels = torch.arange(len(drawer.class_names)).repeat_interleave(max(1, count // len(drawer.class_names)))
@@ -83,14 +83,14 @@ def load_sampler(release: str | os.PathLike[str]) -> Drawer:
 
 def sampler_of(product: DiffusionProduct) -> Drawer:
     """The model of checked arrays."""
-    settings = {name: value for name, value in product.unet_config.items() if not name.startswith("_")}
+    settings = {name: value for name, value in product.transformer_config.items() if not name.startswith("_")}
     with torch.device("meta"):  # weights are not drawn, only loaded
-        model = unet.diffusers().UNet2DModel(**settings)
-    arrays = {name: torch.tensor(array) for name, array in product.unet.items()}
-    model.load_state_dict(arrays, assign=True)
+        model = few_step.diffusers().DiTTransformer2DModel(**settings)
+    arrays = {name: torch.tensor(array) for name, array in product.transformer.items()}
+    few_step.whole(model).load_state_dict(arrays, assign=True)
     side = product.config["side"]
     return Drawer(
-        pipe=unet.pipeline(model.eval()),
+        pipe=few_step.pipeline(model.eval()),
         image_shape=(product.config["channels"], side, side),
         class_names=product.class_names,
     )
@@ -102,7 +102,7 @@ def sample(
     count: int = 10_000,
     *,
     classes: Sequence[str] | None = None,
-    steps: int = 1,
+    steps: int = 2,
     batch: int = 256,
     seed: int = 0,
     fmt: str | None = None,
@@ -116,7 +116,7 @@ def sample(
     Args:
       out: a folder of class folders with PNG files, or a file ending in .npz or .parquet; each is read by `dpdistill dataset --data`.
       classes: names of those wanted; None is all. Labels are numbers in the release's list of classes, whatever is wanted.
-      steps: passes of the network for an image; more are slower, and not always better.
+      steps: passes of the network for an image, 1, 2 or 4; more are slower, and not always better.
       batch: images drawn at once. Images depend on it.
       fmt: "folder", "npz" or "parquet", where the name does not say.
 
@@ -129,8 +129,7 @@ def sample(
     kind = _format(target, fmt)
     if count < 1 or batch < 1:
         raise ConfigError(f"Expected count and batch of at least 1, got {count} and {batch}.")
-    if not 1 <= steps <= unet.LEVELS:
-        raise ConfigError(f"Expected steps in 1 to {unet.LEVELS}, got {steps}.")
+    few_step.check_steps(steps)
     if os.path.lexists(target):
         raise InputError(target, "exists", "choose another --out or remove it")
     if not target.absolute().parent.is_dir():

@@ -48,7 +48,7 @@ from dpdistill.methods.diffusion import distillation, dpsad
 from dpdistill.methods.model import conversion as model_conversion
 from dpdistill.methods.model import prior, teacher
 from dpdistill.methods.shared import linear, mixture
-from dpdistill.models import scattering, unet
+from dpdistill.models import few_step, scattering
 from dpdistill.models.linear import LinearTeacher
 from dpdistill.privacy import Ledger, accounting
 from dpdistill.workspace import FolderWorkspace
@@ -715,23 +715,9 @@ def small(whole: bool) -> Iterator[None]:
     def wavelet(real: Any, padded: list[int], *facts: Any) -> Any:
         return once(lambda: real(padded, *facts), "wavelet", tuple(padded), *facts)
 
-    def student(shape: tuple[int, int, int], n_classes: int, *, width: int, generator: torch.Generator) -> Any:
-        with torch.device("meta"):
-            made = unet.diffusers().UNet2DModel(
-                sample_size=shape[1],
-                in_channels=shape[0],
-                out_channels=shape[0],
-                block_out_channels=(2,),
-                down_block_types=("DownBlock2D",),
-                up_block_types=("UpBlock2D",),
-                layers_per_block=1,
-                norm_num_groups=1,
-                add_attention=False,
-                num_class_embeds=n_classes,
-            )
-        made.to_empty(device="cpu")
-        unet._init(made, generator)
-        return made.train()
+    def student(shape: tuple[int, int, int], n_classes: int, **facts: Any) -> Any:
+        with mock.patch.object(few_step, "DEPTH", 1):
+            return few_step.student(shape, n_classes, **facts)
 
     def fit_public(real: Any, self: LinearTeacher, images: torch.Tensor, generator: torch.Generator) -> LinearTeacher:
         def fitted() -> dict[str, torch.Tensor]:
@@ -755,7 +741,7 @@ def small(whole: bool) -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         if not whole:
-            stack.enter_context(mock.patch.object(distillation, "student_unet", student))
+            stack.enter_context(mock.patch.object(distillation, "student", student))
             stack.enter_context(mock.patch.object(pipeline, "calibrate", return_value=6.0))
             stack.enter_context(mock.patch.object(accounting, "epsilon", return_value=1.0))
         stack.enter_context(around(pipeline, "make_plan", make_plan))

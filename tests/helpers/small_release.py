@@ -14,7 +14,7 @@ from dpdistill.bundle.diffusion_product import DiffusionProduct
 from dpdistill.bundle.product import ModelProduct
 from dpdistill.bundle.release import BundleFacts, write_bundle
 from dpdistill.methods.base import Synthetic
-from dpdistill.models import unet
+from dpdistill.models import few_step
 from dpdistill.models.convnet import ConvNet
 from dpdistill.privacy import GaussianSum, Ledger
 from dpdistill.privacy import ledger as ledgers
@@ -114,6 +114,7 @@ def _product(kind: str) -> Any:
             generator_config=settings, class_names=names,
         )  # fmt: skip
     if kind == "diffusion":
-        network = unet.student_unet((1, 8, 8), 2, width=8, generator=generator).eval()
-        return DiffusionProduct.of(unet.pipeline(network), names)
+        images = torch.rand(20, 1, 8, 8, generator=generator) * 2 - 1
+        network = few_step.student((1, 8, 8), 2, width=8, images=images, generator=generator).eval()
+        return DiffusionProduct.of(few_step.pipeline(network), names)
     return None

@@ -76,9 +76,9 @@ for line in sys.argv[1:]:
     verb, spec, wanted = line.split("=")
     if verb == "import":  # packages may look for a compiler or, as urllib3 below diffusers, for IPv6: not because of any file
         import fuzzing
-        from dpdistill.models import unet
-        unet.diffusers()
-        from diffusers import UNet2DModel, ConsistencyModelPipeline, CMStochasticIterativeScheduler
+        from dpdistill.models import few_step
+        few_step.diffusers()
+        from diffusers import AutoencoderTiny, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
         seen.clear()
         continue
     what = line

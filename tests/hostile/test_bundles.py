@@ -122,7 +122,9 @@ def test_something_else_in_the_place_of_a_file_fails(release: Path, tmp_path: Pa
         fails(folder)
 
 
-@pytest.mark.parametrize("name", ["evil.py", "dataset/more.bin", "pipeline/unet/model.bin", "model/x", ".git/config"])
+@pytest.mark.parametrize(
+    "name", ["evil.py", "dataset/more.bin", "pipeline/transformer/model.bin", "model/x", ".git/config"]
+)
 def test_a_file_more_fails_at_any_depth(release: Path, tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(release, tmp_path / "r"))
     (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dpdistill.errors import ConfigError
 from dpdistill.methods.base import Public, Synthetic
-from dpdistill.methods.diffusion.distillation import Critic, DistillationConfig, Teacher, denoised, distil
-from dpdistill.models import unet
+from dpdistill.methods.diffusion.distillation import Critic, DistillationConfig, Teacher, denoised, distil, missing
+from dpdistill.models import few_step
 from dpdistill.workspace import FolderWorkspace
 
 pytest.importorskip("diffusers")
@@ -41,33 +41,61 @@ def seeds(n: int = 16) -> Synthetic:
 def student(seed: int = 0, shape: tuple[int, int, int] = SHAPE) -> Any:
     """A student whose last layer is not 0, as that of a fresh one is."""
     g = torch.Generator().manual_seed(seed)
-    made = unet.student_unet(shape, 2, width=8, generator=g).eval()
+    images = 2 * torch.rand(20, *shape, generator=g) - 1
+    made = few_step.student(shape, 2, width=8, images=images, generator=g).eval()
     with torch.no_grad():
-        made.conv_out.weight.copy_(torch.randn(made.conv_out.weight.shape, generator=g) * 0.1)
+        made.proj_out_2.weight.copy_(torch.randn(made.proj_out_2.weight.shape, generator=g) * 0.1)
     return made
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_clean_is_what_the_pipeline_computes(steps: int) -> None:
-    model, labels = student(), torch.tensor([0, 1, 1])
-    drawn = unet.draw(unet.pipeline(model), labels, steps, torch.Generator().manual_seed(1))
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(3, *SHAPE, generator=g) * unet.SIGMA_MAX
-    levels = unet.level(torch.arange(steps) * (unet.LEVELS // steps)).tolist()
-    with torch.no_grad():
-        for sigma, following in zip(levels, [*levels[1:], unet.SIGMA_MIN], strict=True):
-            x = unet.clean(model, x, torch.full((3,), sigma), labels).clamp(-1, 1)
-            if steps > 1:
-                x = x + torch.randn(x.shape, generator=g) * (following**2 - unet.SIGMA_MIN**2) ** 0.5
+@pytest.mark.parametrize("steps", few_step.STEPS)
+@pytest.mark.parametrize("shape", [SHAPE, (3, 12, 12)])
+def test_clean_is_what_the_pipeline_computes(steps: int, shape: tuple[int, int, int]) -> None:
+    model, labels = student(0, shape), torch.tensor([0, 1, 1])
+    drawn = few_step.draw(few_step.pipeline(model), labels, steps, torch.Generator().manual_seed(1))
+    x = normal = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    for t in range(few_step.LEVELS - 1, -1, -few_step.LEVELS // steps):
+        level, following = torch.full((3,), t), t - few_step.LEVELS // steps
+        with torch.no_grad():
+            found = few_step.clean(model, x, level, labels)
+        sigma = few_step.SIGMA[t]
+        normal = ((1 + sigma**2) ** 0.5 * x - found) / sigma  # DDIM keeps the noise that the unclipped answer leaves
+        x = found.clamp(-1, 1)
+        if following >= 0:
+            x = few_step.noisy(x, torch.full((3,), following), normal)
     assert drawn.std() > 0.01
-    assert torch.allclose(drawn, x, atol=2e-5)
+    assert torch.allclose(drawn, few_step.decoded(x), atol=2e-5)
 
 
-def test_a_student_returns_the_image_at_the_lowest_level() -> None:
-    x = torch.rand(2, *SHAPE)
-    with torch.no_grad():
-        out = unet.clean(student(), x, torch.full((2,), unet.SIGMA_MIN), torch.tensor([0, 1]))
-    assert torch.equal(out, x)
+@pytest.mark.parametrize("steps", [0, 3, 5])
+def test_other_numbers_of_steps_are_refused(steps: int) -> None:
+    with pytest.raises(ConfigError, match="1, 2 or 4"):
+        few_step.draw(None, torch.tensor([0]), steps, torch.Generator())
+
+
+def test_what_is_shown_can_be_asked_for() -> None:
+    x = torch.linspace(-1, 1, 101)
+    assert torch.allclose(few_step.decoded(few_step.encoded(x)), x, atol=1e-6)
+    assert (few_step.decoded(x) - x).abs().max() < 0.015
+    assert torch.equal(few_step.decoded(torch.tensor([-9.0, 9.0])), few_step.decoded(torch.tensor([-1.0, 1.0])))
+
+
+def test_the_first_layer_looks_where_images_differ() -> None:
+    g = torch.Generator().manual_seed(0)
+    pattern = torch.randn(4, 4, generator=g)
+    images = torch.randn(50, 1, 1, 1, generator=g) * torch.tile(pattern, (2, 2)) + 0.01 * torch.randn(
+        50, *SHAPE, generator=g
+    )
+    rows = few_step.student(SHAPE, 2, width=8, images=images, generator=g).pos_embed.proj.weight.detach()
+    first = rows[0].flatten() / rows[0].norm()
+    assert abs(float(first @ (pattern / pattern.norm()).flatten())) > 0.999
+    assert rows[0].norm() > 10 * rows[1].norm()
+
+
+def test_an_answer_beyond_white_is_as_good() -> None:
+    target = torch.tensor([-1.0, -1.0, 1.0, 1.0, 0.2])
+    found = missing(torch.tensor([-1.3, -0.5, 1.3, 0.5, 0.5]), target)
+    assert found.tolist() == pytest.approx([0.0, 0.5 + 0.05, 0.0, -0.5 - 0.05, 0.3])
 
 
 def test_weights_come_from_the_generator_alone() -> None:
@@ -75,18 +103,28 @@ def test_weights_come_from_the_generator_alone() -> None:
     one, same, other = (student(seed).state_dict() for seed in (0, 0, 1))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not torch.equal(one["conv_in.weight"], other["conv_in.weight"])
+    name = "transformer_blocks.0.attn1.to_q.weight"
+    assert not torch.equal(one[name], other[name])
+
+
+def test_training_draws_nothing_from_the_global_generator() -> None:
+    """diffusers drops labels at random in training; ours must not."""
+    model = student().train()
+    x, t, y = torch.randn(4, *SHAPE), torch.full((4,), 3), torch.tensor([0, 1, 0, 1])
+    before = torch.get_rng_state()
+    assert torch.equal(few_step.clean(model, x, t, y), few_step.clean(model, x, t, y))
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 12), (1, 30, 30), (3, 4, 4), (1, 96, 96)])
 def test_other_shapes_are_refused_with_the_way_out(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ConfigError, match="--resize"):
-        unet.student_unet(shape, 2, width=8, generator=torch.Generator())
+        few_step.student(shape, 2, width=8, images=torch.zeros(2, *shape), generator=torch.Generator())
 
 
 @pytest.mark.parametrize("shape", [(1, 12, 12), (3, 20, 20), (1, 28, 28)])
 def test_shapes_that_halve_oddly_work(shape: tuple[int, int, int]) -> None:
-    drawn = unet.draw(unet.pipeline(student(0, shape)), torch.tensor([0]), 1, torch.Generator())
+    drawn = few_step.draw(few_step.pipeline(student(0, shape)), torch.tensor([0]), 1, torch.Generator())
     assert drawn.shape == (1, *shape)
 
 
@@ -100,7 +138,7 @@ def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"pip install 'dpdistill\[diffusion\]'"):
-        unet.diffusers()
+        few_step.diffusers()
 
 
 def test_the_teacher_walks_to_where_its_own_class_lies() -> None:
@@ -150,12 +188,15 @@ def test_one_step_draws_the_teachers_classes(
         raise AssertionError("a socket was opened")
 
     monkeypatch.setattr(socket, "socket", refuse)
-    changes = {"adversarial": adversarial, "student_steps": 60, "student_batch": 16, "pool": 64, "student_warmup": 10}
+    changes = {"adversarial": adversarial, "student_width": 32, "student_steps": 150, "student_lr": 5e-3}
+    changes |= {"student_batch": 16, "pool": 64, "student_warmup": 10}
     config = DistillationConfig(**{**vars(TINY), **changes, "answer_steps": 6})
     made = distil(Teacher(denoise=teacher), seeds(), PUBLIC, config, FolderWorkspace(tmp_path, quiet=True))
     labels = torch.arange(20) % 2
     for steps in (1, 2):
-        drawn = unet.draw(unet.pipeline(made), labels, steps, torch.Generator().manual_seed(3)).mean(dim=(1, 2, 3))
+        drawn = few_step.draw(few_step.pipeline(made), labels, steps, torch.Generator().manual_seed(3)).mean(
+            dim=(1, 2, 3)
+        )
         assert torch.allclose(drawn, 1.6 * labels.float() - 0.8, atol=0.25)
 
 

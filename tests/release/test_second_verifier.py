@@ -27,8 +27,7 @@ import torch
 from dpdistill import pipeline
 from dpdistill.bundle import certificate as certificates
 from dpdistill.bundle import write_bundle
-from dpdistill.bundle.diffusion_product import DiffusionProduct
-from dpdistill.bundle.diffusion_product import shapes as unet_shapes
+from dpdistill.bundle.diffusion_product import DiffusionProduct, shapes
 from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.bundle.verification import verify
 from dpdistill.config import ModelConfig, RunConfig
@@ -210,15 +209,19 @@ def test_both_say_the_same_of_any_ledger(name: str, tmp_path: Path, kit: Any) ->
 
 
 def diffusion() -> DiffusionProduct:
-    config = {"side": 8, "channels": 1, "widths": [8, 16], "groups": 4, "head": 8}
-    arrays = {name: np.full(shape, 0.5, np.float32) for name, shape in unet_shapes(config, 2).items()}
-    return DiffusionProduct(unet=arrays, config=config, class_names=("cat", "dog"))
+    config = {"side": 8, "channels": 1, "width": 8}
+    arrays = {name: np.full(shape, 0.5, np.float32) for name, shape in shapes(config, 2).items()}
+    return DiffusionProduct(transformer=arrays, config=config, class_names=("cat", "dog"))
 
 
 def test_both_say_the_same_of_a_diffusion_model_and_of_test_noise(tmp_path: Path, kit: Any) -> None:
     made = kit.synthetic()
     assert agree(write_bundle(tmp_path / "diffusion", made, kit.facts(tmp_path / "a", made), diffusion()))
     assert not agree(write_bundle(tmp_path / "test", made, kit.facts(tmp_path / "b", made, run="insecure-1")))
+    files = tool.read_folder(tmp_path / "diffusion")
+    for order in (sorted(files), sorted(files, reverse=True)):  # a folder lists its files in any order
+        found = tool.describe({name: files[name] for name in order})
+        assert found["student_parameters"] == sum(array.size for array in diffusion().transformer.values())
 
 
 # --- the accountant alone

@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 
 from ..data.images import LabelledImages
 from ..methods import Sampler, Student, Synthetic
-from ..models import unet
+from ..models import few_step
 from ..models.augment import expand
 from . import bounds
 from .result import Membership
 from .twin import Made, Twin
 
 SIZE = 0.01  # share of false alarms
-NOISE_LEVELS = (0.2, 0.6, 2.0)  # of the denoising loss
 _BATCH = 256
 
 
@@ -72,16 +71,16 @@ def loss(made: Student, records: LabelledImages) -> NDArray[np.float64]:
 
 
 def denoising(made: Sampler, records: LabelledImages) -> NDArray[np.float64]:
-    """Minus the mean squared error with which the model takes noise off the record, over three levels."""
-    x, y = torch.from_numpy(records.to_unit()), torch.from_numpy(records.labels)
+    """Minus the mean squared error with which the model takes noise off the record, over all levels but the highest."""
+    x, y = few_step.encoded(torch.from_numpy(records.to_unit())), torch.from_numpy(records.labels)
     noise = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
     total = torch.zeros(len(x))
     with torch.no_grad():
-        for sigma in NOISE_LEVELS:
+        for t in range(few_step.LEVELS - 1):
             for start in range(0, len(x), _BATCH):
                 some = slice(start, start + _BATCH)
-                level = torch.full((len(x[some]),), sigma)
-                found = unet.clean(made.unet, x[some] + sigma * noise, level, y[some])
+                level = torch.full((len(x[some]),), t)
+                found = few_step.clean(made.model, few_step.noisy(x[some], level, noise), level, y[some])
                 total[some] -= (found - x[some]).square().flatten(1).mean(dim=1)
     return total.double().numpy()
 

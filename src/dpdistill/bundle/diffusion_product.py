@@ -4,6 +4,8 @@ K classes, C channels, S side.
 """
 
 import json
+import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,47 +19,67 @@ Weights = dict[str, NDArray[np.float32]]
 Shapes = dict[str, tuple[int, ...]]
 
 WRITTEN_FOR = "0.34.0"  # the oldest diffusers that the files are for; newer ones read them alike
-MAX_LEVELS = 4  # of the U-Net
+SIDES = (8, 64)
+DEPTH, HEADS = 4, 4
+PATCHES = 2  # along a side
+TIMES = 256  # features of a noise level, in diffusers
 MAX_WIDTH = 2**12
+INDEX = "pipeline/model_index.json"
+CONFIG = "pipeline/transformer/config.json"
+WEIGHTS = "pipeline/transformer/diffusion_pytorch_model.safetensors"
 _FIXED = {  # what all our students have in common, said in full: a later default cannot change a model
-    "_class_name": "UNet2DModel",
+    "_class_name": "DiTTransformer2DModel",
     "_diffusers_version": WRITTEN_FOR,
-    "act_fn": "silu",
-    "add_attention": True,
-    "attn_norm_num_groups": None,
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "downsample_padding": 1,
-    "downsample_type": "conv",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
     "dropout": 0.0,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "layers_per_block": 1,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2D",
+    "norm_elementwise_affine": False,
     "norm_eps": 1e-05,
-    "num_train_timesteps": None,
-    "resnet_time_scale_shift": "default",
-    "time_embedding_dim": None,
-    "time_embedding_type": "positional",
-    "upsample_type": "conv",
+    "norm_num_groups": 32,
+    "norm_type": "ada_norm_zero",
+    "num_attention_heads": HEADS,
+    "num_layers": DEPTH,
+    "upcast_attention": False,
 }
-_SCHEDULER = {  # the noise levels that every student is trained for
-    "_class_name": "CMStochasticIterativeScheduler",
+_VAE = {  # of a decoder that does nothing but what its class does to everything
+    "_class_name": "AutoencoderTiny",
     "_diffusers_version": WRITTEN_FOR,
-    "clip_denoised": True,
-    "num_train_timesteps": 40,
-    "rho": 7.0,
-    "s_noise": 1.0,
-    "sigma_data": 0.5,
-    "sigma_max": 80.0,
-    "sigma_min": 0.002,
+    "act_fn": "relu",
+    "force_upcast": False,
+    "latent_magnitude": 3,
+    "latent_shift": 0.5,
+    "num_decoder_blocks": [0],
+    "num_encoder_blocks": [0],
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+    "upsample_fn": "nearest",
+    "upsampling_scaling_factor": 2,
+}
+_SCHEDULER = {  # the noise levels that every student is trained for, see models/few_step.py
+    "_class_name": "DDIMScheduler",
+    "_diffusers_version": WRITTEN_FOR,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "num_train_timesteps": 4,
+    "prediction_type": "sample",
+    "rescale_betas_zero_snr": False,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "thresholding": False,
+    "timestep_spacing": "trailing",
+    "trained_betas": [0.05882352941176472, 0.46875, 0.8823529411764706, 0.9973441649742227],
 }
 _INDEX = {
-    "_class_name": "ConsistencyModelPipeline",
+    "_class_name": "DiTPipeline",
     "_diffusers_version": WRITTEN_FOR,
-    "scheduler": ["diffusers", "CMStochasticIterativeScheduler"],
-    "unet": ["diffusers", "UNet2DModel"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "transformer": ["diffusers", "DiTTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderTiny"],
 }
 
 
@@ -66,85 +88,86 @@ class DiffusionProduct:
     """A few-step diffusion model with its pipeline.
 
     Attributes:
-      unet: the student's arrays, by their names in diffusers' UNet2DModel.
-      config: side, channels, widths (channels per level, highest resolution first), groups, head (channels of an attention head).
-      class_names: K names; the certificate holds them, since diffusers has no place for them.
+      transformer: the student's arrays, by their names in diffusers' DiTTransformer2DModel.
+      config: side, channels, width (of a token).
+      class_names: K names.
     """
 
     KIND: ClassVar[str] = "diffusion"
     SIZES: ClassVar[dict[str, int]] = {
-        "pipeline/model_index.json": 2**20,
-        "pipeline/unet/config.json": 2**20,
-        "pipeline/unet/diffusion_pytorch_model.safetensors": tensors.MAX_ARRAYS,
+        INDEX: 2**22,  # it names the classes
+        CONFIG: 2**20,
+        WEIGHTS: tensors.MAX_ARRAYS,
+        "pipeline/vae/config.json": 2**20,
+        "pipeline/vae/diffusion_pytorch_model.safetensors": 2**20,
         "pipeline/scheduler/scheduler_config.json": 2**20,
     }
 
-    unet: Weights
+    transformer: Weights
     config: dict[str, Any]
     class_names: tuple[str, ...]
 
     def files(self) -> dict[str, bytes]:
-        """The four files. Raises ReleaseError where weights and config do not fit each other."""
-        name = "pipeline/unet/diffusion_pytorch_model.safetensors"
+        """The six files. Raises ReleaseError where weights and config do not fit each other."""
         wanted = shapes(self.config, len(self.class_names))
-        found = {key: array.shape for key, array in self.unet.items()}
-        if found != wanted or any(array.dtype != np.float32 for array in self.unet.values()):
-            raise ReleaseError(f"{name}: not the weights of its config")
+        found = {key: array.shape for key, array in self.transformer.items()}
+        if found != wanted or any(array.dtype != np.float32 for array in self.transformer.values()):
+            raise ReleaseError(f"{WEIGHTS}: not the weights of its config")
+        channels = self.config["channels"]
         return {
-            "pipeline/model_index.json": _text(_INDEX),
-            "pipeline/unet/config.json": _text(self.unet_config),
-            name: tensors.pack(dict(self.unet), {"format": "pt"}),
+            INDEX: _text({**_INDEX, "id2label": _labels(self.class_names)}),
+            CONFIG: _text(self.transformer_config),
+            WEIGHTS: tensors.pack(dict(self.transformer), {"format": "pt"}),
+            "pipeline/vae/config.json": _text(_vae_config(channels)),
+            "pipeline/vae/diffusion_pytorch_model.safetensors": tensors.pack(dict(_vae(channels)), {"format": "pt"}),
             "pipeline/scheduler/scheduler_config.json": _text(_SCHEDULER),
         }
 
     @property
-    def unet_config(self) -> dict[str, Any]:
-        """The full settings of diffusers' UNet2DModel."""
-        config, levels = self.config, len(self.config["widths"])
+    def transformer_config(self) -> dict[str, Any]:
+        """The full settings of diffusers' DiTTransformer2DModel."""
+        config = self.config
         return {
             **_FIXED,
-            "attention_head_dim": config["head"],
-            "block_out_channels": list(config["widths"]),
-            "down_block_types": ["DownBlock2D"] * levels,
+            "attention_head_dim": config["width"] // HEADS,
             "in_channels": config["channels"],
-            "norm_num_groups": config["groups"],
-            "num_class_embeds": len(self.class_names),
+            "num_embeds_ada_norm": len(self.class_names),
             "out_channels": config["channels"],
+            "patch_size": config["side"] // PATCHES,
             "sample_size": config["side"],
-            "up_block_types": ["UpBlock2D"] * levels,
         }
 
     def describe(self) -> dict[str, Any]:
         """Size: parameters of the student."""
-        return {"student_parameters": int(sum(array.size for array in self.unet.values()))}
+        return {"student_parameters": int(sum(array.size for array in self.transformer.values()))}
 
     @classmethod
     def of(cls, pipe: Any, class_names: tuple[str, ...]) -> "DiffusionProduct":
-        """The product of a pipeline in memory. Raises ReleaseError if another U-Net or scheduler is in it than the files can say."""
-        settings = pipe.unet.config
-        product = cls(
-            unet={
-                name: value.detach().cpu().float().contiguous().numpy()
-                for name, value in pipe.unet.state_dict().items()
-            },
-            config=_own(settings),
-            class_names=class_names,
+        """The product of a DiTPipeline in memory. Raises ReleaseError if something else is in it than the files can say."""
+        settings = pipe.transformer.config
+        product = cls(transformer=_arrays(pipe.transformer), config=_own(settings), class_names=class_names)
+        channels = product.config["channels"]
+        held = (
+            (settings, product.transformer_config),
+            (pipe.vae.config, _vae_config(channels)),
+            (pipe.scheduler.config, _SCHEDULER),
         )
-        for found, wanted in ((settings, product.unet_config), (pipe.scheduler.config, _SCHEDULER)):
+        other = tensors.pack(dict(_arrays(pipe.vae)), {}) != tensors.pack(dict(_vae(channels)), {})
+        for found, wanted in held:
             said = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
-            if any(said[name] != value for name, value in wanted.items() if not name.startswith("_")):
-                raise ReleaseError("pipeline: a model of another kind than a release holds")
+            other |= any(said.get(name) != value for name, value in wanted.items() if not name.startswith("_"))
+        if other:
+            raise ReleaseError("pipeline: a model of another kind than a release holds")
         return product
 
     @classmethod
     def unpack(cls, files: dict[str, bytes], class_names: tuple[str, ...]) -> "DiffusionProduct":
         """Returns what `files` wrote. Raises ReleaseError on anything else."""
-        name = "pipeline/unet/diffusion_pytorch_model.safetensors"
         try:
-            config = _own(tensors.parse_json(files["pipeline/unet/config.json"]))
+            config = _own(tensors.parse_json(files[CONFIG]))
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ReleaseError("pipeline/unet/config.json: not readable, or a field is missing") from None
-        product = cls(unet=tensors.unpack(files[name], name)[0], config=config, class_names=class_names)
+            raise ReleaseError(f"{CONFIG}: not readable, or a field is missing") from None
+        product = cls(transformer=tensors.unpack(files[WEIGHTS], WEIGHTS)[0], config=config, class_names=class_names)
         for path, raw in product.files().items():
             if raw != files[path]:
                 raise ReleaseError(f"{path}: not what the weights, the config and the certificate give")
@@ -156,69 +179,86 @@ def _own(settings: Any) -> dict[str, Any]:
     return {
         "side": settings["sample_size"],
         "channels": settings["in_channels"],
-        "widths": list(settings["block_out_channels"]),
-        "groups": settings["norm_num_groups"],
-        "head": settings["attention_head_dim"],
+        "width": HEADS * settings["attention_head_dim"],
     }
+
+
+def _arrays(module: Any) -> Weights:
+    """The weights of a network in memory."""
+    return {name: value.detach().cpu().float().contiguous().numpy() for name, value in module.state_dict().items()}
 
 
 def _text(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
+def _labels(class_names: tuple[str, ...]) -> dict[str, str]:
+    """Names for the pipeline's `get_label_ids`, which would read a comma as the end of one; those that then coincide are numbered."""
+    plain = [name.replace(",", ";").strip() for name in class_names]
+    seen = Counter(plain)
+    return {str(k): name if seen[name] == 1 else f"{name} ({k})" for k, name in enumerate(plain)}
+
+
+def _vae_config(channels: int) -> dict[str, Any]:
+    """The full settings of diffusers' AutoencoderTiny, as models/few_step.py makes it."""
+    sizes = dict.fromkeys(("in_channels", "latent_channels", "out_channels"), channels)
+    blocks = {f"{part}_block_out_channels": [2 * channels] for part in ("decoder", "encoder")}
+    return {**_VAE, **blocks, **sizes}
+
+
+def _vae(channels: int) -> Weights:
+    """The decoder's constant arrays, as models/few_step.py makes them: each channel by itself, its sign in two halves of a rectifier."""
+    c = np.arange(channels)
+    wide, narrow = np.zeros((2 * channels, channels, 3, 3), "f4"), np.zeros((channels, 2 * channels, 3, 3), "f4")
+    into, out, first, last = wide.copy(), narrow.copy(), wide.copy(), narrow.copy()
+    into[2 * c, c, 1, 1], into[2 * c + 1, c, 1, 1] = 1, -1
+    scale = 1 / (6 * math.tanh(1 / 3))  # the pipeline's own 3·tanh(x / 3) comes before
+    out[c, 2 * c, 1, 1], out[c, 2 * c + 1, 1, 1] = scale, -scale
+    first[2 * c, c, 1, 1], last[c, 2 * c, 1, 1] = 2, 1
+    zeros = np.zeros(2 * channels, "f4")
+    return {
+        "decoder.layers.0.weight": into,
+        "decoder.layers.0.bias": zeros,
+        "decoder.layers.2.weight": out,
+        "decoder.layers.2.bias": np.full(channels, 0.5, "f4"),
+        "encoder.layers.0.weight": first,
+        "encoder.layers.0.bias": zeros,
+        "encoder.layers.1.weight": last,
+        "encoder.layers.1.bias": np.full(channels, -1, "f4"),
+    }
+
+
 def shapes(config: dict[str, Any], n_classes: int) -> Shapes:
-    """Returns the name and shape of every array of a UNet2DModel with these settings, all others as in our students.
+    """Returns the name and shape of every array of a DiTTransformer2DModel with these settings, all others as in our students.
 
     Raises:
       ReleaseError: settings that no student has.
     """
-    widths, numbers = config["widths"], [config[name] for name in ("side", "channels", "groups", "head")]
-    whole = all(type(n) is int and 1 <= n <= MAX_WIDTH for n in (*numbers, *widths, n_classes))
-    if not whole or not 1 <= len(widths) <= MAX_LEVELS or config["channels"] not in (1, 3):
-        raise ReleaseError("pipeline/unet/config.json: not the settings of a student")
-    if (
-        config["side"] % 2 ** (len(widths) - 1)
-        or any(n % config["groups"] for n in widths)
-        or widths[-1] % config["head"]
-    ):
-        raise ReleaseError("pipeline/unet/config.json: sizes that do not fit each other")
-    channels, first, last, emb = config["channels"], widths[0], widths[-1], 4 * widths[0]
-    found: Shapes = {"class_embedding.weight": (n_classes, emb)}
+    side, channels, width = (config[name] for name in ("side", "channels", "width"))
+    whole = all(type(n) is int and 1 <= n <= MAX_WIDTH for n in (side, channels, width, n_classes))
+    if not whole or channels not in (1, 3) or not SIDES[0] <= side <= SIDES[1]:
+        raise ReleaseError(f"{CONFIG}: not the settings of a student")
+    if side % 4 or width % HEADS:
+        raise ReleaseError(f"{CONFIG}: sizes that do not fit each other")
+    patch = side // PATCHES
+    found: Shapes = {}
 
     def layer(name: str, *weight: int) -> None:
         found[f"{name}.weight"] = weight
         found[f"{name}.bias"] = weight[:1]
 
-    def block(name: str, n_in: int, n_out: int) -> None:
-        layer(f"{name}.norm1", n_in)
-        layer(f"{name}.conv1", n_out, n_in, 3, 3)
-        layer(f"{name}.time_emb_proj", n_out, emb)
-        layer(f"{name}.norm2", n_out)
-        layer(f"{name}.conv2", n_out, n_out, 3, 3)
-        if n_in != n_out:
-            layer(f"{name}.conv_shortcut", n_out, n_in, 1, 1)
-
-    layer("conv_in", first, channels, 3, 3)
-    layer("time_embedding.linear_1", emb, first)
-    layer("time_embedding.linear_2", emb, emb)
-    skips, n = [first], first  # channels of the maps that the way up takes again, and of the current one
-    for i, width in enumerate(widths):
-        block(f"down_blocks.{i}.resnets.0", n, width)
-        skips.append(n := width)
-        if i + 1 < len(widths):
-            layer(f"down_blocks.{i}.downsamplers.0.conv", n, n, 3, 3)
-            skips.append(n)
-    block("mid_block.resnets.0", last, last)
-    layer("mid_block.attentions.0.group_norm", last)
-    for part in ("to_q", "to_k", "to_v", "to_out.0"):
-        layer(f"mid_block.attentions.0.{part}", last, last)
-    block("mid_block.resnets.1", last, last)
-    for i, width in enumerate(reversed(widths)):
-        for j in range(2):
-            block(f"up_blocks.{i}.resnets.{j}", n + skips.pop(), width)
-            n = width
-        if i + 1 < len(widths):
-            layer(f"up_blocks.{i}.upsamplers.0.conv", n, n, 3, 3)
-    layer("conv_norm_out", first)
-    layer("conv_out", channels, first, 3, 3)
+    layer("pos_embed.proj", width, channels, patch, patch)
+    for i in range(DEPTH):
+        block = f"transformer_blocks.{i}"
+        layer(f"{block}.norm1.emb.timestep_embedder.linear_1", width, TIMES)
+        layer(f"{block}.norm1.emb.timestep_embedder.linear_2", width, width)
+        # diffusers' own training drops labels: its table has a row for "any", which ours does not use
+        found[f"{block}.norm1.emb.class_embedder.embedding_table.weight"] = (n_classes + 1, width)
+        layer(f"{block}.norm1.linear", 6 * width, width)
+        for part in ("to_q", "to_k", "to_v", "to_out.0"):
+            layer(f"{block}.attn1.{part}", width, width)
+        layer(f"{block}.ff.net.0.proj", 4 * width, width)
+        layer(f"{block}.ff.net.2", width, 4 * width)
+    layer("proj_out_1", 2 * width, width)
+    layer("proj_out_2", patch * patch * channels, width)
     return found

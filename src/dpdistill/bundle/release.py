@@ -185,9 +185,9 @@ def product_of(student: "Student", class_names: tuple[str, ...]) -> ModelProduct
 
 def product_of_sampler(sampler: "Sampler", class_names: tuple[str, ...]) -> DiffusionProduct:
     """Returns a method's diffusion model as the files of its pipeline."""
-    from ..models import unet
+    from ..models import few_step
 
-    return DiffusionProduct.of(unet.pipeline(sampler.unet), printable_names(class_names))
+    return DiffusionProduct.of(few_step.pipeline(sampler.model), printable_names(class_names))
 
 
 def load_student(path: str | os.PathLike[str]) -> "ConvNet":

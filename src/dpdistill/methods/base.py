@@ -93,12 +93,12 @@ class Sampler:
     """A diffusion model to sample from without limit.
 
     Attributes:
-      unet: the student: diffusers' UNet2DModel, in the parametrisation of its ConsistencyModelPipeline.
+      model: the student: diffusers' DiTTransformer2DModel, see `models.few_step`.
       images: some of its images, labelled: what is stored and shown.
       figures: numbers from public or released things only.
     """
 
-    unet: nn.Module
+    model: nn.Module
     images: Synthetic
     figures: dict[str, float]
 

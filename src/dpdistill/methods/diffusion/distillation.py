@@ -11,22 +11,22 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...models.muon import Muon
-from ...models.unet import LEVELS, SIGMA_MIN, clean, level, student_unet
+from ...models.few_step import LEVELS, SIGMA, clean, encoded, noisy, student
 from ..base import Denoising, Public, Synthetic, Workspace
 
 RHO = 7.0  # of the teacher's steps
-LOWEST = LEVELS * 3 // 4  # lower levels are not visited in up to four steps
+SIGMA_MIN = 0.002  # where they end
+REACH = 0.05  # black and white are clipped from answers beyond: an answer that aims at the bound itself is grey half of the time
 PUSH = 0.2  # of L_dis's gradient, the length of L_adv's at λ = 1; five times as long, it costs points of accuracy
 CLASS_GAP = 20.0  # between two classes, in units of pixels: images of 28×28 lie 10 to 20 apart
-TRIES = 2  # answers to pure noise for one that is kept, where a guide chooses
+TRIES = 1.5  # answers to pure noise for one that is kept, where a guide chooses
 CHUNK = 512  # pool images that the teacher denoises at once
 
 
@@ -54,12 +54,11 @@ class DistillationConfig:
     """Public settings.
 
     Attributes:
-      student_width: see `models.unet`.
+      student_width: of a token, see `models.few_step`; "auto" is 96 for sides up to 16, else 192.
       student_steps, student_batch: of its training.
-      student_matrix_lr, student_lr: of Muon on the convolutions, and of AdamW on the rest; both warm up over `student_warmup` steps,
-        then fall to 0 by a cosine.
+      student_lr: of AdamW; warms up over `student_warmup` steps, then falls to 0 by a cosine.
       student_ema: decay of the average of the weights that is returned.
-      from_noise: share of samples that start from pure noise; the others from noisy samples of the teacher.
+      from_noise: share of samples that start from pure noise; the others from noisy samples of the teacher, for more steps than one.
       answer_steps: DDIM steps of the teacher from a sample's level to the clean image.
       sigma_max, guidance: of the teacher's own samples. From a higher level, the teacher starts at sigma_max with the same noise.
       pool, reuse: the teacher answers `pool` inputs at a time, and each is used `reuse` times.
@@ -70,29 +69,27 @@ class DistillationConfig:
       checkpoint_steps: steps between checkpoints; does not change the result.
     """
 
-    student_width: int = 16
-    student_steps: int = 600
-    student_batch: int = 64
-    student_matrix_lr: float = 0.02
-    student_lr: float = 3e-3
-    student_warmup: int = 50
+    student_width: int | Literal["auto"] = "auto"
+    student_steps: int = 2000
+    student_batch: int = 128
+    student_lr: float = 2e-3
+    student_warmup: int = 100
     student_ema: float = 0.99
-    from_noise: float = 0.8
+    from_noise: float = 0.9
     answer_steps: int = 12
     sigma_max: float = 80.0
     guidance: float = 1.0
-    pool: int = 2048
-    reuse: int = 4
-    adversarial: float = 1.0
-    spread: float = 0.5
-    critic_width: int = 32
+    pool: int = 4096
+    reuse: int = 8
+    adversarial: float = 0.5
+    spread: float = 0.25
+    critic_width: int = 8
     critic_lr: float = 1e-3
-    bf16: bool = True
+    bf16: bool = False
     checkpoint_steps: int = 200
 
     def __post_init__(self) -> None:
         for name in (
-            "student_width",
             "student_steps",
             "student_batch",
             "answer_steps",
@@ -103,12 +100,14 @@ class DistillationConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
+        if self.student_width != "auto" and self.student_width < 1:
+            raise ConfigError(f"Expected student_width of auto or at least 1, got {self.student_width}.")
         if self.pool < self.student_batch:
             raise ConfigError(f"Expected a pool of at least student_batch={self.student_batch}, got {self.pool}.")
         for name in ("student_ema", "from_noise"):
             if not (0 <= getattr(self, name) <= 1):
                 raise ConfigError(f"Expected {name} in [0, 1], got {getattr(self, name)}.")
-        for name in ("student_matrix_lr", "student_lr", "critic_lr"):
+        for name in ("student_lr", "critic_lr"):
             if not (0 < getattr(self, name) < math.inf):
                 raise ConfigError(f"Expected a finite {name} > 0, got {getattr(self, name)}.")
         for name in ("adversarial", "spread", "student_warmup", "guidance"):
@@ -120,10 +119,10 @@ class DistillationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Inputs and the teacher's answers: x_r and x_ψ [P, C, H, W], σ_r float64 [P], classes int64 [P]."""
+    """Inputs and the teacher's answers: x_r and x_ψ [P, C, H, W], levels r and classes int64 [P]."""
 
     noisy: Tensor
-    sigma: Tensor
+    level: Tensor
     classes: Tensor
     targets: Tensor
 
@@ -143,56 +142,63 @@ def distil(
       seeds: what its denoiser drew, not yet as it is shown; or anything else that is released.
 
     Returns:
-      A UNet2DModel in the parametrisation of `models.unet.clean`, its weights averaged.
+      A DiTTransformer2DModel that answers as `models.few_step.clean` says, its weights averaged.
 
     Raises:
       ConfigError: a shape that the student cannot have, or diffusers is missing.
     """
     device = workspace.device
-    student = student_unet(
+    model = student(
         public.image_shape,
         public.n_classes,
-        width=config.student_width,
+        width=(96 if max(public.image_shape) <= 16 else 192)
+        if config.student_width == "auto"
+        else config.student_width,
+        images=encoded(teacher.shown(seeds.images)),
         generator=workspace.generator("distillation-student"),
     ).to(device)
-    average = copy.deepcopy(student).requires_grad_(False)
+    average = copy.deepcopy(model).requires_grad_(False)
     critic = Critic(
         public.image_shape,
         public.n_classes,
         width=config.critic_width,
         generator=workspace.generator("distillation-critic"),
     ).to(device)
-    optimizer = Muon(student.parameters(), matrix_lr=config.student_matrix_lr, lr=config.student_lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), config.student_lr, betas=(0.9, 0.99), weight_decay=0.0)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99))
-    modules: dict[str, nn.Module] = {"student": student, "average": average, "critic": critic}
+    modules: dict[str, nn.Module] = {"student": model, "average": average, "critic": critic}
     optimizers: dict[str, torch.optim.Optimizer] = {"student": optimizer, "critic": critic_optimizer}
 
     start = restore(workspace.load("distillation"), modules, optimizers)
     pools = Pools(teacher, seeds, public, config, workspace)
     for step in workspace.track(range(start, config.student_steps), "distilling the teacher"):
-        pool = pools.batch(step)
-        optimizer.scale = share = _rate(config, step)
+        pool, share = pools.batch(step), _rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = config.student_lr * share
 
         # The student: L_dis + λ·L_adv, joined where they meet, at its image.
         with torch.autocast(device, torch.bfloat16, enabled=config.bf16):
-            answer = clean(student, pool.noisy, pool.sigma, pool.classes)
-        gradient = answer.detach() - pool.targets  # of L_dis = ½·MSE, but for the number of pixels
+            answer = clean(model, pool.noisy, pool.level, pool.classes)
+        shown, inside = (
+            answer.detach().clamp(-1, 1),
+            answer.detach().abs() <= 1 + REACH,
+        )  # beyond, nothing that is shown changes
+        gradient = missing(answer.detach(), pool.targets)
         length = gradient.norm()
         if config.adversarial:
             # The critic: hinge loss, teacher's images above 1 and student's below -1.
-            fake = answer.detach()
             for group in critic_optimizer.param_groups:
                 group["lr"] = config.critic_lr * share
-            scores = critic(torch.cat([pool.targets, fake]), pool.classes.repeat(2))
-            loss = F.relu(1 - scores[: len(fake)]).mean() + F.relu(1 + scores[len(fake) :]).mean()
+            scores = critic(torch.cat([pool.targets, shown]), pool.classes.repeat(2))
+            loss = F.relu(1 - scores[: len(shown)]).mean() + F.relu(1 + scores[len(shown) :]).mean()
             critic_optimizer.zero_grad()
             loss.backward()
             critic_optimizer.step()
-            fake.requires_grad_()
-            (push,) = torch.autograd.grad(-critic(fake, pool.classes).sum(), fake)
+            fake = shown.clone().requires_grad_()
+            push = torch.autograd.grad(-critic(fake, pool.classes).sum(), fake)[0] * inside
             gradient = gradient + config.adversarial * PUSH * length / (push.norm() + 1e-12) * push
         if config.spread:
-            apart = energy_gradient(answer.detach(), pool.targets, pool.classes)
+            apart = energy_gradient(shown, pool.targets, pool.classes) * inside
             gradient = gradient + config.spread * length / (apart.norm() + 1e-12) * apart
         optimizer.zero_grad()
         answer.backward(gradient / len(answer))
@@ -200,7 +206,7 @@ def distil(
 
         decay = min(config.student_ema, (step + 1) / (step + 10))
         with torch.no_grad():
-            for mine, new in zip(average.parameters(), student.parameters(), strict=True):
+            for mine, new in zip(average.parameters(), model.parameters(), strict=True):
                 mine.lerp_(new, 1 - decay)
         if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.student_steps:
             workspace.save("distillation", saved(step + 1, modules, optimizers))
@@ -239,29 +245,32 @@ class Pools:
     def _make(self, number: int) -> Pool:
         config, g = self._config, self._workspace.generator("distillation-pool", number)
         wanted = round(config.from_noise * config.pool)
-        n_noise = wanted * (1 if self._teacher.guide is None else TRIES)
+        n_noise = round(wanted * (1 if self._teacher.guide is None else TRIES))
         drawn = config.pool - wanted + n_noise
         shape = (drawn, *self._public.image_shape)
         picked = torch.randint(len(self._seeds.images), (drawn,), generator=g)
         x, classes = self._seeds.images[picked], self._seeds.labels[picked]
-        index = torch.randint(1, LOWEST + 1, (drawn,), generator=g)
-        index[:n_noise] = 0
+        t = torch.randint(LEVELS - 1, (drawn,), generator=g)
+        t[:n_noise] = LEVELS - 1
         classes[:n_noise] = torch.randint(self._public.n_classes, (n_noise,), generator=g)
-        sigma, normal = level(index), torch.randn(shape, generator=g)
-        x = x * (index > 0).view(-1, 1, 1, 1)
-        known = sigma.clamp_max(config.sigma_max)  # levels that the teacher knows
+        normal, from_sample = torch.randn(shape, generator=g), (t < LEVELS - 1).view(-1, 1, 1, 1)
+        sigma = torch.tensor(SIGMA, dtype=torch.float64)[t].clamp_max(config.sigma_max)  # levels that the teacher knows
+        asked = x * from_sample + sigma.float().view(-1, 1, 1, 1) * normal
         device = self._workspace.device
         parts = [
-            self._answers(*(t.to(device) for t in part)).cpu()
-            for part in zip(
-                _noisy(x, known, normal).split(CHUNK), known.split(CHUNK), classes.split(CHUNK), strict=True
-            )
+            self._answers(*(value.to(device) for value in part)).cpu()
+            for part in zip(asked.split(CHUNK), sigma.split(CHUNK), classes.split(CHUNK), strict=True)
         ]
         targets = self._teacher.shown(torch.cat(parts))
         kept = torch.cat([self._best(targets[:n_noise], classes[:n_noise])[:wanted], torch.arange(n_noise, drawn)])
         # The teacher was asked about its own sample, the student is asked about what is shown of it: its own first answer looks so.
-        noisy = _noisy(self._teacher.shown(x)[kept] * (index[kept] > 0).view(-1, 1, 1, 1), sigma[kept], normal[kept])
-        return Pool(noisy=noisy, sigma=sigma[kept], classes=classes[kept], targets=targets[kept])
+        own = encoded(self._teacher.shown(x[kept])) * from_sample[kept]
+        return Pool(
+            noisy=noisy(own, t[kept], normal[kept]),
+            level=t[kept],
+            classes=classes[kept],
+            targets=encoded(targets[kept]),
+        )
 
     @torch.no_grad()
     def _best(self, x: Tensor, classes: Tensor) -> Tensor:
@@ -287,8 +296,10 @@ class Pools:
         return denoised(guided, x, sigma, y, steps=config.answer_steps)
 
 
-def _noisy(x: Tensor, sigma: Tensor, normal: Tensor) -> Tensor:
-    return x + sigma.float().view(-1, 1, 1, 1) * normal
+def missing(answer: Tensor, target: Tensor) -> Tensor:
+    """Gradient of L_dis, ½ of the squared distance: where the target is black or white, answers beyond it are as good."""
+    found = torch.where(target <= -0.99, (answer + 1 + REACH).clamp_min(0), answer - target)
+    return torch.where(target >= 0.99, (answer - 1 - REACH).clamp_max(0), found)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ...errors import ConfigError
 from ...mechanisms import PrivateData
-from ...models import unet
+from ...models import few_step
 from ...privacy import Planned
 from ..base import Public, Sampler, Workspace
 from . import private_denoiser
@@ -51,7 +51,7 @@ class Config(DenoiserConfig, DistillationConfig):
 
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
     """T sums of clipped gradients."""
-    unet.check(public.image_shape)
+    few_step.check(public.image_shape)
     return [private_denoiser.planned(config, public, noise_multiplier)]
 
 

@@ -19,7 +19,7 @@ import torch
 
 from ...errors import ConfigError
 from ...mechanisms import PrivateData
-from ...models import edm, unet
+from ...models import edm, few_step
 from ...models.mixture_denoiser import MixtureDenoiser
 from ...privacy import Planned, gaussian_multiplier
 from ..base import Denoising, Public, Sampler, Workspace
@@ -101,7 +101,7 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
     Full-batch releases share Σ 1/σ² exactly. DP-SGD's noise is what the central limit (Bu et al. 2020) gives for its share: T q² (e^{1/z²}
     - 1) = share / σ². Calibration counts what it really costs; this only divides.
     """
-    unet.check(public.image_shape)
+    few_step.check(public.image_shape)
     sigma, dims, rows = noise_multiplier, min(config.pixel_dims, math.prod(public.image_shape)), public.n_classes
     rest = 1 - config.share
     guide = rest * (1 - config.share_tones) * config.share_guide

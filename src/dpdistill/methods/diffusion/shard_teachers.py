@@ -20,7 +20,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...mechanisms import PrivateData
 from ...mechanisms.ensemble import Model
-from ...models import edm, unet
+from ...models import edm, few_step
 from ...models.denoiser import Denoiser
 from ...privacy import Planned, ShardSum
 from ..base import Public, Sampler, Workspace
@@ -82,7 +82,7 @@ class Config(DistillationConfig):
 
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
     """R sums over shards."""
-    unet.check(public.image_shape)
+    few_step.check(public.image_shape)
     dim = config.queries * math.prod(public.image_shape)
     query = ShardSum(
         name="shard-teachers",

@@ -7,13 +7,13 @@ from typing import Any, Protocol
 
 import torch
 
-from ...models import edm, unet
+from ...models import edm, few_step
 from ..base import Public, Sampler, Synthetic, Workspace
 from .distillation import Teacher, distil
 
 CHUNK = 1000
 OVERSAMPLE = 3  # images drawn for one that is kept, where a guide chooses
-STEPS = 1  # of the student, for the samples that are shown
+STEPS = 2  # of the student, for the samples that are shown: one is twice as fast and a little worse, four are no better
 
 
 class Finishing(Protocol):
@@ -79,5 +79,5 @@ def finish(teacher: Teacher, public: Public, config: Any, workspace: Workspace) 
     student = distil(teacher, seeds, public, config, workspace)
     labels = torch.arange(public.n_classes).repeat_interleave(config.per_class)
     student = student.cpu().eval()
-    shown = unet.draw(unet.pipeline(student), labels, STEPS, workspace.generator("shown"))
-    return Sampler(unet=student, images=Synthetic(images=shown, labels=labels), figures={})
+    shown = few_step.draw(few_step.pipeline(student), labels, STEPS, workspace.generator("shown"))
+    return Sampler(model=student, images=Synthetic(images=shown, labels=labels), figures={})
