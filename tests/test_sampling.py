@@ -90,6 +90,11 @@ def test_what_cannot_be_is_refused_in_one_line(case: str, release: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
+def test_steps_are_refused_before_a_release_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"steps of 1, 2 or 4"):
+        sampling.sample(tmp_path / "nowhere", tmp_path / "x.npz", 2, steps=3, quiet=True)
+
+
 def test_a_release_without_a_sampler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling.verification, "open_release", lambda path: SimpleNamespace(product=None))
     with pytest.raises(ReleaseError, match="no diffusion model"):
