@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .axes import principal_axes
 
 MISSING = "this needs diffusers: pip install 'dpdistill[diffusion]'"
 SIDES = (8, 64)
@@ -62,9 +63,8 @@ def student(
         parts = images.unfold(2, patch, patch).unfold(3, patch, patch)  # [N, C, 2, 2, patch, patch]
         parts_ND = parts.permute(0, 2, 3, 1, 4, 5).reshape(-1, channels * patch * patch)
         parts_ND = parts_ND - parts_ND.mean(dim=0)
-        variances, directions = torch.linalg.eigh((parts_ND.T @ parts_ND).double())
-        length = (variances.clamp_min(0) / variances[-1].clamp_min(1e-12)).sqrt() * FIRST
-        rows = (directions * length).T.flip(0)[:width].float()
+        directions, variances = principal_axes(parts_ND, width)
+        rows = (directions * (variances / variances[0].clamp_min(1e-12)).sqrt() * FIRST).T
         first = model.pos_embed.proj
         first.weight[: len(rows)] = rows.view(-1, *first.weight.shape[1:])
         first.bias.zero_()

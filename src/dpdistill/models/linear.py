@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .axes import principal_axes
 from .scattering import Scattering
 
 CONSTANT = 0.1  # the last feature of every record: its weights are the bias, learned and clipped like all others
@@ -75,7 +76,7 @@ class LinearTeacher(nn.Module):
     def fit_public(self, public_NCHW: Tensor, generator: torch.Generator) -> "LinearTeacher":
         """Fits the map to public images, and returns the model. Never pass private images.
 
-        Principal components by subspace iteration (Halko et al. 2011, Alg. 4.4), of features with one scale per path.
+        Principal components of features with one scale per path.
 
         Args:
           public_NCHW: float32 in [-1, 1]; a few thousand, and more than `dim`: fewer leave components without content.
@@ -93,16 +94,10 @@ class LinearTeacher(nn.Module):
         paths = z_NS.view(-1, *self._paths, self._positions)
         scale_CJ1 = paths.square().mean(dim=(0, 3)).sqrt().clamp_min(1e-6)[..., None]
         paths /= scale_CJ1
-        sketch = torch.randn(len(z_NS), min(self.dim + 20, self.scattering.out_dim), generator=generator).to(device)
-        basis = torch.linalg.qr(z_NS.T @ sketch)[0]
-        for _ in range(2):
-            basis = torch.linalg.qr(z_NS.T @ (z_NS @ basis))[0]
-        inside = z_NS @ basis
-        variances, rotation = torch.linalg.eigh((inside.T @ inside).double() / len(z_NS))
-        variances, rotation = variances.flip(0)[: self.dim].float(), rotation.flip(1)[:, : self.dim].float()
+        basis, variances = principal_axes(z_NS, self.dim, generator)
         gains = (variances + self.floor * variances.mean()).clamp_min(1e-12).pow(-self.whitening / 2)
         gains *= variances > 1e-6 * variances[0]  # directions that no public image has
-        self.projection.copy_((basis @ rotation) * gains)
+        self.projection.copy_(basis * gains)
         self.projection.view(*self._paths, self._positions, -1).div_(scale_CJ1[..., None])
         return self
 

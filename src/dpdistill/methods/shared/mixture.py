@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...mechanisms import PrivateData
+from ...models.axes import principal_axes
 from ...privacy import GaussianSum, Planned
 from ..base import Workspace
 
@@ -45,8 +46,7 @@ def pixel_space(auxiliary_ACHW: Tensor, dims: int) -> PixelSpace:
     """Learns the coordinates from public images; a fifth of them is longer than the radius."""
     flat = auxiliary_ACHW.flatten(1)
     centre = flat.mean(dim=0)
-    _, vectors = torch.linalg.eigh((flat - centre).T @ (flat - centre))
-    basis = vectors.flip(1)[:, :dims].contiguous()
+    basis, _ = principal_axes(flat - centre, dims)
     radius = ((flat - centre) @ basis).norm(dim=1).quantile(0.8)
     return PixelSpace(centre=centre, basis=basis, radius=radius.clamp_min(1e-6))
 
