@@ -131,7 +131,7 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
                 made = method.run(settings, public, private, plan, workspace)
         student = f"ConvNet-{settings.depth} width {settings.width}, {settings.steps} steps of {settings.batch}"
         if setting == "private-teacher" and settings.share_prior:
-            student += "; mixture among its images"
+            student += "; mixture among its images" + (", in the records' tones" if records.image_shape[0] == 1 else "")
         if setting == "votes":
             student += f"; {args.shards} shards, {settings.rounds} x {settings.queries} queries"
         facts = {

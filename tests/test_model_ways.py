@@ -34,7 +34,7 @@ WAY = {
     "opaque": SMALL,
 }
 
-OF_A_TEACHER = ["count", "teacher-gradient", "prior-moments", "prior-local-1", "prior-local-2"]
+OF_A_TEACHER = ["count", "teacher-gradient", "prior-moments", "prior-local-1", "prior-local-2", "prior-tones"]
 
 
 def save(path: Path, n: int = 60) -> Path:

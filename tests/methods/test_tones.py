@@ -1,10 +1,14 @@
 """Tones: what a record adds is bounded, and images get the tones that were released."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dpdistill.methods.base import Public
+from dpdistill.methods.model import teacher
 from dpdistill.methods.shared import tones
 from dpdistill.privacy import GaussianSum
 from dpdistill.workspace import FolderWorkspace
@@ -73,3 +77,36 @@ def test_equal_pixels_stay_equal() -> None:
     wanted[0, 0], wanted[0, 7], wanted[0, -1] = 0.6, 0.2, 0.2
     toned = tones.Curve.between(x, wanted)(x)
     assert toned[x == -0.7].unique().tolist() == [-1.0]
+
+
+class Drawn:
+    """Stands for a mixture: normal coordinates."""
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(2, n, 5, generator=generator) / 4
+
+
+@pytest.mark.parametrize(("channels", "names"), [(1, ["prior-tones"]), (3, [])])
+def test_a_student_is_taught_with_the_tones_of_grey_records(
+    channels: int, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def black_or_white(query: GaussianSum, *_: object) -> Tensor:
+        asked.append(query.name)
+        return torch.tensor([[0.75, *[0.0] * (tones.VALUES - 2), 0.25]])
+
+    monkeypatch.setattr(teacher.mix, "fit", lambda *_: Drawn())
+    monkeypatch.setattr(teacher.tones, "fit", black_or_white)
+    shape, made_up = (channels, 8, 8), images(60, channels=channels)
+    public = Public(image_shape=shape, class_names=("a", "b"), auxiliary=made_up)
+    config = teacher.Config(pixel_dims=5)
+    releases = teacher.plan(config, public, 1.0)[2:]
+    workspace = FolderWorkspace(tmp_path, seed=0)
+    found = teacher.with_mixture(config, public, None, releases, workspace)  # type: ignore[arg-type]
+    assert asked == names == [planned.query.name for planned in releases[3:]]
+    black = float((found.auxiliary == -1).float().mean())
+    assert black == pytest.approx(0.75, abs=0.05) if names else black < 0.2
+    # Whatever is asked, the whole costs what was said.
+    whole = sum(planned.count / planned.query.noise_multiplier**2 for planned in teacher.plan(config, public, 1.0))
+    assert whole == pytest.approx(1.0)

@@ -1,7 +1,8 @@
 r"""A private teacher, trained through the door at the asked ε, then converted: the default way to a student model.
 
 The teacher is the linear classifier of `methods.shared.linear`. A part of the budget buys a mixture of Gaussians for each class as well:
-half of the images that the student is taught with are drawn from it, since they look more like the teacher's own than made-up ones do.
+half of the images that the student is taught with are drawn from it, since they look more like the teacher's own than made-up ones do,
+most so once they have the records' tones, where images are grey.
 Proof: docs/privacy/teacher.md. The features are fixed and public; conversion is post-processing.
 """
 
@@ -16,12 +17,13 @@ from ...errors import ConfigError
 from ...mechanisms import PrivateData
 from ...privacy import Planned
 from ..base import Public, Student, Workspace
-from ..shared import linear
+from ..shared import linear, tones
 from ..shared import mixture as mix
 from .conversion import Conversion, convert
 from .gallery import finish, probe_agreement
 
 N_DRAWN = 8000  # images of the mixture
+SHARE_TONES = 0.03  # of the mixture's share, for its tones; in colour they brought nothing (docs/decisions/model.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class Config(linear.Training, Conversion):
 
     Attributes:
       per_class: images of the generator that are released with the student.
-      share_prior: of Σ 1/σ², for the mixture; 0 is without it.
+      share_prior: of Σ 1/σ², for the mixture and its tones; 0 is without them.
       pixel_dims, components: of the mixture.
     """
 
@@ -52,8 +54,12 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
     """The teacher's releases, then the mixture's; together they cost what one release of `noise_multiplier` does, where q = 1."""
     releases = linear.plan(config, public, noise_multiplier / math.sqrt(1 - config.share_prior))
     if config.share_prior:
-        dims, each = min(config.pixel_dims, math.prod(public.image_shape)), config.share_prior / 3
+        dims = min(config.pixel_dims, math.prod(public.image_shape))
+        toned = config.share_prior * SHARE_TONES if public.image_shape[0] == 1 else 0.0
+        each = (config.share_prior - toned) / 3
         releases += mix.planned("prior", public.n_classes, dims, config.components, noise_multiplier, each, each)
+        if toned:
+            releases.append(tones.planned("prior", public, noise_multiplier, toned))
     return releases
 
 
@@ -72,9 +78,12 @@ def with_mixture(
     """Returns the public facts with images of a released mixture among those that the student is taught with."""
     space = mix.pixel_space(linear.public_images(public), min(config.pixel_dims, math.prod(public.image_shape)))
     queries: list[Any] = [planned.query for planned in plan]
-    fitted = mix.fit(space, config.components, private, queries, workspace)
+    fitted = mix.fit(space, config.components, private, queries[:3], workspace)
+    wanted = tones.fit(queries[3], private, workspace) if queries[3:] else None
     drawn = fitted.sample(N_DRAWN // public.n_classes + 1, workspace.generator("prior-images")).flatten(0, 1)
     images = space.images(drawn, public.image_shape)
+    if wanted is not None:
+        images = tones.Curve.between(images, wanted)(images)
     if public.procedural is None:  # then what is called auxiliary is made up
         return dataclasses.replace(public, auxiliary=images, procedural=public.auxiliary, auxiliary_labels=None)
     given = torch.cat([images, public.auxiliary[:N_DRAWN]])
