@@ -179,7 +179,8 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
     method: Any = (
         dpmerf if setting == "dpmerf" else DIFFUSION_METHODS["dpsad" if setting in ("student", "control") else setting]
     )
-    given |= {"per_class": DRAWN // records.n_classes} if setting == "dpmerf" else {"expected_records": expected}
+    sizes = {"dpmerf": {"per_class": DRAWN // records.n_classes}, "shards": {"unit_moves": 2}}
+    given |= sizes.get(setting, {"expected_records": expected})
     given |= {"target_epsilon": epsilon} if method is dpsad else {}
     settings = build(method.Config, given)
     sigma = calibrate(lambda value: method.plan(settings, public, value), float(epsilon), DELTA)
