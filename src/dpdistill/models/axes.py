@@ -21,13 +21,14 @@ def principal_axes(rows_ND: Tensor, n: int, generator: torch.Generator | None = 
     count, d = rows_ND.shape
     n = min(n, d)
     if d <= EXACT:
-        values, vectors = torch.linalg.eigh(rows_ND.T @ rows_ND)
+        values, vectors = torch.linalg.eigh((rows_ND.T @ rows_ND).double())
     else:
         basis = _subspace(rows_ND, min(n + OVERSAMPLED, d), generator or torch.Generator().manual_seed(0))
         inside = rows_ND @ basis
         values, rotation = torch.linalg.eigh((inside.T @ inside).double())
         vectors = basis @ rotation.to(basis)
-    return vectors.flip(1)[:, :n].contiguous(), (values.flip(0)[:n].clamp_min(0) / count).to(rows_ND)
+    # In double precision: what no row has must not look like a little of it.
+    return vectors.flip(1)[:, :n].to(rows_ND).contiguous(), (values.flip(0)[:n].clamp_min(0) / count).to(rows_ND)
 
 
 def _subspace(rows_ND: Tensor, rank: int, generator: torch.Generator) -> Tensor:
