@@ -123,7 +123,7 @@ class Door(ABC):
         noisy = self._ranks.lead(lambda: self._vault.load(self._name(held.line, index)))
         while noisy is None:
             noisy = self._one_attempt(held, index, attempts, exact_sum)
-        return torch.from_numpy(noisy.astype(np.float64) / held.query.unit_steps).float()
+        return torch.from_numpy(noisy / held.query.unit_steps).float()
 
     def _one_attempt(
         self, held: Reservation, index: int, attempts: Iterator[str], exact_sum: Callable[[str], NDArray[np.int64]]
@@ -155,9 +155,7 @@ class Door(ABC):
     def _toss(self, attempt: str, n: int, prob: float) -> NDArray[np.uint8]:
         """The coins as bits, eight to a byte. A few at a time: 10⁹ at once would take 30 GB on their way."""
         stream = self._vault.sampling_stream(attempt)
-        some = [
-            np.packbits(stream.bernoulli(min(FEW_COINS, n - done), prob)) for done in range(0, max(1, n), FEW_COINS)
-        ]
+        some = [np.packbits(stream.bernoulli(min(FEW_COINS, n - done), prob)) for done in range(0, n, FEW_COINS)]
         return np.concatenate([np.empty(0, np.uint8), *some])
 
     def _check_charged(self, held: Reservation, index: int) -> None:
@@ -167,7 +165,7 @@ class Door(ABC):
         self._ranks.lead(lambda: self._check_line(held))
 
     def _check_line(self, held: Reservation) -> None:
-        line = self._ledger.lines[held.line] if 0 <= held.line < len(self._ledger.lines) else {"type": "none"}
+        line = self._ledger.lines[held.line] if held.line in range(len(self._ledger.lines)) else {}
         facts = {
             "type": "intent",
             "run": self._vault.run,
