@@ -99,3 +99,5 @@ def test_coins_tossed_a_few_at_a_time_are_the_streams(
     found = handle._coins("release", n, 0.4)
     assert found.tolist() == handle._vault.sampling_stream("release").bernoulli(n, 0.4).tolist()
     assert len(found) == n
+    tossed = Stream(derive(b"k" * 32, "sample", handle._vault.run, "release")).bernoulli(n, 0.4)
+    assert handle._toss("release", n, 0.4).tobytes() == np.packbits(tossed).tobytes()  # what travels is as long as that
