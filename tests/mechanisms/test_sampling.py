@@ -101,3 +101,18 @@ def test_coins_tossed_a_few_at_a_time_are_the_streams(
     assert len(found) == n
     tossed = Stream(derive(b"k" * 32, "sample", handle._vault.run, "release")).bernoulli(n, 0.4)
     assert handle._toss("release", n, 0.4).tobytes() == np.packbits(tossed).tobytes()  # what travels is as long as that
+
+
+@pytest.mark.parametrize("n", [0, 1, 8, 9, 16])
+def test_the_stream_is_asked_once_for_every_eight_and_once_for_none(
+    n: int,
+    open_door: Callable[..., PrivateData],
+    toy_records: Callable[..., LabelledImages],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run without records does what a run with one does."""
+    handle, asked, toss = open_door(toy_records()), [], Stream.bernoulli
+    monkeypatch.setattr(private, "FEW_COINS", 8)
+    monkeypatch.setattr(Stream, "bernoulli", lambda self, n, q: (asked.append(n), toss(self, n, q))[1])
+    handle._toss("release", n, 0.4)
+    assert asked == {0: [0], 1: [1], 8: [8], 9: [8, 1], 16: [8, 8]}[n]

@@ -155,7 +155,9 @@ class Door(ABC):
     def _toss(self, attempt: str, n: int, prob: float) -> NDArray[np.uint8]:
         """The coins as bits, eight to a byte. A few at a time: 10⁹ at once would take 30 GB on their way."""
         stream = self._vault.sampling_stream(attempt)
-        some = [np.packbits(stream.bernoulli(min(FEW_COINS, n - done), prob)) for done in range(0, n, FEW_COINS)]
+        some = [  # asked once even for no records: nothing that is done tells whether there are any
+            np.packbits(stream.bernoulli(min(FEW_COINS, n - done), prob)) for done in range(0, max(1, n), FEW_COINS)
+        ]
         return np.concatenate([np.empty(0, np.uint8), *some])
 
     def _check_charged(self, held: Reservation, index: int) -> None:
