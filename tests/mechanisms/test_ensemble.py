@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from dpdistill.data.images import LabelledImages
 from dpdistill.errors import BudgetError, ConfigError, LedgerError, TeacherError
 from dpdistill.mechanisms import Ensemble, PrivateData, Vault, ensemble, private
-from dpdistill.mechanisms.ensemble import Model, assign, check_trainer, one_vote
+from dpdistill.mechanisms.ensemble import PROBE, Model, assign, check_trainer, one_vote
+from dpdistill.mechanisms.recordwise import probe
 from dpdistill.privacy import GaussianSum, Ledger, NoisyVotes, accounting
 from dpdistill.privacy import ledger as ledgers
 
@@ -564,6 +565,24 @@ def test_a_trainer_that_leaks_is_refused_before_anything_is_read(name: str, plac
 @pytest.mark.parametrize("train", [Training(), batch_norm], ids=["means", "batch norm in a shard"])
 def test_a_good_trainer_passes(train: Any) -> None:
     assert check_trainer(train, QUERIES, (1, 4, 4), C, "cpu") == 0.0
+
+
+def test_a_trainer_is_tried_on_one_shard_then_another_then_the_first_again() -> None:
+    given: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def train(images: Tensor, labels: Tensor, generator: torch.Generator) -> Model:
+        given.append((images.clone(), labels.clone(), generator.get_state()))
+        images.zero_()  # they are its own
+        labels.zero_()
+        return lambda x: x.flatten(1)[:, :5]
+
+    assert check_trainer(train, QUERIES, (3, 5, 4), 4, "cpu", 5) == 0.0
+    x, y = probe((3, 5, 4), 4, PROBE)
+    first, other, again = given
+    assert len(first[0]) == len(other[0]) == 6
+    assert torch.equal(torch.cat([first[0], other[0]]), x)
+    assert torch.equal(torch.cat([first[1], other[1]]), y)
+    assert all(torch.equal(one, same) for one, same in zip(first, again, strict=True))
 
 
 def test_no_shards_and_no_vote_by_a_sum(place: Place) -> None:
