@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dpdistill.data.images import LabelledImages
+from dpdistill.mechanisms.ranks import Ranks
 
 PATIENCE = 120  # seconds; only a deadlock takes so long
 
@@ -81,6 +82,18 @@ def _forked(rank: int, world: int, port: int, work: Callable[[int], Any], folder
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+class OneOfTwo(Ranks):
+    """One process of two, without the other: does its share, and notes what both have to agree on."""
+
+    world = 2
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank, self.agreed = rank, []  # type: tuple[int, list[bytes]]
+
+    def agree(self, what: Callable[[], bytes]) -> None:
+        self.agreed.append(what())
 
 
 # --- what the door keeps in several processes ---------------------------------------------------------------------------------------

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from dpdistill.data.images import LabelledImages
 from dpdistill.errors import BudgetError, ConfigError, LedgerError, TeacherError
 from dpdistill.mechanisms import Ensemble, PrivateData, Vault, ensemble, private
-from dpdistill.mechanisms.ensemble import PROBE, Model, assign, check_trainer, one_vote
+from dpdistill.mechanisms.ensemble import PROBE, Model, Nobody, assign, check_trainer, one_vote
+from dpdistill.mechanisms.private import Reservation
 from dpdistill.mechanisms.recordwise import probe
 from dpdistill.privacy import GaussianSum, Ledger, NoisyVotes, accounting
 from dpdistill.privacy import ledger as ledgers
+from dpdistill.privacy.queries import ShardSum
+from several import OneOfTwo
 
 C, K, Q = 3, 7, 20
 NAMES = ("a", "b", "c")
@@ -111,12 +114,16 @@ class NoLedger:
     lines: list[Any] = []  # noqa: RUF012
 
 
+def on_shards(records: LabelledImages, n_shards: int, train: Any, **facts: Any) -> Ensemble:
+    """Without a ledger: nothing can be released."""
+    vault = Vault(Path("/nowhere"), "run", b"k" * 32, False)
+    return Ensemble.of_shards(records, n_shards, train, NoLedger(), vault, **facts)  # type: ignore[arg-type]
+
+
 def clean(records: LabelledImages, n_shards: int = K, train: Any = None) -> tuple[np.ndarray, dict[int, bytes]]:
     """The exact votes in grid steps, and what each shard's trainer was given and drew."""
     train = train or Training()
-    vault = Vault(Path("/nowhere"), "run", b"k" * 32, False)
-    held = Ensemble.of_shards(records, n_shards, train, NoLedger(), vault)  # type: ignore[arg-type]
-    total = held._count(votes(n_models=n_shards), QUERIES, None).astype(object)
+    total = on_shards(records, n_shards, train)._count(votes(n_models=n_shards), QUERIES, None).astype(object)
     return total, getattr(train, "shards", {})
 
 
@@ -258,6 +265,50 @@ def test_shards_are_secret_and_even() -> None:
     assert assign(data(0, None), 10, b"k").shape == (0,)
 
 
+IDS = np.array(["0", "1", "2", "3", "4", "é", "", "a longer one"])
+
+
+def test_the_shards_are_those_of_earlier_versions() -> None:
+    """Golden: a run that a later version resumes must find its shards again, or it would pay for another sum."""
+    records = chosen(data(8), slice(None), images=np.arange(8 * 16, dtype=np.uint8).reshape(8, 1, 4, 4), ids=IDS)
+    of_ids = assign(records, 10, b"k" * 32)
+    assert of_ids.dtype == np.int64
+    assert of_ids.tolist() == [6, 3, 6, 1, 5, 5, 2, 4]
+    numbers = chosen(records, slice(None), ids=np.arange(8))
+    assert assign(numbers, 10, b"k" * 32).tolist() == [6, 3, 6, 1, 5, 1, 8, 5]
+    assert assign(chosen(records, slice(None), ids=None), 10, b"k" * 32).tolist() == [7, 5, 7, 8, 6, 2, 8, 8]
+    first_pixels: dict[int, list[int]] = {}
+
+    def train(images: Tensor, labels: Tensor, generator: torch.Generator) -> Model:
+        pixels = (images[:, 0, 0, 0] * 127.5 + 127.5).round().int()
+        first_pixels[generator.initial_seed()] = (pixels // 16).tolist()
+        return lambda x: torch.zeros(len(x), C)
+
+    clean(records, train=train)
+    assert first_pixels == {1: [2, 7], 2: [5], 3: [0], 4: [3, 6], 6: [1, 4]}
+
+
+def test_a_trainer_is_given_the_good_records_of_its_shard_and_no_others() -> None:
+    """A malformed one does not take the others of its shard with it."""
+    images = np.linspace(-3, 5, 6 * 16, dtype=np.float32).reshape(6, 1, 4, 4)
+    unit = torch.from_numpy(((images.astype(np.float64) + 3) / 4 - 1).astype(np.float32))
+    images[1, 0, 2, 3] = math.nan
+    records = chosen(data(6), slice(None), images=images, labels=np.array([0, 1, 2, 0, 1, 2]), value_range=(-3.0, 5.0))
+    records.labels[3:5] = -1, C
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def train(images: Tensor, labels: Tensor, generator: torch.Generator) -> Model:
+        order = images[:, 0, 0, 0].argsort()
+        seen.append((images[order], labels[order]))
+        return lambda x: torch.zeros(len(x), C)
+
+    clean(records, n_shards=1, train=train)
+    ((given, labels),) = seen
+    assert given.dtype == torch.float32
+    assert torch.allclose(given, unit[[0, 2, 5]], atol=1e-6)
+    assert labels.tolist() == [0, 2, 2]
+
+
 def test_every_shard_has_a_seed_of_its_own() -> None:
     drawn: list[float] = []
 
@@ -279,11 +330,13 @@ def test_an_empty_shard_votes_all_the_same() -> None:
     assert (moved**2).sum() <= 2 * Q * steps**2
     malformed = chosen(one, slice(None), images=np.full((1, 1, 4, 4), np.nan, np.float32))
     assert (clean(malformed, n_shards=30)[0] == votes_of_nobody).all()
+    assert Nobody(4, 1)(QUERIES[:2]).tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
 
 
 SCORES = {
     "nan": torch.full((Q, C), math.nan),
     "one nan": torch.tensor([math.nan, 1.0, 2.0]).repeat(Q, 1),
+    "nan and below zero": torch.tensor([math.nan, -2.0, -1.0]).repeat(Q, 1),
     "inf": torch.tensor([math.inf, -math.inf, math.inf]).repeat(Q, 1),
     "-inf": torch.full((Q, C), -math.inf),
     "huge": torch.tensor([1e30, 1e38, -1e38]).repeat(Q, 1),
@@ -299,7 +352,7 @@ def test_a_model_votes_once_whatever_it_returns(name: str) -> None:
     assert cast.shape == (Q, C)
     assert ((cast == 0) | (cast == 1)).all()
     assert (cast.sum(dim=1) == 1).all()
-    if name == "one nan":
+    if name in ("one nan", "nan and below zero"):
         assert (cast[:, 2] == 1).all()
 
 
@@ -338,6 +391,94 @@ def test_an_owner_moves_one_vote_a_query(which: int, place: Place) -> None:
     assert float(moved.square().sum(dim=1).max()) <= 2
     held = place(OWNERS[::-1], where="c")
     assert torch.equal(held.release_reserved(held.reserve(votes()), 0, QUERIES), before)
+
+
+def vectors(**change: Any) -> ShardSum:
+    return ShardSum(**{"name": "vectors", "dim": Q * C, "n_models": K, "noise_multiplier": 5.0} | change)
+
+
+Release = Callable[[Ensemble, Reservation, int, Tensor], Tensor]
+WAYS = [(votes(), Ensemble.release_reserved), (vectors(), Ensemble.release_vectors)]
+
+
+@pytest.mark.parametrize(("query", "release"), WAYS)
+@pytest.mark.usefixtures("silent")
+def test_processes_share_the_models_and_agree_on_the_queries(query: Any, release: Release, place: Place) -> None:
+    held = place(OWNERS)
+    reserved = held.reserve(query)
+    whole = release(held, reserved, 0, QUERIES)
+    other = QUERIES.clone()
+    other[-1, 0, -1, -1] = torch.nextafter(other[-1, 0, -1, -1], torch.tensor(1.0))
+    parts, agreed = [], []
+    for rank in (0, 1):
+        mine = OneOfTwo(rank)
+        part = Ensemble.of_models(OWNERS, C, held._ledger, Vault.open(held._vault.folder / str(rank)), ranks=mine)
+        part._vault.run = held._vault.run
+        parts.append(release(part, reserved, 0, QUERIES))
+        release(part, reserved, 0, QUERIES)
+        release(part, reserved, 0, other)
+        assert len(part._models) == (K + 1 - rank) // 2  # type: ignore[arg-type]
+        agreed.append(mine.agreed)
+    assert torch.equal(parts[0] + parts[1], whole)
+    first, again, another = agreed[0]
+    assert agreed[0] == agreed[1]
+    assert first == again != another
+
+
+@pytest.mark.parametrize(("query", "release"), WAYS)
+def test_a_reservation_of_other_models_or_a_made_up_one_buys_nothing(
+    query: Any, release: Release, place: Place
+) -> None:
+    held = place(data())
+    facts = {**vars(query), "n_models": K + 1}
+    more = Ensemble.of_models([*OWNERS, OWNERS[0]], C, NoLedger(), held._vault)  # type: ignore[arg-type]
+    more._ledger = held._ledger
+    with pytest.raises(ConfigError, match="is about other"):
+        release(held, more.reserve(type(query)(**facts)), 0, QUERIES)
+    reserved = held.reserve(query)
+    quiet = type(query)(**vars(query) | {"noise_multiplier": 0.1})
+    for forged in (
+        Reservation(quiet, 1, reserved.line),
+        Reservation(query, 2, reserved.line),
+        Reservation(query, 1, 0),
+    ):
+        with pytest.raises(LedgerError, match="not on the ledger"):
+            release(held, forged, 0, QUERIES)
+    with pytest.raises(ValueError, match="below the 1"):
+        release(held, reserved, 1, QUERIES)
+    assert held._models is None
+
+
+@pytest.mark.parametrize(("query", "release"), WAYS)
+def test_models_are_made_once_and_told_of(query: Any, release: Any, place: Place) -> None:
+    train = Training()
+    held, told = place(data(), train), []  # type: tuple[Ensemble, list[float]]
+    reserved = held.reserve(query, 2)
+    release(held, reserved, 0, QUERIES, progress=told.append)
+    train.shards.clear()
+    release(held, reserved, 1, QUERIES, progress=told.append)
+    assert told == [(k + 1) / K for k in range(K)]
+    assert set(train.shards) == {0}  # the check's made-up shards: no other seed, so no model was made again
+
+
+@pytest.mark.parametrize(("query", "release"), WAYS)
+def test_the_worst_that_the_check_saw_is_kept(query: Any, release: Release, place: Place) -> None:
+    held, found, asked = place(OWNERS), iter([0.25, 0.125, 0.5]), []  # type: tuple[Ensemble, Any, list[Any]]
+
+    def check(*given: Any) -> float:
+        asked.append(given)
+        return float(next(found))
+
+    held = Ensemble(K, C, lambda _: OWNERS, held._ledger, held._vault, "owner", check)
+    reserved = held.reserve(query)
+    seen = []
+    for _ in range(3):
+        release(held, reserved, 0, QUERIES)
+        seen.append(dict(held.checks))
+    assert seen == [{query.name: worst} for worst in (0.25, 0.25, 0.5)]
+    for queries, *width in asked:
+        assert torch.equal(queries, QUERIES[:PROBE])
+        assert width == ([C] if query == vectors() else [])
 
 
 def test_the_noise_is_the_stated_one(place: Place) -> None:
@@ -583,6 +724,32 @@ def test_a_trainer_is_tried_on_one_shard_then_another_then_the_first_again() -> 
     assert torch.equal(torch.cat([first[0], other[0]]), x)
     assert torch.equal(torch.cat([first[1], other[1]]), y)
     assert all(torch.equal(one, same) for one, same in zip(first, again, strict=True))
+
+
+class Drifting:
+    """A trainer whose models answer by a fraction more when another was made before. Notes where its shards lie."""
+
+    def __init__(self, fraction: float, scale: float = 1.0) -> None:
+        self.fraction, self.scale, self.places = fraction, scale, []  # type: tuple[float, float, list[str]]
+
+    def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Model:
+        score = self.scale * (1 + self.fraction * bool(self.places))
+        self.places += [images.device.type, labels.device.type]
+        return lambda x: torch.full((len(x), C), score, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_only_another_device_may_round(scale: float) -> None:
+    """None is here: "meta" stands for one. On a CPU the last bit is too much; elsewhere it is 1e-4 of the largest answer."""
+    for device, fraction in (("cpu", 1e-9), ("cpu", 0.5), ("meta", 1.1e-4)):
+        with pytest.raises(TeacherError, match="changes by"):
+            on_shards(data(), K, Drifting(fraction, scale), device=device)._check(QUERIES)
+    for device, fraction in (("cpu", 0.0), ("meta", 0.9e-4)):
+        train = Drifting(fraction, scale)
+        held = on_shards(data(), K, train, device=device)
+        assert held._check(QUERIES) == pytest.approx(fraction, rel=1e-9)
+        held._count(votes(), QUERIES, None)
+        assert train.places == [device] * 2 * (3 + K)
 
 
 def test_no_shards_and_no_vote_by_a_sum(place: Place) -> None:

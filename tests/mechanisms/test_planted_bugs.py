@@ -1503,7 +1503,7 @@ MUTANTS = [
     bug(
         "T1 a shard in the order of the file",
         check_shards,
-        (ENSEMBLE, "_train_one(records, _canonical(records, rows), train", "_train_one(records, rows, train"),
+        (ENSEMBLE, "_train_one(records, _canonical(records, shards[k]), train", "_train_one(records, shards[k], train"),
     ),
     bug(
         "T3 a ledger of another unit",

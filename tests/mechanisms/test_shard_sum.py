@@ -104,6 +104,16 @@ def test_without_ids_an_exchange_moves_4c_and_no_more() -> None:
     assert 3.99 < max(seen) <= 4
 
 
+def test_the_sum_is_of_whole_numbers_and_in_the_direction_of_its_vectors() -> None:
+    """An odd sum of 99 vectors of about 2**20 steps: float32 would hold even numbers only."""
+    asked, short = query(dim=Q, n_models=99), range(5, 5 + 2 * 99, 2)
+    models = [lambda x, steps=steps: torch.eye(Q, 1) * 2.5 * (1 - steps / BALL) for steps in short]
+    vault = Vault(Path("/nowhere"), "run", b"k" * 32, False)
+    found = Ensemble.of_models(models, 3, NoLedger(), vault)._sum(asked, QUERIES, None)  # type: ignore[arg-type]
+    assert found.dtype == np.int64
+    assert found.tolist() == [99 * BALL - sum(short), 0, 0, 0, 0]
+
+
 def test_2c_is_reached() -> None:
     """Not C: a model's vector may turn round."""
     rows = torch.ones(Q, D) * 50
@@ -198,6 +208,15 @@ def test_queries_that_do_not_fit_are_refused(n: int, tmp_path: Path) -> None:
         with pytest.raises(LedgerError, match="not on the ledger"):
             held.release_vectors(Reservation(query(), 1, 0), 0, QUERIES)
     assert held._models is None
+
+
+def test_an_answer_has_any_width(tmp_path: Path) -> None:
+    """Not one column for each class, as a vote has."""
+    width = D - 1
+    held, ledger = place(tmp_path, data(), trainer=lambda x, y, generator: lambda x: x.flatten(1)[:, :width])
+    with ledger:
+        assert held.n_classes == D
+        assert held.release_vectors(held.reserve(query(dim=Q * width)), 0, QUERIES).shape == (Q, width)
 
 
 def test_past_the_budget_no_model_is_trained(tmp_path: Path) -> None:

@@ -100,12 +100,11 @@ class Ensemble(Door):
 
         def models(progress: Progress | None) -> Sequence[Model]:
             shard_N = ranks.lead(lambda: assign(records, n_shards, derive(vault._key, "shards", vault.run)))  # private
-            order = np.argsort(shard_N, kind="stable")
-            ends = np.searchsorted(shard_N[order], np.arange(n_shards + 1))
+            order = np.argsort(shard_N)
+            shards = np.split(order, np.searchsorted(shard_N[order], np.arange(1, n_shards)))
             made: list[Model] = []
             for k in ranks.mine(range(n_shards)):
-                rows = order[ends[k] : ends[k + 1]]
-                made.append(_train_one(records, _canonical(records, rows), train, k, device))
+                made.append(_train_one(records, _canonical(records, shards[k]), train, k, device))
                 if progress:
                     progress((k + 1) / n_shards)
             return made
@@ -214,7 +213,7 @@ def answers_of(model: Model, queries: Tensor, n_columns: int) -> Tensor:
 
 def scores_of(model: Model, queries: Tensor, n_classes: int) -> Tensor:
     """Returns a model's answers [Q, C], all of them numbers."""
-    return torch.nan_to_num(answers_of(model, queries, n_classes), nan=-1e300, posinf=1e300, neginf=-1e300)
+    return torch.nan_to_num(answers_of(model, queries, n_classes), nan=-1e300)
 
 
 def one_vote(model: Model, queries: Tensor, n_classes: int) -> Tensor:
@@ -283,10 +282,8 @@ def assign(records: LabelledImages, n_shards: int, key: bytes) -> NDArray[np.int
 
 def _canonical(records: LabelledImages, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """The rows of a shard in an order that only the shard's own content decides."""
-    content = [
-        (image.tobytes(), int(label)) for image, label in zip(records.images[rows], records.labels[rows], strict=True)
-    ]
-    return rows[sorted(range(len(rows)), key=lambda index: content[index])]
+    images, labels = records.images[rows], records.labels[rows]
+    return rows[sorted(range(len(rows)), key=lambda index: (images[index].tobytes(), int(labels[index])))]
 
 
 def _train_one(records: LabelledImages, rows: NDArray[np.int64], train: Trainer, shard: int, device: str) -> Model:
