@@ -6,6 +6,7 @@ weights), so that what may differ is the mechanism and not the arithmetic of a t
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
+from dpdistill.data import stored
 from dpdistill.data.images import LabelledImages
 from dpdistill.errors import BudgetError, ConfigError, LedgerError, RecordwiseError
 from dpdistill.mechanisms import PrivateData, Vault, private
+from dpdistill.mechanisms import features as features_module
 from dpdistill.mechanisms.clipping import clip_left, unit_grid
 from dpdistill.mechanisms.features import PrivateFeatures
 from dpdistill.mechanisms.private import Reservation
-from dpdistill.privacy import GaussianSum, accounting
+from dpdistill.privacy import GaussianSum, Ledger, accounting
 from dpdistill.privacy import ledger as ledgers
+from several import OneOfTwo
 
 K, D, GRID = 3, 16, 28
 C = 2**GRID  # in grid steps
@@ -73,11 +77,15 @@ def total(
     **change: Any,
 ) -> np.ndarray:
     """The clean sum [K, D] in grid steps, as Python's integers: noise and ledger play no part."""
-    from pathlib import Path
+    handle = PrivateFeatures(unledgered(records, micro_batch=micro_batch), fn, dim)
+    found = handle._exact_sum(query(**{"dim": K * dim} | change), left, "name")
+    assert (found.shape, found.dtype) == ((1, K * dim), np.int64)
+    return exact(found).reshape(K, dim)
 
-    door = PrivateData(records, NoLedger(), Vault(Path("/nowhere"), "run", b"k" * 32, False), micro_batch=micro_batch)  # type: ignore[arg-type]
-    handle = PrivateFeatures(door, fn, dim)
-    return exact(handle._exact_sum(query(**{"dim": K * dim} | change), left, "name")).reshape(K, dim)
+
+def unledgered(records: LabelledImages, **facts: Any) -> PrivateData:
+    """Without a ledger: nothing can be released."""
+    return PrivateData(records, NoLedger(), Vault(Path("/nowhere"), "run", b"k" * 32, False), **facts)  # type: ignore[arg-type]
 
 
 def with_record(records: LabelledImages, image: np.ndarray, label: int, place: int | None = None) -> LabelledImages:
@@ -259,6 +267,103 @@ def test_micro_batch_and_order_change_no_byte(dim: int, toy_records: Records) ->
     assert (total(shuffled, short, fn, dim=dim) == expected).all()
 
 
+def test_a_batch_of_a_sum_holds_no_more_than_is_exact(toy_records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = toy_records(29, K)
+    expected = total(records, short)
+    monkeypatch.setattr(features_module, "MAX_BATCH", 10)
+    assert PrivateFeatures(unledgered(records, micro_batch=4), pixels, D)._size == 8
+    assert (total(records, short) == expected).all()
+
+
+def test_features_that_do_not_fit_in_memory_go_to_the_folder_that_was_named(
+    toy_records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = toy_records(29, K)
+    expected = total(records, short)
+    monkeypatch.setattr(stored, "MEMORY_BYTES", 100)
+    handle = PrivateFeatures(unledgered(records, scratch=str(tmp_path)), pixels, D)
+    rows = handle._features()
+    assert isinstance(rows, stored.StoredArray)
+    assert (rows._name, rows.dtype) == (str(tmp_path), np.int16)
+    assert (exact(handle._exact_sum(query(), short, "name")).reshape(K, D) == expected).all()
+
+
+def malformed(n: int) -> tuple[LabelledImages, Tensor]:
+    """n float images in another range than [0, 1], the second and the fourth malformed; and as a function is to see them."""
+    images = np.random.default_rng(0).random((n, 1, 4, 4)).astype(np.float32) * 8 - 3
+    unit = torch.from_numpy(((images.astype(np.float64) + 3) / 4 - 1).astype(np.float32))
+    records = LabelledImages(
+        images=images,
+        labels=np.arange(n) % K,
+        class_names=("a", "b", "c"),
+        source="toy",
+        value_range=(-3.0, 5.0),
+    )
+    images[1, 0, 2, 3], records.labels[3] = math.nan, -1
+    unit[[1, 3]] = 0
+    return records, unit
+
+
+def test_features_are_taken_once_of_images_without_the_malformed(open_door: Door) -> None:
+    records, unit = malformed(9)
+    told: list[float] = []
+    given: list[tuple[Tensor, int]] = []
+    lefts: list[tuple[Tensor, Tensor]] = []
+
+    def fn(x: Tensor) -> Tensor:
+        given.append((x.clone(), len(told)))
+        return pixels(x)
+
+    def left(features: Tensor, y: Tensor) -> Tensor:
+        lefts.append((features.clone(), y.clone()))
+        return short(features, y)
+
+    door = open_door(records, micro_batch=2)
+    handle, held = door.features(fn, D, progress=told.append), door.reserve(query(), 2)
+    for index in (0, 1):
+        handle.release_reserved(held, index, left)
+    passed = [(x, n_told) for x, n_told in given if len(x) == 2]  # in the check there are one or five
+    assert [n_told for _, n_told in passed] == [0, 22, 44, 66, 88]  # of 100, once for both releases
+    assert told == [part / 100 for part in range(1, 101)]
+    x = torch.cat([x for x, _ in passed])
+    assert x.dtype == torch.float32
+    assert torch.allclose(x[:9], unit, atol=1e-6)
+    assert not x[[1, 3, 9]].any()
+    sums = [(features, y) for features, y in lefts if len(y) == 8]
+    assert len(sums) == 2 * 2  # blocks of four micro-batches
+    features, y = torch.cat([sums[0][0], sums[1][0]]), torch.cat([sums[0][1], sums[1][1]])
+    flat = unit.flatten(1)
+    assert torch.allclose(features[:9], flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-9), atol=2.0**-14)
+    assert not features[9:].any()
+    good = [0, 2, 4, 5, 6, 7, 8]
+    assert y[good].tolist() == records.labels[good].tolist()
+    assert ((y >= 0) & (y < K)).all()
+
+
+def test_nobody_hears_that_there_are_no_records(toy_records: Records) -> None:
+    told: list[float] = []
+    PrivateFeatures(unledgered(toy_records(0, K)), pixels, D, progress=told.append)._features()
+    assert told == [part / 100 for part in range(1, 101)]
+
+
+def test_features_are_computed_on_the_device_that_was_named(toy_records: Records) -> None:
+    """None is here: "meta" stands for one. What it holds cannot be computed with, so the sum itself is not tried."""
+    places: list[str] = []
+
+    def fn(x: Tensor) -> Tensor:
+        places.append(x.device.type)
+        return torch.ones(len(x), D)
+
+    def left(features: Tensor, y: Tensor) -> Tensor:
+        places.append(y.device.type)
+        return torch.ones(len(features), K)
+
+    handle = PrivateFeatures(unledgered(toy_records(20, K), device="meta"), fn, D)
+    handle.check(query(), left)
+    handle._features()
+    assert set(places) == {"meta"}
+
+
 @pytest.mark.parametrize("dim", [501, 243, 37])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_records_place_changes_no_bit_of_its_left_factor(dim: int, threads: int) -> None:
@@ -369,6 +474,7 @@ FEATURE_MIXERS: dict[str, Callable[[Tensor], Tensor]] = {
     "memory": running(),
     "nan": lambda x: x.flatten(1) * math.nan,
     "nan through others": lambda x: x.flatten(1) * (math.nan if len(x) > 1 and x.abs().mean() < 0.35 else 1.0),
+    "tiny": lambda x: (x - x.mean(dim=0)).flatten(1) * 1e-20,
     "one row short": lambda x: x.flatten(1)[:-1],
     "too wide": lambda x: x.flatten(1).repeat(1, 2),
 }
@@ -402,6 +508,69 @@ def test_what_mixes_records_is_refused_before_anything_is_read(
         door.features(fn, D).release_reserved(held, 0, left)
 
 
+def test_what_the_check_saw_is_relative_to_what_a_row_counts_for(open_door: Door, toy_records: Records) -> None:
+    """Features by norm 1, whatever their own; their products by C. The worst is kept."""
+
+    def fn(x: Tensor) -> Tensor:
+        rows = torch.zeros(len(x), D, dtype=torch.float64)
+        rows[:, 0], rows[:, 1] = 1e-6, 1e-10 * (len(x) > 1)
+        return rows
+
+    def left(features: Tensor, y: Tensor) -> Tensor:
+        return torch.full((len(y), K), 0.1 + 1e-3 * (len(y) > 1))
+
+    door = open_door(toy_records(8, K))
+    handle = door.features(fn, D)
+    zero, some = (lambda f, y: torch.zeros(len(f), K)), query(clip_norm=0.5)
+    seen = []
+    for asked, function in ((some, zero), (some, left), (some, zero), (query(name="more"), zero)):
+        handle.check(asked, function)
+        seen.append(door.checks[asked.name])
+    assert seen == pytest.approx([1e-4, 1e-3 * K**0.5 / 0.5, 1e-3 * K**0.5 / 0.5, 1e-4], rel=1e-2)
+
+
+def test_processes_agree_on_the_products(toy_records: Records) -> None:
+    mine = OneOfTwo()
+    handle = PrivateFeatures(unledgered(toy_records(8, K), ranks=mine), pixels, D)
+    mine.agreed.clear()  # the records
+    for left in (short, short, lambda f, y: short(f, y) * (1 + 2.0**-23)):
+        handle.check(query(), left)
+    first, again, another = mine.agreed
+    assert first == again != another
+    assert len(first) == 8 * 5 * K * D
+
+
+def test_records_with_ids_answer_no_sums(tmp_path: Path, toy_records: Records) -> None:
+    """Not even where a line of the ledger is there: an id may have many records."""
+    plain = toy_records(8, K)
+    records = LabelledImages(
+        images=plain.images, labels=plain.labels, class_names=plain.class_names, source="toy", ids=np.arange(8) // 2
+    )
+    with Ledger.open(tmp_path / "l", cap=(9.0, 1e-5), data="toy", unit="id") as ledger:
+        door = PrivateData(records, ledger, Vault.open(tmp_path / "v"))
+        handle = door.features(pixels, D)
+        line = ledger.reserve(door._vault.run, query(), 1)
+        with pytest.raises(ConfigError, match="protected by their ids"):
+            handle.release_reserved(Reservation(query(), 1, line), 0, short)
+    assert handle._rows is None
+
+
+@pytest.mark.parametrize("part", ["features", "left"])
+def test_another_shape_in_the_pass_is_refused(part: str, toy_records: Records) -> None:
+    """The check's made-up images are one or five; one column, or one row for all, would be taken for every one."""
+
+    def fn(x: Tensor) -> Tensor:
+        return pixels(x)[:, : 1 if part == "features" and len(x) == 4 else None]
+
+    def left(features: Tensor, y: Tensor) -> Tensor:
+        return short(features, y)[: 1 if part == "left" and len(y) == 16 else None]
+
+    handle = PrivateFeatures(unledgered(toy_records(9, K), micro_batch=4), fn, D)
+    handle.check(query(), left)
+    with pytest.raises(RecordwiseError, match=r"returned shape \((4|1), (1|3)\), wanted"):
+        handle._exact_sum(query(), left, "name")
+
+
 def test_past_the_budget_nothing_is_read_or_written(open_door: Door, toy_records: Records, tmp_path: Any) -> None:
     door = open_door(toy_records(8, K), cap=(accounting.epsilon([query().part()], 1e-5), 1e-5))
     features = door.features(pixels, D)
@@ -428,6 +597,14 @@ def test_a_query_that_does_not_fit_is_refused(change: Any, open_door: Door, toy_
     door = open_door(toy_records(8, K))
     with pytest.raises(ConfigError):
         door.features(pixels, D).check(query(**change), short)
+
+
+def test_rounding_costs_a_left_factor_a_32nd_at_most(open_door: Door, toy_records: Records) -> None:
+    """Its 36 numbers lose sqrt(36)/2 + 1 steps of 2**7 at most."""
+    features = open_door(toy_records(8, K)).features(lambda x: x.flatten(1)[:, :2], 2)
+    features.check(query(dim=36 * 2, grid_bits=21), lambda f, y: torch.ones(len(f), 36))
+    with pytest.raises(ConfigError, match="too coarse"):
+        features.check(query(dim=37 * 2, grid_bits=21), lambda f, y: torch.ones(len(f), 37))
 
 
 def test_a_fine_grid_is_for_rank_one_sums_only(open_door: Door, toy_records: Records) -> None:

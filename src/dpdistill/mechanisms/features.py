@@ -39,6 +39,10 @@ class PrivateFeatures:
       progress: told the fraction of the records passed, when they are.
     """
 
+    # This process's records: whole blocks, each of which is one batch of a sum over all, so that every record keeps its place in it.
+    _own: NDArray[np.int64]
+    _labels: Tensor
+
     def __init__(
         self, private: PrivateData, fn: FeatureFunction, dim: int, *, progress: Progress | None = None
     ) -> None:
@@ -46,17 +50,15 @@ class PrivateFeatures:
         self._stride = -(-dim // ALIGN) * ALIGN
         self._rows: Images | None = None
         self._worst: float | None = None
-        # This process's records: whole blocks, each of which is one batch of a sum over all, so that every record keeps its place in it.
         self._size = min(4, MAX_BATCH // private.micro_batch) * private.micro_batch
-        self._own = np.empty(0, np.int64)
-        self._labels = torch.empty(0, dtype=torch.int64)
 
     def check(self, query: GaussianSum, left: LeftFunction) -> None:
         """Raises unless features and `left` treat records alone. Reads no record, charges nothing."""
-        if query.n_classes != 1 or query.dim % self.dim:
+        width, rest = divmod(query.dim, self.dim)
+        if query.n_classes != 1 or rest:
             raise ConfigError(f"query {query.name!r} is not one row of whole feature vectors of {self.dim}")
         # Rounding costs a left factor sqrt(K)/2 + 1 of its 2**(grid_bits - 14) steps: keep it under 1/32.
-        if ((query.dim // self.dim) ** 0.5 / 2 + 1) * 32 > 2.0 ** (query.grid_bits - UNIT_BITS):
+        if (width**0.5 / 2 + 1) * 32 > 2.0 ** (query.grid_bits - UNIT_BITS):
             raise ConfigError(
                 f"grid_bits={query.grid_bits} is too coarse for query {query.name!r}, a sum of rank-one vectors; take up to 30"
             )
@@ -70,7 +72,7 @@ class PrivateFeatures:
         def whole(x: Tensor, y: Tensor) -> Tensor:
             right = self._aligned(unit_grid(self._fn(x.to(device))))
             factor = left(right.clone(), y.to(device))
-            if factor.shape != (len(x), query.dim // self.dim):  # one row for all would pass by broadcasting
+            if factor.shape != (len(x), width):  # one row for all would pass by broadcasting
                 raise RecordwiseError(f"a left factor has shape {tuple(factor.shape)} for {len(x)} records")
             return (factor[:, :, None] * right[:, None, :]).flatten(1)
 
@@ -126,7 +128,7 @@ class PrivateFeatures:
             exact = grid.double()
             # Whole numbers, each product at most 2**grid_bits <= 2**30: a sum of 2**20 of them is exact in float64, in any order.
             total += (clip_left(v, exact, query.clip_norm, query.grid_bits).T @ exact).to(torch.int64)
-        return total.cpu().numpy().reshape(1, -1)
+        return total.reshape(1, -1).cpu().numpy()
 
     def _aligned(self, grid_BD: Tensor) -> Tensor:
         """Features as floats, every row on a boundary of its own: its arithmetic must not depend on its place."""
@@ -142,7 +144,7 @@ class PrivateFeatures:
             images, labels, told = private._records.images, private._records.labels, Passing(self._progress)
             blocks = private._ranks.mine(range(0, len(labels), self._size))
             ranges = [np.arange(start, min(start + self._size, len(labels))) for start in blocks]
-            own = np.concatenate(ranges) if ranges else self._own
+            own = np.concatenate([np.empty(0, np.int64), *ranges])
             result = room((len(own), self.dim), np.dtype(np.int16), private._scratch)
             for start in range(0, len(own), size):
                 rows = own[start : start + size]
@@ -165,7 +167,7 @@ class PrivateFeatures:
                 result[start : start + n] = grid.numpy()
                 told((start + size) / len(own))
             told(1.0)
-            found = labels[own]
-            self._labels = torch.from_numpy(np.where((found >= 0) & (found < private.n_classes), found, 0))
+            # A row of zeros adds nothing: of a malformed record any label will do that there is.
+            self._labels = torch.from_numpy(labels[own].clip(0, private.n_classes - 1))
             self._rows, self._own = result, own
         return self._rows
