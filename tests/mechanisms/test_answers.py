@@ -1,14 +1,17 @@
 """Noise on one teacher's answers: the stated one, bound to the answers, and the same again for the same answers. B rows, K classes."""
 
+import hashlib
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
 from torch import Tensor
 
 from dpdistill.mechanisms import Vault, noisy_rows
+from dpdistill.mechanisms.noise import Stream, derive, rounded_gaussian
 
 ROWS = torch.randn(400, 10, generator=torch.Generator().manual_seed(0)).softmax(dim=1) - 0.1
 
@@ -79,3 +82,15 @@ def test_rows_keep_their_kind(dtype: torch.dtype, vault: Vault) -> None:
     assert seen.dtype == dtype
     assert seen.shape == ROWS.shape
     assert noisy_rows(torch.zeros(0, 10), 0.5, vault, "none").shape == (0, 10)
+
+
+@pytest.mark.parametrize(("std", "label"), [(0.5, b"answers 0.5"), (3, b"answers 3.0")])
+def test_the_noise_by_hand(std: float, label: bytes, vault: Vault) -> None:
+    """In steps of 2**-16, from the stream of these very steps, this name and this scale: a resumed run must draw the same."""
+    rows = torch.tensor([[0.1, -2.0], [1.0 + 2.0**-18, 3.0 - 2.0**-17 - 2.0**-20]], requires_grad=True)
+    grid = np.array([[6554, -131072], [65536, 196607]])
+    key = derive(b"k" * 32, "noise", vault.run, "step-0", label, hashlib.sha256(grid.tobytes()).digest())
+    noise = rounded_gaussian(4, std * 65536, Stream(key)).reshape(2, 2)
+    seen = noisy_rows(rows.double(), std, vault, "step-0")
+    assert seen.numpy().tolist() == ((grid + noise) / 65536).tolist()
+    assert not seen.requires_grad

@@ -1,11 +1,13 @@
 """The vault: keys, names, commitments, erasure, and what a fork shares."""
 
 import hashlib
+import importlib.util
 import os
 import shutil
+import signal
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from dpdistill.mechanisms import Vault
 from dpdistill.mechanisms import vault as vaults
 from dpdistill.mechanisms.noise import Stream, derive, rounded_gaussian
 from dpdistill.mechanisms.vault import write_atomically
+from dpdistill.privacy import disk, faults
 
 TOTAL = np.arange(6, dtype=np.int64).reshape(2, 3)
 
@@ -158,8 +161,6 @@ def forked() -> Callable[..., bytes]:
             child = os.fork()
         if child == 0:
             try:
-                from dpdistill.privacy import faults
-
                 faults._passed = 0
                 os.environ["DPDISTILL_KILL_AT"] = str(kill_at)
                 raw = work()
@@ -254,3 +255,136 @@ def test_what_is_on_disk_before_what(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert left == [("key.erased", bytes(32))]
     assert vault._key == b""
     vault.erase()  # again, where a crash came between
+
+
+# What reaches the disk, and in which order: privacy/disk.py.
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[object, ...]]]:
+    """Every fsync, with the path and the content that it makes last, and every rename and point, in order. No descriptor stays open."""
+    noted: list[tuple[object, ...]] = []
+    fsync, replace, before = os.fsync, os.replace, len(os.listdir("/proc/self/fd"))
+
+    def spy_fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        noted.append(("fsync", path, sorted(os.listdir(path)) if path.is_dir() else path.read_bytes()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", lambda a, b: (noted.append(("rename", a, b)), replace(a, b))[1])
+    monkeypatch.setattr(disk, "point", lambda name: noted.append(("point", name)))
+    yield noted
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_written_beside_then_renamed(tmp_path: Path, calls: list[tuple[object, ...]]) -> None:
+    path, beside = tmp_path / "x", tmp_path / "x.partial"
+    beside.write_bytes(b"left by a crash, and longer")
+    beside.chmod(0o600)
+    for content in (b"one", b"two"):
+        before = os.umask(0)
+        try:
+            write_atomically(path, content)
+        finally:
+            os.umask(before)
+        assert path.read_bytes() == content
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert calls == [
+            ("fsync", beside, content),
+            ("point", "file: written beside, not yet renamed"),
+            ("rename", beside, path),
+            ("fsync", tmp_path, ["x"]),
+            ("point", "file: in place"),
+        ]
+        calls.clear()
+
+
+def test_zeros_over_a_key_and_no_further(tmp_path: Path, calls: list[tuple[object, ...]]) -> None:
+    disk.overwrite(tmp_path / "none")
+    assert calls == []
+    assert os.listdir(tmp_path) == []
+    path = tmp_path / "key"
+    for content in (b"k" * 32, b"k" * 33):
+        path.write_bytes(content)
+        disk.overwrite(path)
+        assert calls.pop() == ("fsync", path, bytes(32) + content[32:])
+        assert path.read_bytes() == bytes(32) + content[32:]
+
+
+def test_a_folder_and_all_above_it_in_its_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / "a" / "b"
+    deep.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(deep)
+    synced: list[Path] = []
+    monkeypatch.setattr(disk, "sync_directory", synced.append)
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "a")
+    disk.sync_directories(deep)
+    assert synced == [deep, tmp_path / "a"]  # the name of a mount is in another file system
+    synced.clear()
+    monkeypatch.setattr(os.path, "ismount", lambda _: False)
+    disk.sync_directories(tmp_path / "link")
+    assert synced == [deep, *deep.parents]
+
+    def not_ours(path: Path) -> None:
+        synced.append(path)
+        if path in refused:
+            raise PermissionError(13, "Permission denied")
+
+    refused = [tmp_path / "a", tmp_path.parent]
+    synced.clear()
+    monkeypatch.setattr(disk, "sync_directory", not_ours)
+    disk.sync_directories(deep)
+    assert synced == [deep, *deep.parents]
+    refused = [deep]
+    with pytest.raises(PermissionError):
+        disk.sync_directories(deep)
+    monkeypatch.setattr(disk, "sync_directory", lambda _: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        disk.sync_directories(deep)
+
+
+def test_a_failure_names_the_file(
+    tmp_path: Path, calls: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself an fsync that fails names none; and nothing is renamed after one, nor left open."""
+    path = tmp_path / "x"
+    path.write_bytes(b"k" * 32)
+
+    def failing(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    for work, named in (
+        (lambda: write_atomically(path, b"new"), path),
+        (lambda: disk.overwrite(path), path),
+        (lambda: disk.sync_directory(tmp_path), tmp_path),
+        (lambda: disk.sync_directories(tmp_path), tmp_path),
+    ):
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            work()
+        assert caught.value.filename == str(named)
+    assert calls == []
+
+
+def test_points_are_numbered_from_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at the point that is asked for, once, and nowhere where none is."""
+    found = importlib.util.find_spec("dpdistill.privacy.faults")
+    assert found is not None
+    assert found.loader is not None
+    fresh = importlib.util.module_from_spec(found)
+    found.loader.exec_module(fresh)
+    monkeypatch.setattr(faults, "_passed", 0)
+    killed: list[tuple[object, ...]] = []
+    monkeypatch.setattr(os, "kill", lambda *facts: killed.append((*facts, passed)))
+    monkeypatch.setenv("DPDISTILL_POINTS", str(tmp_path / "points"))
+    for module in (faults, fresh):
+        for kill_at in ("2", None):
+            monkeypatch.setenv("DPDISTILL_KILL_AT", kill_at) if kill_at else monkeypatch.delenv("DPDISTILL_KILL_AT")
+            for passed in ("a", "b", "c"):
+                module.point(passed)
+    assert killed == [(os.getpid(), signal.SIGKILL, "b")] * 2
+    assert (tmp_path / "points").read_text() == "a\nb\nc\n" * 4
+    monkeypatch.delenv("DPDISTILL_POINTS")
+    faults.point("d")
+    assert "d" not in (tmp_path / "points").read_text()

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import FrozenInstanceError
 
 import pytest
 from hypothesis import given
@@ -75,3 +76,48 @@ def test_an_exchange_is_of_what_the_unit_holds(unit: str) -> None:
     text = str(_guarantee(unit=unit))
     assert ("exchanging one record:" in text) == (unit == "record")
     assert (f"exchanging everything of one {unit}:" in text) == (unit != "record")
+
+
+SAYS = {  # the whole sentence: certificates and pages bear it, and a second verifier knows its words
+    ("proved", "record"): "Adding or removing one record changes the probability of any outcome of this release by a factor of at most "
+    "e^3, plus 1.23456789e-05 (ε = 3, δ = 1.23456789e-05; exchanging one record: ε = 6.1; all runs on this data: ε = 8.001).",
+    ("paper-nominal", "id"): "Not proved here (paper-nominal): Adding or removing one id changes the probability of any outcome of this "
+    "release by a factor of at most e^3, plus 1.23456789e-05 (ε = 3, δ = 1.23456789e-05; exchanging everything of one id: ε = 6.1; all "
+    "runs on this data: ε = 8.001).",
+    ("attested", "id"): "Not proved here, attested by the teacher's supplier: adding or removing one id of its training data changes the "
+    "probability of any outcome of its training by a factor of at most e^3, plus 1.23456789e-05 (ε = 3, δ = 1.23456789e-05). Conversion "
+    "read no private data and costs nothing beyond that.",
+    ("none", "id"): "NOT PRIVATE: this release carries no privacy guarantee for any record.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("basis", "unit"), SAYS)
+def test_every_sentence_in_full(basis: str, unit: str) -> None:
+    assert str(_guarantee(basis=basis, unit=unit)) == SAYS[basis, unit]
+
+
+def test_what_is_promised_where_nothing_is_said() -> None:
+    """A proof, for one record; and no later hand can change it."""
+    given = _guarantee()
+    assert (given.basis, given.unit) == ("proved", "record")
+    with pytest.raises(FrozenInstanceError):
+        given.epsilon = 0.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Guarantee(1.0, 1e-5, 2.0, 1.0)  # type: ignore[misc]
+
+
+def test_a_promise_of_zero_or_of_nothing_at_all_is_one() -> None:
+    for value in (0.0, 0.5, math.inf):
+        promise = _guarantee(epsilon=value, epsilon_replace_one=value, epsilon_all_runs=value, delta=0.5)
+        assert str(promise).count(f"ε = {shown(value)}") == 3
+
+
+def test_rounding_to_other_places() -> None:
+    assert [round_up(2.34561), round_up(2.34561, 2), round_up(2.34561, 0), round_up(1234.5, -2)] == [
+        2.346,
+        2.35,
+        3,
+        1300,
+    ]
+    assert math.isnan(round_up(math.nan))
+    assert round_up(-math.inf) == -math.inf
