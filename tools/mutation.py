@@ -549,6 +549,9 @@ def run_fresh(mutant: Mutant, reach: Reach, folder: Path) -> None:
     names = reach.tests(mutant)
 
     def loop(session: pytest.Session, tell: Callable[[str], None]) -> None:
+        if session.testsfailed:  # a test file could not be imported; pytest would stop here
+            tell("fail import")
+            return
         items = {item.nodeid: item for item in session.items}
         for name in names:
             if name not in items:

@@ -1,6 +1,7 @@
 """Public descriptions: what is refused before anything is charged, one canonical form, and calibration."""
 
 import math
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 from hypothesis import given, settings
@@ -347,7 +348,7 @@ LIMITS = [
     (votes, {"n_queries": 1, "n_classes": 1, "n_models": 1}, {"n_models": 0}),
     (votes, {"unit_moves": 2}, {"unit_moves": 3}),
     (shards, {"n_models": 2**38}, {"n_models": 2**38 + 1}),
-    (shards, {"grid_bits": 8}, {"grid_bits": 7}),
+    (shards, {"grid_bits": 8, "dim": 1}, {"grid_bits": 7, "dim": 1}),
     (shards, {"grid_bits": 24}, {"grid_bits": 25}),
     (shards, {"grid_bits": 8, "dim": 4**4}, {"grid_bits": 8, "dim": 4**4 + 1}),
     (shards, {"grid_bits": 8, "noise_multiplier": 5e8}, {"grid_bits": 8, "noise_multiplier": 5e8 + 1}),
@@ -402,6 +403,10 @@ def test_what_a_query_says_of_itself() -> None:
         "grid_bits": "20",
     }
     assert shards().describe() == {"mechanism": "shard_sum", "name": "v", **facts}
+    plain = ShardSum(name="v", dim=2, n_models=3, noise_multiplier=1.5)
+    assert (plain.clip_norm, plain.unit_moves, plain.grid_bits) == (1.0, 1, 20)
+    assert NoisyVotes(name="v", n_queries=1, n_classes=2, n_models=3, noise_multiplier=1.5).unit_moves == 1
+    assert plain.part() == (1.0, 1.5, 1)
     assert Planned(vote) == Planned(vote, 1)
     assert (Planned(vote, 3).part, Planned(vote, 3).part_replace_one) == ((1.0, 3.0, 3), (1.0, 6.0, 3))
 
@@ -475,3 +480,19 @@ def test_a_cost_that_jumps_past_the_target(dear: float, cheap: float, monkeypatc
         sigma = calibrate(one, 1.0, 1e-5)
         assert jump <= sigma < jump * (1 + 2e-6)
         assert len(asked) < 150
+
+
+@pytest.mark.parametrize("query", [summed(), votes(), shards(), Planned(summed())], ids=lambda x: type(x).__name__)
+def test_what_was_charged_is_not_changed_any_more(query: "GaussianSum | NoisyVotes | ShardSum | Planned") -> None:
+    """And no fact is taken for another by its place: two numbers exchanged would be another sensitivity."""
+    for field in fields(query):
+        with pytest.raises(FrozenInstanceError):
+            setattr(query, field.name, getattr(query, field.name))
+    if not isinstance(query, Planned):
+        with pytest.raises(TypeError):
+            type(query)(*(getattr(query, field.name) for field in fields(query)))
+
+
+def test_how_far_a_record_function_may_be_off_is_as_documented() -> None:
+    """docs/bundle.md: a release with more is refused, here and by a second verifier."""
+    assert queries.RECORDWISE_TOLERANCE == 0.02
