@@ -7,7 +7,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +346,30 @@ def test_what_counts_is_the_difference_to_what_a_row_counts_for() -> None:
         return x.flatten(1).double() + (len(x) > 1) * 1e-2 * x.flatten(1).norm(dim=1, keepdim=True) / 4
 
     assert check_recordwise(other_kernels, (1, 4, 4), K, 16, 1e-3) == pytest.approx(1e-2, rel=1e-5)
+
+
+class OnGpu(Tensor):
+    """A tensor that says it lies on a GPU, for whose rounding a check allows a little more."""
+
+    device = torch.device("cuda", 0)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("share", "on_cpu", "on_gpu"), [(1e-6, True, True), (3e-5, False, True), (3e-4, False, False)])
+def test_a_gpu_may_round_a_little_more(share: float, on_cpu: bool, on_gpu: bool) -> None:
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        v = x.flatten(1).double()
+        return v + share * (v.sum(dim=0, keepdim=True) - v) / len(v)
+
+    for kind, passes in ((Tensor, on_cpu), (OnGpu, on_gpu)):
+
+        def placed(x: Tensor, y: Tensor, kind: type[Tensor] = kind) -> Tensor:
+            return fn(x, y).as_subclass(kind)
+
+        if passes:
+            assert 0 < check_recordwise(placed, (1, 4, 4), K, 16, 1.0) < 2 * share
+        else:
+            with pytest.raises(RecordwiseError, match="other rows"):
+                check_recordwise(placed, (1, 4, 4), K, 16, 1.0)
 
 
 def test_the_made_up_images_are_the_same_for_all() -> None:
@@ -821,10 +845,19 @@ def test_a_vault_beside_another_ledger_gives_no_old_answer(
 def test_wrong_number_of_classes_or_micro_batch(open_door: Door, toy_records: Records) -> None:
     with pytest.raises(ConfigError, match="rows"):
         open_door(toy_records(8, K)).release(query(n_classes=K + 1), pixels)
-    for size in (0, -4, 2**20 + 1):
+    for size in (0, -4, 2**20 + 1):  # so many products of 2**30 are summed exactly in float64, and no more
         with pytest.raises(ValueError, match="micro_batch"):
             open_door(toy_records(8, K), micro_batch=size)
     assert open_door(toy_records(8, K), micro_batch=2**20).micro_batch == 2**20
+    assert open_door(toy_records(8, K), micro_batch=1).micro_batch == 1
+
+
+def test_a_charge_is_not_changed_and_coins_are_packed_by_eight(open_door: Door, toy_records: Records) -> None:
+    held = open_door(toy_records(8, K)).reserve(query())
+    for name in ("query", "count", "line"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(held, name, getattr(held, name))
+    assert private.FEW_COINS % 8 == 0
 
 
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 401])

@@ -545,6 +545,9 @@ def test_the_first_line_says_everything(path: Path) -> None:
     assert ledgers.parse(path.read_bytes())[0]["hash"] == ledgers.line_hash(
         "0" * 64, {k: first[k] for k in first if k != "hash"}
     )
+    intent = json.loads(path.read_bytes().splitlines()[2])
+    facts = {"run": "run-1", "count": 1, "query": query().describe(), "again": ""}
+    assert intent == {"type": "intent", **facts, "hash": intent["hash"]}
     with Ledger.open(path.parent / "other", cap=CAP) as ledger:
         assert re.fullmatch("data-[0-9a-f]{16}", ledger.lines[0]["data"])
         assert ledger.path == path.parent / "other"
@@ -587,6 +590,7 @@ def test_the_intents_of_a_run_are_its_own(path: Path) -> None:
     for run, expected in (("run-1", lines[2:4]), ("run-2", lines[5:]), (None, [*lines[2:4], lines[5]])):
         wanted = [ledgers.line_part(line) for line in expected]
         assert ledgers.parts(lines, run) == wanted
+        assert ledgers.spent(lines, 1e-6, run) == accounting.epsilon(wanted, 1e-6)
         for relation in ("add_or_remove_one", "replace_one"):
             assert ledgers.spent(lines, 1e-6, run, relation) == accounting.epsilon(wanted, 1e-6, relation)
 
