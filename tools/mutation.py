@@ -380,11 +380,9 @@ class Reach:
         at = self.lines.get(mutant.file, {})
         stem = Path(mutant.file).stem
         own = OWN.get(stem, f"test_{stem}.py")
-        if (
-            mutant.at_import
-        ):  # any test that runs code of this file may notice; a fresh import of few test files is quick
-            names = set().union(*at.values()) if at else set()
-            names = {name for name in names if own in name} or names
+        if mutant.at_import:
+            # Any test of the module may notice, also one that reads a constant and no more; a fresh import of few test files is quick.
+            names = {name for name in self.seconds if own in name} or set().union(*at.values())
         else:
             names = set().union(*(at.get(line, set()) for line in range(mutant.line, mutant.end + 1)))
         taken, total = [], 0.0
@@ -634,7 +632,10 @@ def main() -> int:
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
     os.environ.pop("PYTEST_ADDOPTS", None)
     sys.path.insert(0, str(SOURCE.parent))
-    for name in ("dp_accounting.pld", "dp_accounting.rdp", "scipy.stats", "torch.distributed", "torch.func"):
+    late = (
+        "torch.fx.experimental.symbolic_shapes"  # torch.func imports it at the first gradient: seconds, in every fork
+    )
+    for name in ("dp_accounting.pld", "dp_accounting.rdp", "scipy.stats", "torch.distributed", "torch.func", late):
         importlib.import_module(name)  # what is not ours, once, before any fork
 
     begun = time.monotonic()

@@ -87,10 +87,15 @@ def test_rows_keep_their_kind(dtype: torch.dtype, vault: Vault) -> None:
 @pytest.mark.parametrize(("std", "label"), [(0.5, b"answers 0.5"), (3, b"answers 3.0")])
 def test_the_noise_by_hand(std: float, label: bytes, vault: Vault) -> None:
     """In steps of 2**-16, from the stream of these very steps, this name and this scale: a resumed run must draw the same."""
-    rows = torch.tensor([[0.1, -2.0], [1.0 + 2.0**-18, 3.0 - 2.0**-17 - 2.0**-20]], requires_grad=True)
-    grid = np.array([[6554, -131072], [65536, 196607]])
+    rows = torch.tensor(
+        [[0.1, -2.0], [1.0 + 2.0**-18, 3.0 - 2.0**-17 - 2.0**-20], [math.nan, 5.0]],
+        dtype=torch.float64,
+        requires_grad=True,
+    )
+    grid = np.array(
+        [[6554, -131072], [65536, 196607], [0, 0]]
+    )  # a row that is no numbers says nothing, and no other row does
     key = derive(b"k" * 32, "noise", vault.run, "step-0", label, hashlib.sha256(grid.tobytes()).digest())
-    noise = rounded_gaussian(4, std * 65536, Stream(key)).reshape(2, 2)
-    seen = noisy_rows(rows.double(), std, vault, "step-0")
+    noise = rounded_gaussian(6, std * 65536, Stream(key)).reshape(3, 2)
+    seen = noisy_rows(rows, std, vault, "step-0")
     assert seen.numpy().tolist() == ((grid + noise) / 65536).tolist()
-    assert not seen.requires_grad

@@ -28,4 +28,4 @@ def noisy_rows(rows_BK: Tensor, std: float, vault: Vault, name: str) -> Tensor:
     )  # another std is another noise, not the same one scaled
     noise = rounded_gaussian(grid.size, std * _STEPS_PER_UNIT, stream)
     noisy = torch.from_numpy((grid + noise.reshape(grid.shape)) / _STEPS_PER_UNIT)
-    return noisy.to(rows_BK.dtype).to(rows_BK.device)
+    return noisy.to(rows_BK)

@@ -32,11 +32,10 @@ def sync_directories(path: Path) -> None:
     """`sync_directory` for a folder and for those above it in its file system: a new folder is a name in another, which may be new too."""
     path = path.resolve()
     sync_directory(path)
-    for folder, above in zip((path, *path.parents), path.parents, strict=False):
-        if os.path.ismount(folder):
-            break
+    while not os.path.ismount(path):
+        path = path.parent
         with suppress(PermissionError):  # not ours to read, so not made by us
-            sync_directory(above)
+            sync_directory(path)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
