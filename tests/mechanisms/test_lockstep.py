@@ -3,6 +3,7 @@
 Real processes: tests/test_ranks.py. W processes.
 """
 
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ class Connected:
     """What `ranks` uses of torch.distributed, among W threads. A thread that does not come breaks it, with a RuntimeError as there."""
 
     def __init__(self, world: int) -> None:
-        self.world, self.calls = world, []  # type: tuple[int, list[Any]]
+        self.world, self.calls, self.words = world, [], []  # type: tuple[int, list[Any], list[list[int]]]
         self._meeting, self._held, self._here = threading.Barrier(world), [torch.empty(0)] * world, threading.local()
 
     def enter(self, rank: int) -> None:
@@ -52,6 +53,7 @@ class Connected:
         return held
 
     def all_gather(self, into: list[Tensor], tensor: Tensor) -> None:
+        self.words.append(tensor.tolist())
         for own, theirs in zip(into, self._exchange(tensor), strict=True):
             own.copy_(theirs)
 
@@ -126,6 +128,58 @@ def test_nothing_is_unpickled(together: Callable[..., list[Any]]) -> None:
     found = together(1, work)[0]
     assert isinstance(found, ValueError)
     assert "allow_pickle" in str(found)
+
+
+def test_nothing_that_was_pickled_is_read() -> None:
+    content = io.BytesIO()
+    np.save(content, np.array([LedgerError], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        ranks._unpack(b"array" + content.getvalue())
+
+
+def test_every_step_has_a_word_of_its_own(together: Callable[..., list[Any]]) -> None:
+    """Also the second of two that are called the same: a process that missed one is not taken for one that did not."""
+
+    def work(mine: Distributed) -> list[list[int]]:
+        for _ in range(2):
+            mine.agree(lambda: b"")
+            mine.agree(lambda: b"other")
+            mine.lead(lambda: 3)
+            mine.total(ARRAYS[0])
+            mine.total(ARRAYS[0][:, :1])
+        mine.end()
+        return list(ranks.dist.words)  # type: ignore[attr-defined]
+
+    (words,) = together(1, work)
+    assert together(1, work) == [words]
+    assert len({at for _, _, at in words}) == len(words) == 11
+    assert {(failure, n) for failure, n, _ in words} == {(0, 0), (0, len(b"other3"))}
+
+
+def test_what_is_sent_lies_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL sends from GPUs alone; here a device that every machine has, and that holds no numbers."""
+    places: list[str] = []
+
+    class Net(Connected):
+        def all_gather(self, into: list[Tensor], tensor: Tensor) -> None:
+            places.append(tensor.device.type)
+            into[:] = [torch.zeros(3, dtype=torch.int64)] * self.world
+
+        def broadcast(self, tensor: Tensor, source: int) -> None:
+            places.append(tensor.device.type)
+            raise RuntimeError
+
+        def reduce(self, tensor: Tensor, to: int) -> None:
+            self.broadcast(tensor, to)
+
+    net = Net(2)
+    net.enter(0)
+    monkeypatch.setattr(ranks, "dist", net)
+    for device in ("cpu", "meta"):
+        for step in (lambda mine: mine.lead(lambda: 1), lambda mine: mine.total(ARRAYS[0])):
+            with pytest.raises(RanksError):
+                step(Distributed(device))
+    assert places == ["cpu"] * 4 + ["meta"] * 4
 
 
 def test_an_exact_sum_is_in_one_place_only(together: Callable[..., list[Any]]) -> None:
@@ -368,6 +422,8 @@ def test_they_end_together(error: Any, started: Connected, monkeypatch: pytest.M
     left = isinstance(error, KeyboardInterrupt) or error == "lost"
     assert started.calls == ["connected", "destroyed"] if left else ["connected"]
     assert ranks._joined is None
+    with ranks.joined():
+        assert devices == ["cuda", "cpu"]
 
 
 CORE = SimpleNamespace(ranks=ranks, private=private, ensemble=ensemble, vault=vault, ledger=ledger, queries=queries)

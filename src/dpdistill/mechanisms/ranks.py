@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -79,10 +79,12 @@ class Distributed(Ranks):
 
     def lead(self, work: Callable[[], T]) -> T:
         if not self.first:
-            return cast(T, _unpack(self._send(b"", self._meet("lead"), 0)))
+            told: T = _unpack(self._send(bytes(self._meet("lead")), 0))
+            return told
         value = work()
         raw = _pack(value)
-        self._send(raw, self._meet("lead", n_bytes=len(raw)), 0)
+        self._meet("lead", n_bytes=len(raw))
+        self._send(raw, 0)
         return value
 
     def total(self, part: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -102,9 +104,8 @@ class Distributed(Ranks):
 
     def tell(self, error: Exception) -> None:
         """Makes an error of this process one of all, at the next step that they take."""
-        if not (self.over or self.lost):
-            with suppress(DpdistillError):
-                self._meet("failed", error=error)
+        with suppress(DpdistillError):  # it comes back as what all raise; or there is nobody to tell any more
+            self._meet("failed", error=error)
 
     def _meet(self, step: str, n_bytes: int = 0, error: Exception | None = None) -> int:
         """Exchanges a word: raises what another process failed with, and unless all are at one step. Returns the first's `n_bytes`."""
@@ -120,7 +121,7 @@ class Distributed(Ranks):
             words = torch.stack(gathered).tolist()
         for rank, (n_failure, _, _) in enumerate(words):
             if n_failure:
-                told = self._send(failure, n_failure, rank)
+                told = self._send(failure if rank == self.rank else bytes(n_failure), rank)
                 self.over = True
                 raise _restore(told)
         if len({at for _, _, at in words}) != 1:
@@ -131,14 +132,12 @@ class Distributed(Ranks):
             )
         return int(words[0][1])
 
-    def _send(self, raw: bytes, length: int, source: int) -> bytes:
-        """Returns the bytes that process `source` has."""
-        mine = raw if self.rank == source else bytes(length)
+    def _send(self, mine: bytes, source: int) -> bytes:
+        """Returns the bytes that process `source` has, at least one; the others give as many of any."""
         with self._connected():
-            tensor = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(self._device) if length else None
-            if tensor is not None:
-                dist.broadcast(tensor, source)
-        return raw if self.rank == source or tensor is None else tensor.cpu().numpy().tobytes()
+            tensor = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(self._device)
+            dist.broadcast(tensor, source)
+        return tensor.cpu().numpy().tobytes()
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
@@ -157,7 +156,7 @@ def _pack(value: object) -> bytes:
     return b"bytes" + value if isinstance(value, bytes) else b"other" + json.dumps(value).encode()
 
 
-def _unpack(raw: bytes) -> object:
+def _unpack(raw: bytes) -> Any:
     kind, content = raw[:5], raw[5:]
     if kind == b"array":
         return np.load(io.BytesIO(content), allow_pickle=False)
@@ -204,9 +203,7 @@ def joined(device: str = "cpu") -> Iterator[Ranks]:
         if isinstance(ranks, Distributed):
             ranks.tell(error)
         raise
-    except (
-        BaseException
-    ):  # stopped by a person, perhaps in the middle of an exchange: the others see the connection close
+    except BaseException:  # stopped by a person, perhaps in an exchange: the others see the connection close
         _leave(in_peace=False)
         raise
     finally:
