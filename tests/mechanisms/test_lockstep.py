@@ -308,7 +308,10 @@ def test_after_the_end_nothing_is_exchanged(together: Callable[..., list[Any]]) 
     def work(mine: Distributed) -> bool:
         mine.lead(lambda: 1)
         mine.end()
+        assert (mine.over, mine.lost) == (True, False)
+        words = len(ranks.dist.words)  # type: ignore[attr-defined]
         mine.tell(LedgerError("too late"))
+        assert len(ranks.dist.words) == words  # type: ignore[attr-defined]
         with pytest.raises(RanksError, match="goes on from here"):
             mine.agree(lambda: b"")
         return mine.over and not mine.lost

@@ -274,9 +274,8 @@ def test_a_path_that_is_no_ledger_is_one_line(place: str, tmp_path: Path) -> Non
     else:
         with open(path, "wb") as file:
             file.truncate(64 * 2**20 + (place == "huge"))  # docs/ledger.md says how much
-    with pytest.raises(
-        LedgerError, match="not one of our ledgers; name another" if place == "not quite huge" else None
-    ):
+    why = {"huge": "no regular file of at most 67108864 bytes", "not quite huge": "name another file"}
+    with pytest.raises(LedgerError, match=why.get(place)):
         Ledger.open(path, cap=CAP)
 
 
