@@ -5,6 +5,7 @@ N records, I ids, K shards, Q queries, C classes.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
@@ -706,6 +707,11 @@ def test_a_trainer_that_leaks_is_refused_before_anything_is_read(name: str, plac
 @pytest.mark.parametrize("train", [Training(), batch_norm], ids=["means", "batch norm in a shard"])
 def test_a_good_trainer_passes(train: Any) -> None:
     assert check_trainer(train, QUERIES, (1, 4, 4), C, "cpu") == 0.0
+
+
+def test_what_stands_for_an_empty_shard_stays_what_it_is() -> None:
+    with pytest.raises(FrozenInstanceError):
+        ensemble.Nobody(C, 1).shard = 0  # type: ignore[misc]
 
 
 def test_a_trainer_is_tried_on_one_shard_then_another_then_the_first_again() -> None:
