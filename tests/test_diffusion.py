@@ -27,7 +27,7 @@ STUDENT = {
 NETWORK = {"patch": 4, "width": 8, "depth": 1, "heads": 2}
 DPSGD = {"steps": 2, "expected_batch": 15, "multiplicity": 2, **NETWORK}
 WAYS: dict[str, dict[str, Any]] = {
-    "dpsad": {"share_denoiser": 0.5, "pixel_dims": 6, "components": 2, **DPSGD, **STUDENT},
+    "dpsad": {"warm_start": "mixture", "share_denoiser": 0.5, "pixel_dims": 6, "components": 2, **DPSGD, **STUDENT},
     "dpdm": {**DPSGD, **STUDENT},
     "shards": {"models": 3, "teacher_steps": 2, "fit_steps": 2, "queries": 4, "rounds": 1, **NETWORK, **STUDENT},
     "paper": {"steps": 2, "batch": 8, "teacher_steps": 2, "teacher_batch": 8, **NETWORK, **STUDENT},

@@ -24,6 +24,7 @@ from dpdistill.diffusion import diffuse
 from dpdistill.methods import METHODS, Synthetic, joint
 from dpdistill.methods.diffusion import dpsad
 from dpdistill.methods.shared import linear
+from dpdistill.methods.shared.embedding import EmbeddingConfig
 from dpdistill.models import ConvNet
 from dpdistill.pipeline import distil
 from dpdistill.privacy import GaussianSum, Planned
@@ -78,7 +79,8 @@ MODEL: dict[str, dict[str, Any]] = {
     "opaque": {"teacher": "owners/0.onnx", "accept_no_record_guarantee": True, "settings": CONVERSION},
 }
 DIFFUSION: dict[str, dict[str, Any]] = {
-    "dpsad": {"settings": {**DPSGD, "share_denoiser": 0.5, "pixel_dims": 4, "components": 2}},
+    "dpsad": {"settings": {**DPSGD, "warm_start": "mixture", "share_denoiser": 0.5, "pixel_dims": 4, "components": 2}},
+    "dpsad-embedded": {"settings": {**STUDENT, "warm_start": "embedding", "pixel_dims": 4, "components": 2}},
     "dpdm": {"settings": DPSGD},
     "shards": {
         "settings": {"models": 2, "teacher_steps": 1, "fit_steps": 1, "queries": 2, "rounds": 2, **NETWORK, **STUDENT}
@@ -148,7 +150,7 @@ def case(name: str, inputs: Path) -> Case:
             return convert(
                 ModelConfig(**{**common, **({} if given else {"data": data}), **MODEL[name], **given}), quiet=True
             )
-        facts = {"data": data, "epsilon": 2.0, "expected_records": 26, "method": name}
+        facts = {"data": data, "epsilon": 2.0, "expected_records": 26, "method": name.partition("-")[0]}
         return diffuse(DiffusionConfig(**common, **facts, **DIFFUSION[name]), quiet=True)
 
     return Case(name, start, name not in UNPROVED, inputs, repeats=name != "paper")
@@ -165,4 +167,7 @@ def cases(folder: Path) -> Iterator[Callable[[str], Case]]:
         stack.enter_context(mock.patch.object(pipeline, "N_PROCEDURAL", 40))
         stack.enter_context(mock.patch.object(joint, "match_pool", partial(joint.match_pool, save_every=2)))
         stack.enter_context(mock.patch.object(dpsad, "GUIDE", linear.Training(teacher_steps=2, teacher_dims=4)))
+        small = EmbeddingConfig(n_frequencies=8, steps=4, batch=2, latent=2, width=2, checkpoint_steps=2)
+        stack.enter_context(mock.patch.object(dpsad, "EMBEDDING", small))
+        stack.enter_context(mock.patch.object(dpsad, "N_GENERATED", 12))
         yield lambda name: case(name, folder)

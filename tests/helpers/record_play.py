@@ -48,6 +48,7 @@ from dpdistill.methods.diffusion import distillation, dpsad
 from dpdistill.methods.model import conversion as model_conversion
 from dpdistill.methods.model import prior, teacher
 from dpdistill.methods.shared import linear, mixture
+from dpdistill.methods.shared.embedding import EmbeddingConfig
 from dpdistill.models import few_step, scattering
 from dpdistill.models.linear import LinearTeacher
 from dpdistill.privacy import Ledger, accounting
@@ -115,7 +116,15 @@ TINY: dict[
     "dpsgd": {"steps": 3, "expected_records": 20, "expected_batch": 12, "width": 4, "depth": 1, "groups": 2},
     "teacher": {"teacher_steps": 2, "teacher_dims": 4, "pixel_dims": 3, "components": 2, **STUDENT},
     "votes": {"shards": 5, "teacher_dims": 4, "queries": 9, "rounds": 2, **STUDENT},
-    "dpsad": {"share_denoiser": 0.5, "pixel_dims": 3, "components": 2, **DPSGD, "steps": 1, **SAMPLER},
+    "dpsad": {
+        "warm_start": "mixture",
+        "share_denoiser": 0.5,
+        "pixel_dims": 3,
+        "components": 2,
+        **DPSGD,
+        "steps": 1,
+        **SAMPLER,
+    },
     "dpdm": {**DPSGD, **SAMPLER, "adversarial": 1.0},
     "shards": {
         "models": 5,
@@ -212,6 +221,9 @@ def pipelines() -> dict[str, Pipeline]:
     )
     found["dpsad without DP-SGD"] = dataclasses.replace(
         found["dpsad"], settings={**found["dpsad"].settings, "share_denoiser": 0.0}
+    )
+    found["dpsad by embedding"] = dataclasses.replace(
+        found["dpsad"], settings={**found["dpsad"].settings, "warm_start": "embedding"}
     )
     found["ndpdc resized"] = dataclasses.replace(found["ndpdc"], facts={"resize": 9})
     return found
@@ -737,6 +749,8 @@ def small(whole: bool) -> Iterator[None]:
             (teacher, "N_DRAWN", 30),
             (mixture, "N_SAMPLES", 50),
             (dpsad, "GUIDE", linear.Training(teacher_steps=2, teacher_dims=4)),
+            (dpsad, "EMBEDDING", EmbeddingConfig(n_frequencies=8, steps=2, batch=2, latent=2, width=2)),
+            (dpsad, "N_GENERATED", 12),
             (os, "fsync", lambda descriptor: None),  # what outlives a power cut is tested elsewhere
         ):
             stack.enter_context(mock.patch.object(owner, name, value))

@@ -19,6 +19,8 @@ from dpdistill.data.images import LabelledImages
 from dpdistill.errors import ConfigError, DpdistillError
 from dpdistill.mechanisms import PrivateData, Vault
 from dpdistill.methods import DIFFUSION_METHODS, METHODS, Public, Sampler, Synthetic
+from dpdistill.methods.diffusion import dpsad
+from dpdistill.methods.shared.embedding import EmbeddingConfig
 from dpdistill.privacy import Ledger, Planned, accounting
 from dpdistill.privacy import ledger as ledgers
 from dpdistill.workspace import FolderWorkspace
@@ -66,9 +68,13 @@ DENOISER: dict[str, Any] = {
     "pool": 8,
     "answer_steps": 2,
 }
-TINY["dpsad"] = DENOISER | {"pixel_dims": 6, "components": 2, "share_denoiser": 0.5}
+TINY["dpsad"] = DENOISER | {"warm_start": "mixture", "pixel_dims": 6, "components": 2, "share_denoiser": 0.5}
+TINY["dpsad by embedding"] = DENOISER | {"warm_start": "embedding", "pixel_dims": 6, "components": 2}
 TINY["dpdm"] = DENOISER
-ALL = {**METHODS, "dpsad": DIFFUSION_METHODS["dpsad"], "dpdm": DIFFUSION_METHODS["dpdm"]}
+ALL = {
+    **METHODS,
+    **{name: DIFFUSION_METHODS[name.partition(" ")[0]] for name in ("dpsad", "dpsad by embedding", "dpdm")},
+}
 NAMES = ("top", "left", "none")
 SIGMA = 4.0
 SHAPES = {"8x8 grey": (1, 8, 8), "16x16 colour": (3, 16, 16), "12x20 grey": (1, 12, 20)}
@@ -114,6 +120,13 @@ def records(counts: Sequence[int], shape: tuple[int, int, int] = (1, 8, 8)) -> L
 def public(shape: tuple[int, int, int] = (1, 8, 8), k: int = 3) -> Public:
     auxiliary = torch.rand(40, *shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return Public(image_shape=shape, class_names=NAMES[:k], auxiliary=auxiliary)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = EmbeddingConfig(n_frequencies=20, steps=5, batch=4, latent=2, width=4, checkpoint_steps=2)
+    monkeypatch.setattr(dpsad, "EMBEDDING", few)
+    monkeypatch.setattr(dpsad, "N_GENERATED", 20)
 
 
 def settings(method: str, **changes: Any) -> Any:
@@ -178,7 +191,7 @@ def test_the_plan_is_public_and_cheaper_with_more_noise(method: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_every_shape(method: str, shape: tuple[int, int, int], tmp_path: Path) -> None:
-    if method in DIFFUSION_METHODS and shape[1] != shape[2]:
+    if method.partition(" ")[0] in DIFFUSION_METHODS and shape[1] != shape[2]:
         shape = (shape[0], shape[1], shape[1])  # a diffusion student draws squares, and says so
     run = Run(tmp_path, method, records([30, 9, 0], shape))
     made = run()

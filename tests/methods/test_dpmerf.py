@@ -11,6 +11,7 @@ from behind_the_door import Stop, Stopping, made_up_public, made_up_records, run
 from dpdistill.data.images import LabelledImages
 from dpdistill.methods import dpmerf
 from dpdistill.methods.base import Public
+from dpdistill.methods.shared import embedding
 from dpdistill.models.generator import Generator
 
 CONFIG = dpmerf.Config(per_class=3, n_frequencies=200, steps=9, batch=8, width=8, checkpoint_steps=2)
@@ -59,7 +60,7 @@ def test_classes_are_told_apart_with_little_noise(tmp_path: Path, records: Label
 def test_embedding_has_norm_one_and_approximates_the_kernel() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, 1, 3, 3, generator=generator)
-    features = dpmerf.embedding(x, torch.randn(9, 20_000, generator=generator))
+    features = embedding.embedding(x, torch.randn(9, 20_000, generator=generator))
     torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
     kernel = torch.exp(-(x[0] - x[1]).square().sum() / 2)
     torch.testing.assert_close(features[0] @ features[1], kernel, atol=0.02, rtol=0)

@@ -1,21 +1,24 @@
-r"""`dpsad`, ours: DP-SAD done right. One budget, four kinds of release, and everything after them is free.
+r"""`dpsad`, ours: DP-SAD done right. One budget, a few kinds of release, and everything after them is free.
 
-1. Warm start (private, three releases): a mixture of Gaussians for each class. Its denoiser has a closed form: there is nothing to train.
-   Tones (private, one release): how often a pixel is how light, since samples of the mixture are pale.
-2. Guide (private): a linear classifier on fixed features, which says which samples look like their class.
-3. Teacher (private): a network that corrects the mixture's denoiser, trained on the records by DP-SGD with noise multiplicity.
-4. Student (free): stochastic adversarial distillation of the teacher, on inputs that derive from noise and released values only.
+1. Warm start (private), in one of two ways that both have a denoiser in closed form: there is nothing to train.
+   `mixture`: three releases give a mixture of Gaussians for each class; one more its tones, since samples of a mixture are pale; and
+   a guide, a linear classifier on fixed features, says which samples look like their class.
+   `embedding`, where records are few for the noise: one release and a generator fitted to it, to whose images a finer mixture is fitted.
+2. Teacher (private): a network that corrects that denoiser, trained on the records by DP-SGD with noise multiplicity.
+3. Student (free): stochastic adversarial distillation of the teacher, on inputs that derive from noise and released values only.
 
-Source: Liu et al. (2024), DP-SAD, for 4; Dockhorn et al. (2023) for 3; Gong et al. (2025), DP-FETA, for the order.
-Proof: docs/privacy/dpsad.md.
+Source: Liu et al. (2024), DP-SAD, for 3; Dockhorn et al. (2023) for 2; Harder et al. (2021) for the embedding; Gong et al. (2025),
+DP-FETA, for the order. Proof: docs/privacy/dpsad.md.
 σ noise_multiplier, q sampling rate, T DP-SGD steps, K classes, M images.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ...errors import ConfigError
 from ...mechanisms import PrivateData
@@ -23,17 +26,22 @@ from ...models import edm, few_step
 from ...models.mixture_denoiser import MixtureDenoiser
 from ...privacy import Planned, gaussian_multiplier
 from ..base import Denoising, Public, Sampler, Workspace
-from ..shared import linear, tones
+from ..shared import embedding, linear, tones
 from ..shared import mixture as mix
+from ..shared.embedding import EmbeddingConfig
 from . import private_denoiser
 from .distillation import DistillationConfig, Teacher
 from .private_denoiser import DenoiserConfig
 from .student import finish
 
 GUIDE = linear.Training()
+EMBEDDING = EmbeddingConfig(batch=20)
+N_GENERATED = 2000  # images of each class that the finer mixture is fitted to
+FINER = 5  # its components, in those of the noisy one
 N_DRAWN = 3000  # samples of the teacher that show what tones it has
 MANY = 50_000  # records for each unit of a sum's noise: below, DP-SGD was not worth its budget
-DELTA = 1e-5  # for that rule of thumb
+FEW = 6_000  # below, a mixture was behind an embedding (digits: 400 and 2,400); above, ahead of it (letters and MNIST: 16,000)
+DELTA = 1e-5  # for these rules of thumb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +51,12 @@ class Config(DenoiserConfig, DistillationConfig):
     Attributes:
       per_class: samples that are released beside the model.
       target_epsilon: the asked ε, for "auto" alone; what a run costs is calibrated elsewhere.
+      warm_start: "auto" is "embedding" where the expected records are few for a sum's noise (below about 22,000 at ε = 1), else "mixture".
       share_denoiser: of Σ 1/σ², for DP-SGD; where it is 0 there is none. "auto" is a half where a sum's noise
         weighs little against the expected records (60,000 at ε = 4 and more), else 0.
-      share_tones: of the rest, for the tones.
+      share_tones: of the rest, for the tones. The embedding needs none, nor a guide: it has all of the rest.
       share_guide: of the rest of that, for the guide; what then remains is the mixture's.
-      pixel_dims, components: of the mixture.
+      pixel_dims, components: of the mixture; the one that is fitted to a generator's images has five times as many components.
       seed_images: samples of the teacher that the student starts from, in all.
       sampling_steps, sigma_max: of the teacher's own samples.
       label_dropout, guidance: 0 and 1: the mixture knows no "any" class, and the guide chooses samples afterwards.
@@ -55,6 +64,7 @@ class Config(DenoiserConfig, DistillationConfig):
 
     per_class: int = 10
     target_epsilon: float = 1.0
+    warm_start: Literal["auto", "mixture", "embedding"] = "auto"
     share_denoiser: float | Literal["auto"] = "auto"
     share_tones: float = 0.03
     share_guide: float = 0.4
@@ -88,27 +98,38 @@ class Config(DenoiserConfig, DistillationConfig):
             raise ConfigError("This method has no unconditional denoiser: leave label_dropout and guidance out.")
 
     @property
+    def weight(self) -> float:
+        """Expected records for each unit of a sum's noise."""
+        return self.expected_records / gaussian_multiplier(self.target_epsilon, DELTA)
+
+    @property
     def share(self) -> float:
         """What DP-SGD has of Σ 1/σ²."""
-        if self.share_denoiser == "auto":
-            return 0.5 if self.expected_records >= MANY * gaussian_multiplier(self.target_epsilon, DELTA) else 0.0
-        return self.share_denoiser
+        return (0.5 if self.weight >= MANY else 0.0) if self.share_denoiser == "auto" else self.share_denoiser
+
+    @property
+    def start(self) -> Literal["mixture", "embedding"]:
+        """How the warm start is made."""
+        return ("embedding" if self.weight < FEW else "mixture") if self.warm_start == "auto" else self.warm_start
 
 
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
-    """The mixture's three sums, the tones, the guide's count and gradients, and T Poisson-sampled sums of the denoiser's gradients.
+    """The warm start's releases, and T Poisson-sampled sums of the denoiser's gradients.
 
     Full-batch releases share Σ 1/σ² exactly. DP-SGD's noise is what the central limit (Bu et al. 2020) gives for its share: T q² (e^{1/z²}
     - 1) = share / σ². Calibration counts what it really costs; this only divides.
     """
     few_step.check(public.image_shape)
-    sigma, dims, rows = noise_multiplier, min(config.pixel_dims, math.prod(public.image_shape)), public.n_classes
-    rest = 1 - config.share
-    guide = rest * (1 - config.share_tones) * config.share_guide
-    each = (rest * (1 - config.share_tones) - guide) / 3
-    releases = mix.planned("dpsad", rows, dims, config.components, sigma, each, each)
-    releases.append(tones.planned("dpsad", public, sigma, rest * config.share_tones))
-    releases += linear.plan(GUIDE, public, sigma / math.sqrt(guide))
+    sigma, rest = noise_multiplier, 1 - config.share
+    if config.start == "embedding":
+        releases = [embedding.planned("dpsad", EMBEDDING, public, sigma / math.sqrt(rest))]
+    else:
+        dims = min(config.pixel_dims, math.prod(public.image_shape))
+        guide = rest * (1 - config.share_tones) * config.share_guide
+        each = (rest * (1 - config.share_tones) - guide) / 3
+        releases = mix.planned("dpsad", public.n_classes, dims, config.components, sigma, each, each)
+        releases.append(tones.planned("dpsad", public, sigma, rest * config.share_tones))
+        releases += linear.plan(GUIDE, public, sigma / math.sqrt(guide))
     if config.share:
         z = math.log1p(config.share / (sigma**2 * config.steps * config.rate**2)) ** -0.5
         releases.append(private_denoiser.planned(config, public, z))
@@ -127,6 +148,10 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
         lines.append(
             "no DP-SGD: with so few records, one-shot statistics are worth more (--set share_denoiser=0.5 to have it)"
         )
+    if config.start == "embedding":
+        lines.append(
+            "few records for this noise: the whole warm start is one embedding of each class (--set warm_start=mixture for the other way)"
+        )
     if per_class < 40 * noise:
         lines.append(
             "few records for this ε: expect samples that show a class only roughly; ask for more ε, or merge classes"
@@ -141,26 +166,13 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
 
 def train(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Teacher:
     """Returns the private teacher."""
-    queries: list[Any] = [planned.query for planned in plan]
-    # 1. The warm start.
-    seen = linear.public_images(public)
-    space = mix.pixel_space(seen, min(config.pixel_dims, math.prod(public.image_shape)))
-    fitted = mix.fit(space, config.components, private, queries[:3], workspace)
-    wanted = tones.fit(queries[3], private, workspace)
-    # 2. The guide.
-    guide = linear.train(GUIDE, public, private, plan[4:6], workspace)
-
-    # 3. The teacher: DP-SGD learns what the mixture does not know.
-    denoise: Denoising = MixtureDenoiser(
-        space.centre,
-        space.basis,
-        fitted.centres * space.radius,
-        fitted.weights,
-        fitted.within * space.radius**2,
-    ).to(workspace.device)
-    if config.share:
-        network = private_denoiser.network(config, public, workspace.generator("denoiser-model"), denoise)
-        denoise = private_denoiser.train(network.to(workspace.device), config, public, private, plan[6], workspace)
+    start, guide, wanted = (_embedded if config.start == "embedding" else _mixed)(
+        config, public, private, plan, workspace
+    )
+    denoise: Denoising = start
+    if config.share:  # DP-SGD learns what the warm start does not know
+        network = private_denoiser.network(config, public, workspace.generator("denoiser-model"), start)
+        denoise = private_denoiser.train(network.to(workspace.device), config, public, private, plan[-1], workspace)
     if wanted is None:
         return Teacher(denoise=denoise, guide=guide)
     # What its samples lack of the tones.
@@ -174,3 +186,27 @@ def train(config: Config, public: Public, private: PrivateData, plan: list[Plann
         sigma_max=config.sigma_max,
     ).cpu()
     return Teacher(denoise=denoise, guide=guide, tone=tones.Curve.between(drawn, wanted))
+
+
+Warm = tuple[MixtureDenoiser, Callable[[Tensor], Tensor] | None, Tensor | None]  # a denoiser, its guide, and tones
+
+
+def _embedded(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Warm:
+    """A generator fitted to one embedding, and the denoiser of a mixture fitted to its images: they need no guide, and have the tones."""
+    query: Any = plan[0].query
+    model = embedding.fit("dpsad", EMBEDDING, query, public, private, workspace)
+    labels = torch.arange(public.n_classes).repeat_interleave(N_GENERATED)
+    made = embedding.draw(model, EMBEDDING, labels, public.n_classes, workspace)
+    images = made.images.view(public.n_classes, N_GENERATED, *public.image_shape)
+    denoise = mix.denoiser_of(images, config.pixel_dims, FINER * config.components)
+    return denoise.to(workspace.device), None, None
+
+
+def _mixed(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Warm:
+    """The denoiser of a released mixture, its guide, and the tones of the records, where the noise leaves them."""
+    queries: list[Any] = [planned.query for planned in plan]
+    space = mix.pixel_space(linear.public_images(public), min(config.pixel_dims, math.prod(public.image_shape)))
+    fitted = mix.fit(space, config.components, private, queries[:3], workspace)
+    wanted = tones.fit(queries[3], private, workspace)
+    guide = linear.train(GUIDE, public, private, plan[4:6], workspace)
+    return mix.denoiser(space, fitted).to(workspace.device), guide, wanted

@@ -2,7 +2,7 @@
 
 Three full-batch releases: moments of each class, then twice the means of the records nearest to each of J centres of their class. Images
 can be drawn from the result without limit. Proof: docs/privacy/joint.md, where it is the first of four.
-d dims, J components per class, G groups of them, K classes, n records of a class (known only through a noisy count), P pixels.
+d dims, J components per class, G groups of them, K classes, n records of a class (known only through a noisy count), P pixels, M images.
 The record functions here are what the door sees; everything that takes a released sum is post-processing.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...mechanisms import PrivateData
 from ...models.axes import principal_axes
+from ...models.mixture_denoiser import MixtureDenoiser
 from ...privacy import GaussianSum, Planned
 from ..base import Workspace
 
@@ -127,14 +128,24 @@ def first_centres(mean: Tensor, covariance: Tensor, components: int, generator: 
     """k-means centres of samples from one Gaussian per class: [K, J, d]."""
     k, d = mean.shape
     samples = mean[:, None] + torch.randn(k, N_SAMPLES, d, generator=generator) @ _root(covariance).transpose(1, 2)
-    centres = samples[:, :components].clone()
-    for _ in range(8):
-        nearest = torch.cdist(samples, centres).argmin(dim=2)
-        member = torch.nn.functional.one_hot(nearest, components).to(samples)
+    return _k_means(samples, components, 8)
+
+
+def _k_means(points_KND: Tensor, components: int, rounds: int) -> Tensor:
+    """Centres [K, J, d] of each class's points, from its first J on; an empty one stays where it was."""
+    centres = points_KND[:, :components].clone()
+    for _ in range(rounds):
+        member = _nearest(points_KND, centres)
         size = member.sum(dim=1)
-        moved = member.transpose(1, 2) @ samples / size.clamp_min(1)[:, :, None]
+        moved = member.transpose(1, 2) @ points_KND / size.clamp_min(1)[:, :, None]
         centres = torch.where((size > 0)[:, :, None], moved, centres)
     return centres
+
+
+def _nearest(points_KND: Tensor, centres_KJD: Tensor) -> Tensor:
+    """Which centre of its class is the nearest to each point, as zeros and ones [K, N, J]."""
+    nearest = torch.cdist(points_KND, centres_KJD).argmin(dim=2)
+    return torch.nn.functional.one_hot(nearest, centres_KJD.shape[1]).to(points_KND)
 
 
 def refine_centres(total_KD: Tensor, centres_KJD: Tensor, mean_KD: Tensor, noise: float) -> tuple[Tensor, Tensor]:
@@ -242,3 +253,23 @@ def fit(
             total = private.release(query, nearest, progress=progress)  # private
         centres, weights = refine_centres(total, centres, mean, query.noise_multiplier)
     return mixture(count, mean, covariance, centres, weights)
+
+
+def denoiser(space: PixelSpace, fitted: Mixture) -> MixtureDenoiser:
+    """The mixture's own denoiser, in pixels."""
+    centres, within = fitted.centres * space.radius, fitted.within * space.radius**2
+    return MixtureDenoiser(space.centre, space.basis, centres, fitted.weights, within)
+
+
+def denoiser_of(images_KMCHW: Tensor, dims: int, components: int) -> MixtureDenoiser:
+    """Post-processing: the denoiser of a mixture fitted to released images of each class, as closely as so many components can."""
+    m = images_KMCHW.shape[1]
+    flat = images_KMCHW.flatten(2)
+    centre = flat.mean(dim=(0, 1))
+    basis, _ = principal_axes((flat - centre).flatten(0, 1), min(dims, flat.shape[2]))
+    points = (flat - centre) @ basis
+    centres = _k_means(points, min(components, m), 15)
+    member = _nearest(points, centres)
+    apart = points - member @ centres
+    within = apart.transpose(1, 2) @ apart / m
+    return MixtureDenoiser(centre, basis, centres, member.mean(dim=1), within)

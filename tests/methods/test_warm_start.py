@@ -1,0 +1,90 @@
+"""How `dpsad` begins: which way is taken, what each asks of the door, and that the embedding's denoiser draws what was released."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from behind_the_door import made_up_public, made_up_records
+from dpdistill.mechanisms import PrivateData, Vault
+from dpdistill.methods.diffusion import dpsad
+from dpdistill.methods.diffusion.student import samples
+from dpdistill.methods.shared import mixture
+from dpdistill.methods.shared.embedding import EmbeddingConfig
+from dpdistill.models import edm
+from dpdistill.privacy import Ledger, gaussian_multiplier
+from dpdistill.workspace import FolderWorkspace
+
+PUBLIC = made_up_public(1, 12)
+
+
+def config(**given: Any) -> dpsad.Config:
+    return dpsad.Config(**{"expected_records": 1000, "target_epsilon": 1.0, **given})
+
+
+@pytest.mark.parametrize(
+    ("records", "epsilon", "start"),
+    [(1437, 1.0, "embedding"), (1437, 10.0, "embedding"), (60_000, 1.0, "mixture"), (10**6, 0.1, "mixture")],
+)
+def test_few_records_for_the_noise_are_embedded(records: int, epsilon: float, start: str) -> None:
+    found = config(expected_records=records, target_epsilon=epsilon)
+    assert found.start == start
+    assert found.weight == pytest.approx(records / gaussian_multiplier(epsilon, 1e-5))
+    assert replace(found, warm_start="mixture").start == "mixture"
+    assert replace(found, warm_start="embedding").start == "embedding"
+    assert any("--set warm_start=mixture" in line for line in dpsad.advice(found, PUBLIC, epsilon, 1e-5)) == (
+        start == "embedding"
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_each_start_spends_all_that_dp_sgd_leaves(share: float) -> None:
+    for start, names in (
+        ("embedding", ["dpsad-embedding"]),
+        ("mixture", ["dpsad-moments", "dpsad-local-1", "dpsad-local-2", "dpsad-tones", "count", "teacher-gradient"]),
+    ):
+        plan = dpsad.plan(config(warm_start=start, share_denoiser=share), PUBLIC, 4.0)
+        full = [planned for planned in plan if planned.query.part()[0] == 1]
+        assert [planned.query.name for planned in full] == names
+        spent = sum(planned.count / planned.query.noise_multiplier**2 for planned in full)
+        assert spent == pytest.approx((1 - share) / 16)
+        assert len(plan) == len(full) + (share > 0)
+
+
+def test_a_mixture_fitted_to_images_draws_such_images() -> None:
+    g = torch.Generator().manual_seed(0)
+    images = torch.full((2, 300, 1, 8, 8), -1.0)
+    shades = torch.rand(2, 300, 1, 1, 1, generator=g)
+    images[0, :, :, :4] = shades[0]
+    images[1, :, :, 4:] = shades[1]
+    denoiser = mixture.denoiser_of(images, 64, 10)
+    labels = torch.arange(2).repeat_interleave(200)
+    drawn = edm.sample(denoiser, labels, (1, 8, 8), steps=18, generator=g, sigma_max=10.0)
+    for row in range(2):
+        own, other = (
+            drawn[labels == row][:, :, 4 * row : 4 * row + 4],
+            drawn[labels == row][:, :, 4 - 4 * row :][:, :, :4],
+        )
+        assert own.mean() == pytest.approx(float(shades[row].mean()), abs=0.1)
+        assert own.mean(dim=(1, 2, 3)).std() == pytest.approx(float(shades[row].std()), rel=0.2)
+        assert other.mean() < -0.95
+
+
+def test_with_little_noise_samples_look_like_their_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = EmbeddingConfig(n_frequencies=200, steps=150, batch=8, lr=5e-3, width=8)
+    monkeypatch.setattr(dpsad, "EMBEDDING", few)
+    monkeypatch.setattr(dpsad, "N_GENERATED", 60)
+    given = config(warm_start="embedding", share_denoiser=0.0, components=4)
+    plan = dpsad.plan(given, PUBLIC, 0.01)
+    with Ledger.open(tmp_path / "ledger", cap=(math.inf, 1e-5)) as ledger:
+        private = PrivateData(made_up_records(1, 12), ledger, Vault.open(tmp_path / "vault"))
+        workspace = FolderWorkspace(tmp_path / "w", seed=0, quiet=True)
+        teacher = dpsad.train(given, PUBLIC, private, plan, workspace)
+    assert (teacher.guide, teacher.tone) == (None, None)
+    drawn = samples(teacher, PUBLIC, given, workspace, 60)
+    top, bottom = (drawn.images[drawn.labels == row].mean(dim=(0, 1)) for row in (0, 1))
+    assert top[:6].mean() - top[6:].mean() > 0.3
+    assert bottom[6:].mean() - bottom[:6].mean() > 0.3
