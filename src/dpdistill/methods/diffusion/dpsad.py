@@ -40,7 +40,7 @@ N_GENERATED = 2000  # images of each class that the finer mixture is fitted to
 FINER = 5  # its components, in those of the noisy one
 N_DRAWN = 3000  # samples of the teacher that show what tones it has
 MANY = 50_000  # records for each unit of a sum's noise: below, DP-SGD was not worth its budget
-FEW = 6_000  # below, a mixture was behind an embedding (digits: 400 and 2,400); above, ahead of it (letters and MNIST: 16,000)
+FEW = 6_000  # below, a mixture was behind an embedding (digits: 390 and 2,900); above, ahead of it (letters: 16,000)
 DELTA = 1e-5  # for these rules of thumb
 
 
