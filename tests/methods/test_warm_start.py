@@ -1,6 +1,5 @@
 """How `dpsad` begins: which way is taken, what each asks of the door, and that the embedding's denoiser draws what was released."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def test_with_little_noise_samples_look_like_their_class(tmp_path: Path, monkeyp
     monkeypatch.setattr(dpsad, "N_GENERATED", 60)
     given = config(warm_start="embedding", share_denoiser=0.0, components=4)
     plan = dpsad.plan(given, PUBLIC, 0.01)
-    with Ledger.open(tmp_path / "ledger", cap=(math.inf, 1e-5)) as ledger:
+    with Ledger.open(tmp_path / "ledger", cap=(1e15, 1e-5)) as ledger:
         private = PrivateData(made_up_records(1, 12), ledger, Vault.open(tmp_path / "vault"))
         workspace = FolderWorkspace(tmp_path / "w", seed=0, quiet=True)
         teacher = dpsad.train(given, PUBLIC, private, plan, workspace)
