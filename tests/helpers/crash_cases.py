@@ -80,7 +80,9 @@ MODEL: dict[str, dict[str, Any]] = {
 }
 DIFFUSION: dict[str, dict[str, Any]] = {
     "dpsad": {"settings": {**DPSGD, "warm_start": "mixture", "share_denoiser": 0.5, "pixel_dims": 4, "components": 2}},
-    "dpsad-embedded": {"settings": {**STUDENT, "warm_start": "embedding", "pixel_dims": 4, "components": 2}},
+    "dpsad-embedded": {
+        "settings": {**STUDENT, "warm_start": "embedding", "embedding_batch": 2, "pixel_dims": 4, "components": 2}
+    },
     "dpdm": {"settings": DPSGD},
     "shards": {
         "settings": {"models": 2, "teacher_steps": 1, "fit_steps": 1, "queries": 2, "rounds": 2, **NETWORK, **STUDENT}
@@ -167,7 +169,7 @@ def cases(folder: Path) -> Iterator[Callable[[str], Case]]:
         stack.enter_context(mock.patch.object(pipeline, "N_PROCEDURAL", 40))
         stack.enter_context(mock.patch.object(joint, "match_pool", partial(joint.match_pool, save_every=2)))
         stack.enter_context(mock.patch.object(dpsad, "GUIDE", linear.Training(teacher_steps=2, teacher_dims=4)))
-        small = EmbeddingConfig(n_frequencies=8, steps=4, batch=2, latent=2, width=2, checkpoint_steps=2)
+        small = EmbeddingConfig(n_frequencies=8, steps=4, latent=2, width=2, checkpoint_steps=2)
         stack.enter_context(mock.patch.object(dpsad, "EMBEDDING", small))
         stack.enter_context(mock.patch.object(dpsad, "N_GENERATED", 12))
         yield lambda name: case(name, folder)

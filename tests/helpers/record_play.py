@@ -223,7 +223,7 @@ def pipelines() -> dict[str, Pipeline]:
         found["dpsad"], settings={**found["dpsad"].settings, "share_denoiser": 0.0}
     )
     found["dpsad by embedding"] = dataclasses.replace(
-        found["dpsad"], settings={**found["dpsad"].settings, "warm_start": "embedding"}
+        found["dpsad"], settings={**found["dpsad"].settings, "warm_start": "embedding", "embedding_batch": 2}
     )
     found["ndpdc resized"] = dataclasses.replace(found["ndpdc"], facts={"resize": 9})
     return found
@@ -749,7 +749,7 @@ def small(whole: bool) -> Iterator[None]:
             (teacher, "N_DRAWN", 30),
             (mixture, "N_SAMPLES", 50),
             (dpsad, "GUIDE", linear.Training(teacher_steps=2, teacher_dims=4)),
-            (dpsad, "EMBEDDING", EmbeddingConfig(n_frequencies=8, steps=2, batch=2, latent=2, width=2)),
+            (dpsad, "EMBEDDING", EmbeddingConfig(n_frequencies=8, steps=2, latent=2, width=2)),
             (dpsad, "N_GENERATED", 12),
             (os, "fsync", lambda descriptor: None),  # what outlives a power cut is tested elsewhere
         ):

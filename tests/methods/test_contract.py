@@ -69,7 +69,12 @@ DENOISER: dict[str, Any] = {
     "answer_steps": 2,
 }
 TINY["dpsad"] = DENOISER | {"warm_start": "mixture", "pixel_dims": 6, "components": 2, "share_denoiser": 0.5}
-TINY["dpsad by embedding"] = DENOISER | {"warm_start": "embedding", "pixel_dims": 6, "components": 2}
+TINY["dpsad by embedding"] = DENOISER | {
+    "warm_start": "embedding",
+    "embedding_batch": 4,
+    "pixel_dims": 6,
+    "components": 2,
+}
 TINY["dpdm"] = DENOISER
 ALL = {
     **METHODS,
@@ -124,7 +129,7 @@ def public(shape: tuple[int, int, int] = (1, 8, 8), k: int = 3) -> Public:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = EmbeddingConfig(n_frequencies=20, steps=5, batch=4, latent=2, width=4, checkpoint_steps=2)
+    few = EmbeddingConfig(n_frequencies=20, steps=5, latent=2, width=4, checkpoint_steps=2)
     monkeypatch.setattr(dpsad, "EMBEDDING", few)
     monkeypatch.setattr(dpsad, "N_GENERATED", 20)
 

@@ -73,10 +73,10 @@ def test_a_mixture_fitted_to_images_draws_such_images() -> None:
 
 
 def test_with_little_noise_samples_look_like_their_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = EmbeddingConfig(n_frequencies=200, steps=150, batch=8, lr=5e-3, width=8)
+    few = EmbeddingConfig(n_frequencies=200, steps=150, lr=5e-3, width=8)
     monkeypatch.setattr(dpsad, "EMBEDDING", few)
     monkeypatch.setattr(dpsad, "N_GENERATED", 60)
-    given = config(warm_start="embedding", share_denoiser=0.0, components=4)
+    given = config(warm_start="embedding", embedding_batch=8, share_denoiser=0.0, components=4)
     plan = dpsad.plan(given, PUBLIC, 0.01)
     with Ledger.open(tmp_path / "ledger", cap=(1e15, 1e-5)) as ledger:
         private = PrivateData(made_up_records(1, 12), ledger, Vault.open(tmp_path / "vault"))

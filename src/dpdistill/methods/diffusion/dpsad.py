@@ -14,7 +14,7 @@ DP-FETA, for the order. Proof: docs/privacy/dpsad.md.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,7 @@ from .private_denoiser import DenoiserConfig
 from .student import finish
 
 GUIDE = linear.Training()
-EMBEDDING = EmbeddingConfig(batch=20)
+EMBEDDING = EmbeddingConfig()
 N_GENERATED = 2000  # images of each class that the finer mixture is fitted to
 FINER = 5  # its components, in those of the noisy one
 N_DRAWN = 3000  # samples of the teacher that show what tones it has
@@ -57,6 +57,7 @@ class Config(DenoiserConfig, DistillationConfig):
       share_tones: of the rest, for the tones. The embedding needs none, nor a guide: it has all of the rest.
       share_guide: of the rest of that, for the guide; what then remains is the mixture's.
       pixel_dims, components: of the mixture; the one that is fitted to a generator's images has five times as many components.
+      embedding_batch: images of each class and step that the generator of an embedding is fitted by.
       seed_images: samples of the teacher that the student starts from, in all.
       sampling_steps, sigma_max: of the teacher's own samples.
       label_dropout, guidance: 0 and 1: the mixture knows no "any" class, and the guide chooses samples afterwards.
@@ -70,6 +71,7 @@ class Config(DenoiserConfig, DistillationConfig):
     share_guide: float = 0.4
     pixel_dims: int = 64
     components: int = 20
+    embedding_batch: int = 50
     seed_images: int = 5000
     sampling_steps: int = 18
     sigma_max: float = 10.0
@@ -79,7 +81,7 @@ class Config(DenoiserConfig, DistillationConfig):
     def __post_init__(self) -> None:
         DenoiserConfig.__post_init__(self)
         DistillationConfig.__post_init__(self)
-        counts = ("per_class", "pixel_dims", "components", "seed_images", "sampling_steps")
+        counts = ("per_class", "pixel_dims", "components", "embedding_batch", "seed_images", "sampling_steps")
         for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
@@ -194,7 +196,8 @@ Warm = tuple[MixtureDenoiser, Callable[[Tensor], Tensor] | None, Tensor | None] 
 def _embedded(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Warm:
     """A generator fitted to one embedding, and the denoiser of a mixture fitted to its images: they need no guide, and have the tones."""
     query: Any = plan[0].query
-    model = embedding.fit("dpsad", EMBEDDING, query, public, private, workspace)
+    fitting = replace(EMBEDDING, batch=config.embedding_batch)
+    model = embedding.fit("dpsad", fitting, query, public, private, workspace)
     labels = torch.arange(public.n_classes).repeat_interleave(N_GENERATED)
     made = embedding.draw(model, EMBEDDING, labels, public.n_classes, workspace)
     images = made.images.view(public.n_classes, N_GENERATED, *public.image_shape)
