@@ -11,7 +11,7 @@ from behind_the_door import made_up_public, made_up_records
 from dpdistill.mechanisms import PrivateData, Vault
 from dpdistill.methods.diffusion import dpsad
 from dpdistill.methods.diffusion.student import samples
-from dpdistill.methods.shared import mixture
+from dpdistill.methods.shared import embedding, mixture
 from dpdistill.methods.shared.embedding import EmbeddingConfig
 from dpdistill.models import edm
 from dpdistill.privacy import Ledger, gaussian_multiplier
@@ -87,3 +87,28 @@ def test_with_little_noise_samples_look_like_their_class(tmp_path: Path, monkeyp
     top, bottom = (drawn.images[drawn.labels == row].mean(dim=(0, 1)) for row in (0, 1))
     assert top[:6].mean() - top[6:].mean() > 0.3
     assert bottom[6:].mean() - bottom[:6].mean() > 0.3
+
+
+def test_of_many_classes_fewer_images_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    fit, draw = embedding.fit, embedding.draw
+
+    def noted(name: str, given: EmbeddingConfig, *rest: Any) -> Any:
+        asked.append((given.batch, 0))
+        return fit(name, given, *rest)
+
+    def drawn(model: Any, given: EmbeddingConfig, labels: torch.Tensor, *rest: Any) -> Any:
+        asked.append((0, len(labels)))
+        return draw(model, given, labels, *rest)
+
+    monkeypatch.setattr(embedding, "fit", noted)
+    monkeypatch.setattr(embedding, "draw", drawn)
+    monkeypatch.setattr(dpsad, "EMBEDDING", EmbeddingConfig(n_frequencies=8, steps=2, width=2))
+    monkeypatch.setattr(dpsad, "MOST_GENERATED", 20)
+    monkeypatch.setattr(dpsad, "MOST_AT_ONCE", 7)
+    given = config(warm_start="embedding", share_denoiser=0.0)
+    with Ledger.open(tmp_path / "ledger", cap=(1e15, 1e-5)) as ledger:
+        private = PrivateData(made_up_records(1, 12), ledger, Vault.open(tmp_path / "vault"))
+        workspace = FolderWorkspace(tmp_path / "w", seed=0, quiet=True)
+        dpsad.train(given, PUBLIC, private, dpsad.plan(given, PUBLIC, 1.0), workspace)
+    assert asked == [(2, 0), (0, 18)]  # three classes

@@ -36,7 +36,8 @@ from .student import finish
 
 GUIDE = linear.Training()
 EMBEDDING = EmbeddingConfig()
-N_GENERATED = 2000  # images of each class that the finer mixture is fitted to
+N_GENERATED = 2000  # images of each class that the finer mixture is fitted to; of many classes, fewer of each
+MOST_GENERATED, MOST_AT_ONCE = 50_000, 5_000  # of all classes: that, and images for one step of the generator
 FINER = 5  # its components, in those of the noisy one
 N_DRAWN = 3000  # samples of the teacher that show what tones it has
 MANY = 50_000  # records for each unit of a sum's noise: below, DP-SGD was not worth its budget
@@ -196,11 +197,12 @@ Warm = tuple[MixtureDenoiser, Callable[[Tensor], Tensor] | None, Tensor | None] 
 def _embedded(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Warm:
     """A generator fitted to one embedding, and the denoiser of a mixture fitted to its images: they need no guide, and have the tones."""
     query: Any = plan[0].query
-    fitting = replace(EMBEDDING, batch=config.embedding_batch)
+    k = public.n_classes
+    fitting = replace(EMBEDDING, batch=max(1, min(config.embedding_batch, MOST_AT_ONCE // k)))
     model = embedding.fit("dpsad", fitting, query, public, private, workspace)
-    labels = torch.arange(public.n_classes).repeat_interleave(N_GENERATED)
-    made = embedding.draw(model, EMBEDDING, labels, public.n_classes, workspace)
-    images = made.images.view(public.n_classes, N_GENERATED, *public.image_shape)
+    n = max(1, min(N_GENERATED, MOST_GENERATED // k))
+    made = embedding.draw(model, fitting, torch.arange(k).repeat_interleave(n), k, workspace)
+    images = made.images.view(k, n, *public.image_shape)
     denoise = mix.denoiser_of(images, config.pixel_dims, FINER * config.components)
     return denoise.to(workspace.device), None, None
 
