@@ -128,6 +128,7 @@ def test_the_system_itself_refuses(form: str, tmp_path: Path) -> None:
 def test_the_command_ends_with_one_line(
     how: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with Ctrl-C ignored
     place = tmp_path / "place"
     place.mkdir()
     monkeypatch.setattr(sys, "argv", ["dpdistill", "sample", "r", "--out", str(place / form), "--count", "600"])
