@@ -181,7 +181,8 @@ def test_a_disk_that_is_too_full(tmp_path, write, in_files, monkeypatch):
     monkeypatch.setattr(stored.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(InputError, match=r"no room .*\(disk too full\) \(point TMPDIR at a disk") as raised:
         load_images(spec, limits=limits)
-    assert "384" not in str(raised.value)  # bytes needed, which would tell how many records there are
+    said = str(raised.value).replace(str(tmp_path), "")  # pytest counts its folders: one of them is number 384
+    assert "384" not in said  # bytes needed, which would tell how many records there are
 
 
 def test_a_disk_that_fills_up_or_is_not_there(tmp_path, write, in_files, monkeypatch):
