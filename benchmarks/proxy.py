@@ -151,12 +151,11 @@ def main() -> None:
 @torch.no_grad()
 def _error(synthetic: Any, x: Tensor, y: Tensor) -> float:
     """Relative squared error of the synthetic class contrasts, in a random network that took no part in the fit."""
-    from dpdistill.models import expand
 
     net = ConvNet(
         (int(x.shape[1]), int(x.shape[2]), int(x.shape[3])), 1, width=64, generator=torch.Generator().manual_seed(77)
     )
-    images = expand(synthetic.images, synthetic.parts)
+    images = synthetic.training_images()
     labels = synthetic.labels.repeat_interleave(synthetic.parts**2)
 
     def contrasts(pixels: Tensor, of: Tensor) -> Tensor:

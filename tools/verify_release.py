@@ -201,9 +201,10 @@ def describe(files):
     """What the files give under `release`. Refuses images, labels and weights that are none."""
     arrays, metadata = tensors(files[IMAGES])
     images, labels, soft = (arrays.pop(key, None) for key in ("images", "labels", "soft_labels"))
-    (m, *shape), names, parts = images.shape, json.loads(metadata["class_names"]), int(metadata["parts"])
-    k, rows = len(names), m * parts**2
-    good = metadata == {"format": "pt", "class_names": json.dumps(names), "parts": str(parts), "range": "-1 to 1"}
+    (m, *shape), names = images.shape, json.loads(metadata["class_names"])
+    parts, gain, k = int(metadata["parts"]), int(metadata["gain"]), len(names)
+    told, rows = {"class_names": json.dumps(names), "parts": str(parts), "gain": str(gain)}, m * parts**2
+    good = metadata == told | {"format": "pt", "range": "-1 to 1"} and 1 <= gain <= 64
     good &= type(names) is list and len(set(names)) == k and all(type(n) is str and n.isprintable() for n in names)
     good &= images.dtype == "<f4" and len(shape) == 3 and shape[0] in (1, 3) and 1 <= parts <= min(16, *shape[1:])
     good &= not arrays and labels.dtype == "<i8" and labels.shape == (m,) and 0 <= labels.min() <= labels.max() < k
@@ -211,10 +212,9 @@ def describe(files):
     good &= soft is None or (soft.dtype == "<f4" and soft.shape == (rows, k) and (abs(soft.sum(1) - 1) <= 1e-3).all())
     need(good, f"{IMAGES}: not the labelled images of a release")
     found = {"class_names": names, "image_shape": shape, "images": m, "per_class": m // k, "parts": parts}
-    found |= {"training_images": rows, "soft_labels": soft is not None}
+    found |= {"gain": gain, "training_images": rows, "soft_labels": soft is not None}
+    found |= {f"{name[:-5]}_sha256": sha256(raw).hexdigest() for name, raw in files.items() if name.endswith(".toml")}
     for name, raw in files.items():
-        if name.endswith(".toml"):
-            found[f"{name[:-5]}_sha256"] = sha256(raw).hexdigest()
         if name.endswith(".safetensors") and name != IMAGES:
             weights, metadata = tensors(raw)
             need(metadata == {"format": "pt"} and all(w.dtype == "<f4" for w in weights.values()), "no weights")

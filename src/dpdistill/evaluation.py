@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .data.images import LabelledImages, to_unit
 from .methods.base import Synthetic
-from .models import ConvNet, Dsa, expand
+from .models import ConvNet, Dsa
 from .models.augment import FULL_STRATEGY
 from .models.convnet import quick_pooling
 
@@ -66,7 +66,7 @@ def train_classifier(
       generator: for weights, order and augmentation; a CPU generator.
       progress: told the fraction of the epochs done.
     """
-    images = expand(synthetic.images.float(), synthetic.parts).to(device)
+    images = synthetic.training_images().to(device)
     hard = synthetic.labels.repeat_interleave(synthetic.parts**2)
     targets = (hard if synthetic.soft_labels is None else synthetic.soft_labels.float()).to(device)
     if not (len(images) == len(targets) > 0):

@@ -289,6 +289,7 @@ def _contents() -> Any:
         labels=made.labels.numpy(),
         soft_labels=made.soft_labels.numpy(),
         parts=1,
+        gain=1,
         class_names=("a", "b"),
     )
 

@@ -25,16 +25,20 @@ TOML = 'method = "joint"\nepsilon = 3.0\n'
 
 
 def synthetic(
-    classes: int = 2, per_class: int = 2, shape: tuple[int, int, int] = (1, 8, 8), parts: int = 1, soft: bool = False
+    classes: int = 2,
+    per_class: int = 2,
+    shape: tuple[int, int, int] = (1, 8, 8),
+    parts: int = 1,
+    soft: bool = False,
+    gain: int = 1,
 ) -> Synthetic:
     """Made-up images in [-1, 1], class by class."""
     generator = torch.Generator().manual_seed(0)
     m = classes * per_class
     soft_labels = torch.softmax(torch.rand(m * parts**2, classes, generator=generator), dim=1) if soft else None
     images = torch.rand(m, *shape, generator=generator) * 2 - 1
-    return Synthetic(
-        images=images, labels=torch.arange(classes).repeat_interleave(per_class), soft_labels=soft_labels, parts=parts
-    )
+    labels = torch.arange(classes).repeat_interleave(per_class)
+    return Synthetic(images=images, labels=labels, soft_labels=soft_labels, parts=parts, gain=gain)
 
 
 def facts(folder: Path, made: Synthetic, names: tuple[str, ...] = (), run: str = RUN, **changes: Any) -> BundleFacts:

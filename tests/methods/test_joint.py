@@ -227,19 +227,32 @@ def test_coordinates_keep_what_the_plan_promised(nets: list[ConvNet]) -> None:
         assert (vectors.norm(dim=1) <= 1 + 1e-6).all()
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 16, 24)])
-def test_packed_is_undone_by_expand(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("gain", [1, 8])
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 16, 24), (1, 17, 18)])
+def test_packed_is_undone_by_expand(shape: tuple[int, int, int], gain: int) -> None:
     rows, columns = torch.linspace(-1, 1, shape[1])[:, None], torch.linspace(-1, 1, shape[2])
     g = torch.Generator().manual_seed(0)
     a, b, c = torch.rand(3, 12, shape[0], 1, 1, generator=g)
-    smooth = (a - 0.5) * rows + (b - 0.5) * columns + (c - 0.5)  # what survives being made smaller
-    stored = packed(smooth, 2)
+    smooth = 0.6 * ((a - 0.5) * rows + (b - 0.5) * columns + (c - 0.5))  # what survives being made smaller
+    stored = packed(smooth, 2, gain)
     assert stored.shape == (3, *shape)
-    back = expand(stored, 2)
+    back = expand(stored, 2, gain)
     assert back.shape == smooth.shape
-    inner = (back - smooth)[:, :, 2:-2, 2:-2]
-    assert inner.abs().max() < 0.02
-    assert torch.equal(packed(smooth, 1), smooth)
+    assert (back - smooth)[:, :, 2:-2, 2:-2].abs().max() < (
+        0.03 if shape[1] % 2 == 0 else 0.4
+    )  # odd sides: parts share a row
+    assert torch.equal(packed(smooth, 1, 1), smooth)
+
+
+def test_a_gain_keeps_thin_strokes() -> None:
+    strokes = torch.full((8, 1, 16, 16), -1.0)
+    for row, image in enumerate(strokes):
+        image[0, :, 3 + row : 5 + row] = 1
+
+    def lost(gain: int) -> float:
+        return float((expand(packed(strokes, 2, gain), 2, gain) - strokes).square().mean())
+
+    assert lost(8) < 0.2 * lost(1)
 
 
 def fit(
@@ -256,6 +269,7 @@ def fit(
         apportioned(share, 2 * parts**2),
         images(4, 3).view(2, 2, *SHAPE),
         parts=parts,
+        gain=changes.get("gain", 1),
         steps=steps,
         repeats=repeats,
         lr=0.05,
@@ -308,6 +322,7 @@ def test_the_fit_comes_nearer_to_the_means_of_classes_and_groups(tmp_path: Path,
         apportioned(share, 2),
         start,
         parts=1,
+        gain=1,
         steps=100,
         repeats=4,
         lr=0.1,
@@ -328,14 +343,15 @@ def test_the_shares_are_of_one_budget() -> None:
     public = Public(image_shape=SHAPE, class_names=("a", "b"), auxiliary=images(4))
     asked = plan(Config(pixel_dims=999), public, 3.0)
     assert sum(1 / planned.query.noise_multiplier**2 for planned in asked) == pytest.approx(1 / 9)
-    assert {(p.query.sampling_prob, p.query.n_classes, p.count) for p in asked} == {(1.0, 2, 1)}
+    assert [(p.query.sampling_prob, p.query.n_classes, p.count) for p in asked] == [(1.0, k, 1) for k in (2, 2, 2, 1, 2)]
     assert asked[0].query.dim == mix.n_moments(64)  # no more coordinates than pixels
-    assert asked[3].query.dim == 4 * 301
+    assert asked[4].query.dim == 4 * 301
     coloured = Public(image_shape=(3, 8, 8), class_names=("a", "b"), auxiliary=images(4, shape=(3, 8, 8)))
-    assert plan(Config(), coloured, 3.0)[3].query.dim == 301
+    assert plan(Config(), coloured, 3.0)[3].query.dim == 301  # without tones
+    assert sum(1 / planned.query.noise_multiplier**2 for planned in plan(Config(), coloured, 3.0)) == pytest.approx(1 / 9)
     assert plan(Config(groups=3), coloured, 3.0)[3].query.dim == 3 * 301
     small = Config(per_class=1, groups=9)  # 8x8 images are not cut into parts: one image, one group
-    assert plan(small, public, 3.0)[3].query.dim == 301
+    assert plan(small, public, 3.0)[4].query.dim == 301
     for wrong in (
         {"share_means": 0.5},
         {"share_local": 0.0, "share_means": 0.8},
@@ -351,6 +367,10 @@ def test_the_shares_are_of_one_budget() -> None:
     [
         {"parts": 3},
         {"parts": -1},
+        {"gain": 0},
+        {"gain": 65},
+        {"share_tones": 1.0},
+        {"share_tones": -0.1},
         {"pixel_prior": 1.1},
         {"procedural": float("nan")},
         {"per_class": 50, "pool_mixture": 12},

@@ -36,6 +36,13 @@ def test_expand_keeps_size_and_uses_every_pixel(side: int, parts: int) -> None:
     assert (images.grad != 0).all()
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_gain_multiplies_what_is_enlarged_and_cuts_it(parts: int) -> None:
+    images = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(expand(images, parts, 4), (4 * expand(images, parts)).clamp(-1, 1))
+    assert torch.equal(expand(images, 1), images)
+
+
 def test_expand_refuses_more_parts_than_pixels() -> None:
     with pytest.raises(ValueError, match="parts"):
         expand(torch.zeros(1, 1, 8, 8), 9)

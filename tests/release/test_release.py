@@ -22,7 +22,6 @@ from dpdistill.bundle import contents, png, release, tensors
 from dpdistill.bundle.release import read_bundle, write_bundle
 from dpdistill.bundle.verification import SIZES, verify
 from dpdistill.errors import ReleaseError
-from dpdistill.models.augment import expand
 
 
 def all_bytes(folder: Path) -> dict[str, bytes]:
@@ -34,6 +33,7 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
     [
         {},
         {"parts": 2, "soft": True},
+        {"parts": 2, "gain": 8},
         {"shape": (3, 12, 10), "classes": 3},
         {"classes": 10, "per_class": 1, "soft": True},
     ],
@@ -148,6 +148,8 @@ def test_a_full_disk_is_one_line(kit: Any, tmp_path: Path, monkeypatch: pytest.M
         ({"soft_labels": torch.full((4, 2), 0.4)}, "probabilities"),
         ({"soft_labels": torch.full((4, 3), 1 / 3)}, "soft labels are"),
         ({"parts": 9}, "cannot hold"),
+        ({"gain": 0}, "0 times the contrast"),
+        ({"gain": 65}, "65 times the contrast"),
     ],
 )
 def test_what_no_method_may_return_is_refused(kit: Any, tmp_path: Path, change: dict[str, Any], reason: str) -> None:
@@ -207,7 +209,13 @@ def test_datasets_reads_it_with_class_names(kit: Any, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"parts": 2}, {"parts": 2, "soft": True, "shape": (3, 9, 9)}, {"parts": 3, "shape": (1, 10, 10)}],
+    [
+        {},
+        {"gain": 3},
+        {"parts": 2, "gain": 8},
+        {"parts": 2, "soft": True, "shape": (3, 9, 9)},
+        {"parts": 3, "shape": (1, 10, 10), "gain": 2},
+    ],
     ids=str,
 )
 def test_the_cards_own_code_runs(
@@ -221,7 +229,7 @@ def test_the_cards_own_code_runs(
     exec(blocks[1], scope)
     assert torch.equal(scope["data"]["images"], made.images)
     exec(blocks[2].replace("range(1000)", "range(2)"), scope)
-    assert torch.equal(scope["images"], expand(made.images, made.parts))
+    assert torch.equal(scope["images"], made.training_images())
     assert len(scope["labels"]) == len(scope["images"])
 
 
@@ -300,7 +308,7 @@ def test_malformed_tensors_are_refused(bundle: Path, raw: bytes) -> None:
 def test_other_well_formed_tensors_are_refused(bundle: Path) -> None:
     path = bundle / "dataset" / "synthetic.safetensors"
     arrays, metadata = tensors.unpack(path.read_bytes())
-    for changed in ({**metadata, "note": "x"}, {**metadata, "parts": "x"}, {**metadata, "class_names": "[1]"}, {}):
+    for changed in ({**metadata, "note": "x"}, {**metadata, "parts": "x"}, {**metadata, "gain": "08"}, {}):
         path.write_bytes(tensors.pack(arrays, changed))
         with pytest.raises(ReleaseError):
             read_bundle(bundle)

@@ -126,6 +126,7 @@ LIES = {
     "images per class": (_set("release", "per_class", value=3), "not 3 images of every class"),
     "more images": (_set("release", "images", value=5), "release.images"),
     "parts": (_set("release", "parts", value=2), "release.parts"),
+    "a gain": (_set("release", "gain", value=2), "release.gain"),
     "a seed of another type": (_set("release", "seed", value=True), "seed is not what"),
     "a seed": (_set("release", "seed", value=8), "not the page"),
     "an auxiliary set": (_set("auxiliary", value="ImageNet"), "not the page"),

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from ..data.images import LabelledImages
 from ..methods import Sampler, Student, Synthetic
 from ..models import few_step
-from ..models.augment import expand
 from . import bounds
 from .result import Membership
 from .twin import Made, Twin
@@ -48,7 +47,7 @@ def _result(who: str, attack: str, inside: NDArray[np.float64], outside: NDArray
 def nearest(made: Synthetic | Sampler, records: LabelledImages) -> NDArray[np.float64]:
     """Minus the distance to the nearest released image of the record's class."""
     shown = made.images if isinstance(made, Sampler) else made
-    images = expand(shown.images, shown.parts).flatten(1)
+    images = shown.training_images().flatten(1)
     labels = shown.labels.repeat_interleave(shown.parts**2)
     x, y = torch.from_numpy(records.to_unit()).flatten(1), torch.from_numpy(records.labels)
     best = torch.full((len(x),), -math.inf)

@@ -271,6 +271,7 @@ def build(
             "per_class": facts.per_class,
             "images": len(contents.images),
             "parts": contents.parts,
+            "gain": contents.gain,
             "soft_labels": contents.soft_labels is not None,
             "training_images": len(contents.images) * contents.parts**2,
             "seed": facts.seed,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..errors import ReleaseError
 from . import png, tensors
 
-MAX_PARTS = 16
+MAX_PARTS, MAX_GAIN = 16, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class Contents:
       images: float32 [M, C, H, W] in [-1, 1], C 1 or 3.
       labels: int64 [M] below K.
       soft_labels: float32 [M·parts², K], rows that are probabilities; or None.
+      gain: contrast of a training image against its part of a stored one.
       class_names: K names, printable and different.
 
     Raises:
@@ -33,6 +34,7 @@ class Contents:
     labels: NDArray[np.int64]
     soft_labels: NDArray[np.float32] | None
     parts: int
+    gain: int
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -54,6 +56,8 @@ class Contents:
             raise ReleaseError(f"labels are not {m} class numbers below {k}")
         if not (1 <= self.parts <= min(MAX_PARTS, *self.images.shape[2:])):
             raise ReleaseError(f"an image cannot hold {self.parts} × {self.parts} training images")
+        if not (1 <= self.gain <= MAX_GAIN):
+            raise ReleaseError(f"a training image cannot have {self.gain} times the contrast of its stored one")
         if self.class_names != printable_names(self.class_names):
             raise ReleaseError("class names are not different printable names")
         soft = self.soft_labels
@@ -70,15 +74,19 @@ class Contents:
         """The images as 8-bit pixels [M, H, W, C]."""
         return png.to_pixels(self.images)
 
+    @property
+    def shown(self) -> NDArray[np.uint8]:
+        """The images as 8-bit pixels with the contrast of training images, for eyes."""
+        return png.to_pixels(np.clip(self.gain * self.images, -1, 1))
+
     def pack(self) -> bytes:
         """Returns the safetensors file."""
         arrays: dict[str, tensors.Array] = {"images": self.images, "labels": self.labels}
         if self.soft_labels is not None:
             arrays["soft_labels"] = self.soft_labels
         names = json.dumps(list(self.class_names))
-        return tensors.pack(
-            arrays, {"format": "pt", "class_names": names, "parts": str(self.parts), "range": "-1 to 1"}
-        )
+        numbers = {"parts": str(self.parts), "gain": str(self.gain), "range": "-1 to 1"}
+        return tensors.pack(arrays, {"format": "pt", "class_names": names, **numbers})
 
 
 def unpack(raw: bytes) -> Contents:
@@ -93,12 +101,15 @@ def unpack(raw: bytes) -> Contents:
             labels=arrays["labels"],
             soft_labels=arrays.get("soft_labels"),
             parts=int(metadata["parts"][:4]),
+            gain=int(metadata["gain"][:4]),
             class_names=tuple(names),
         )
     except ReleaseError as error:
         raise ReleaseError(f"dataset/synthetic.safetensors: {error}") from None
     except (KeyError, ValueError, TypeError):
-        raise ReleaseError("dataset/synthetic.safetensors: images, labels, parts or class names are missing") from None
+        raise ReleaseError(
+            "dataset/synthetic.safetensors: images, labels, parts, gain or class names are missing"
+        ) from None
     if result.pack() != raw:
         raise ReleaseError("dataset/synthetic.safetensors: something beside the images and labels, or in another order")
     return result

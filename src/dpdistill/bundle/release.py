@@ -121,15 +121,14 @@ def bundle_files(synthetic: "Synthetic", facts: BundleFacts, product: Product | 
     found = certificates.figures(facts)
     pages = report.fingerprint()
     certificate = certificates.build(facts, found, held, certificates.software(), pages, product)
-    pixels = held.pixels
     files = {
         **({} if facts.claim else {"ledger.jsonl": facts.ledger_raw}),
         **({"conversion.toml": facts.conversion_toml.encode()} if facts.conversion_toml else {}),
         **({} if product is None else product.files()),
         "config.toml": facts.config_toml.encode(),
         "dataset/synthetic.safetensors": held.pack(),
-        "dataset/train.parquet": table.write(pixels, held.labels, held.soft_labels, held.class_names),
-        "samples.png": png.encode(png.sheet(pixels, held.labels, len(held.class_names)), small=True),
+        "dataset/train.parquet": table.write(held.pixels, held.labels, held.soft_labels, held.class_names),
+        "samples.png": png.encode(png.sheet(held.shown, held.labels, len(held.class_names)), small=True),
         "README.md": report.render_card(certificate).encode(),
         "report.html": report.render_report(certificate, held).encode(),
         "certificate.json": certificates.write(certificate),
@@ -164,6 +163,7 @@ def from_torch(synthetic: "Synthetic", class_names: tuple[str, ...]) -> Contents
         labels=synthetic.labels.detach().cpu().contiguous().numpy(),
         soft_labels=None if soft is None else soft.detach().cpu().contiguous().numpy(),
         parts=synthetic.parts,
+        gain=synthetic.gain,
         class_names=class_names,
     )
 
@@ -242,4 +242,5 @@ def read_bundle(path: str | os.PathLike[str]) -> "Synthetic":
         labels=tensor(held.labels),
         soft_labels=None if held.soft_labels is None else tensor(held.soft_labels),
         parts=held.parts,
+        gain=held.gain,
     )

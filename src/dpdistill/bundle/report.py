@@ -61,7 +61,7 @@ def _short(text: str) -> str:
 def _strips(held: Contents) -> list[dict[str, Any]]:
     """For each class its name and its first images as data URIs."""
     across = max(1, min(ACROSS, MOST_SHOWN // len(held.class_names)))
-    pixels, strips = held.pixels, []
+    pixels, strips = held.shown, []
     for k, name in enumerate(held.class_names[:MOST_SHOWN]):
         chosen = np.flatnonzero(held.labels == k)[:across]
         strips.append(

@@ -433,7 +433,7 @@ def _check_audit(facts: BundleFacts, claimed: Figures) -> list[str]:
 
 def _check_pictures(files: dict[str, bytes], held: Contents) -> list[str]:
     problems = []
-    if not png.same(files["samples.png"], png.sheet(held.pixels, held.labels, len(held.class_names))):
+    if not png.same(files["samples.png"], png.sheet(held.shown, held.labels, len(held.class_names))):
         problems.append("samples.png: not the images of the tensors")
     try:
         table.check(files["dataset/train.parquet"], held.pixels, held.labels, held.soft_labels, held.class_names)

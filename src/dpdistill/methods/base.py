@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mechanisms import PrivateData
+from ..models.augment import expand
 from ..models.convnet import ConvNet
 from ..models.student_generator import StudentGenerator
 from ..privacy import Planned
@@ -48,14 +49,19 @@ class Synthetic:
       images: float32 [M, C, H, W] in [-1, 1]: what is stored and shown.
       labels: int64 [M].
       soft_labels: float32 [M·parts², K], or None: a probability vector for every training image.
-      parts: each stored image holds parts × parts training images (multi-formation; 1 = the image itself). `models.augment.expand`
-        turns stored images into training images.
+      parts: each stored image holds parts × parts training images (multi-formation; 1 = the image itself).
+      gain: contrast of training images against stored ones. `training_images` turns stored images into training images.
     """
 
     images: Tensor
     labels: Tensor
     soft_labels: Tensor | None = None
     parts: int = 1
+    gain: int = 1
+
+    def training_images(self) -> Tensor:
+        """Returns [M·parts², C, H, W] in [-1, 1]; the label of each is `labels.repeat_interleave(parts**2)`."""
+        return expand(self.images.float(), self.parts, self.gain)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,15 +19,21 @@ FULL_STRATEGY = "_".join(OPERATIONS)
 _UNIFORMS = 3  # the most numbers an operation needs
 
 
-def expand(images_MCHW: Tensor, parts: int) -> Tensor:
+def expand(images_MCHW: Tensor, parts: int, gain: int = 1) -> Tensor:
     """Cuts each image into parts x parts tiles and upsamples each to the full size, bilinearly.
 
     Tiles of one image follow each other, row by row, so that labels become `labels.repeat_interleave(parts**2)`. Where
     the size is not a multiple of `parts`, neighbouring tiles share a row or column.
 
+    Args:
+      gain: factor on the result, which is then cut to [-1, 1]. With 1 a tile is as blurred as its enlargement; with more
+        its edges may be sharp, and lie between pixels (ours: docs/decisions/joint.md).
+
     Returns:
-      [M·parts², C, H, W]; the very images where parts = 1.
+      [M·parts², C, H, W]; the very images where parts = 1 and gain = 1.
     """
+    if gain != 1:
+        return (gain * expand(images_MCHW, parts)).clamp(-1, 1)
     if parts == 1:
         return images_MCHW
     m, c, h, w = images_MCHW.shape

@@ -1,8 +1,10 @@
-"""`joint`, ours: the whole budget on four full-batch Gaussian releases, then images fitted to them for free.
+"""`joint`, ours: the whole budget on five full-batch Gaussian releases, then images fitted to them for free.
 
 1. Mixture (private, three releases): for each class the mean, covariance and local means of its images in public pixel coordinates.
+   Of grey images one release more: how often a pixel is how light, since samples of a mixture are pale.
 2. Pool (free): images drawn without limit from the mixture, and public ones.
-3. Means (private, one release): means of the joint features of a few random networks over each class, in a few groups of its records.
+3. Means (private, one release): means of the joint features of a few random networks over each class, in a few groups of its records;
+   each network sees the images under one augmentation of its own.
 4. Measure (free): signed weights over the pool that reproduce those means: targets for any network under any augmentation.
 5. Images (free): a few images fitted to the targets under fresh random networks.
 
@@ -23,10 +25,14 @@ from ...models import ConvNet, Dsa
 from ...privacy import GaussianSum, Planned
 from ..base import Public, Synthetic, Workspace
 from ..shared import mixture as mix
+from ..shared import tones
 from . import measure
 from .matching import apportioned, match_pool, packed
 
 N_PUBLIC = 6000
+N_TONED = 300  # images of each class that show what tones the mixture has
+SHARE_TONES = 0.03  # of grey images; in colour they brought nothing (docs/decisions/joint.md)
+VIEWS = ("none", "crop", "cutout", "rotate")  # the augmentation that each network of the means sees, in turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,8 @@ class Config:
     Attributes:
       per_class: M.
       parts: each stored image holds parts² training images; 0 is 2 from 16 pixels a side on, below that 1.
+      gain: contrast of a training image against its part of the stored one, where parts are more than 1: what is enlarged keeps
+        sharp edges. 1 is the papers' decoder.
       pixel_dims: d; at most the number of pixels.
       components: J.
       feature_dims: D.
@@ -43,6 +51,7 @@ class Config:
       groups: G, at most: feature means are of each class's records nearest to each of G centres. A class too small for its noise has
         fewer. 0 is 4 for grey images and 1 for colour, where it was not tried.
       share_moments, share_local, share_means: of Σ 1/σ²: step 1's moments, each of its two rounds of local means, step 3.
+      share_tones: of Σ 1/σ², for the tones; the three shares above divide the rest. "auto" is 0.03 for grey images, 0 for colour.
       pool_mixture: pool images drawn for each class.
       pool_public: public pool images, in all.
       pixel_prior: mass that a class's weights give its own mixture images before they are fitted; the rest is on the public
@@ -54,6 +63,7 @@ class Config:
 
     per_class: int = 10
     parts: int = 0
+    gain: int = 8
     pixel_dims: int = 64
     components: int = 20
     feature_dims: int = 300
@@ -63,12 +73,13 @@ class Config:
     share_moments: float = 0.2
     share_local: float = 0.2
     share_means: float = 0.4
-    pool_mixture: int = 100
+    share_tones: float | Literal["auto"] = "auto"
+    pool_mixture: int = 400
     pool_public: int = 1000
     pixel_prior: float | Literal["auto"] = "auto"
     procedural: float | Literal["auto"] = "auto"
-    steps: int = 400
-    repeats: int = 4
+    steps: int = 800
+    repeats: int = 8
     lr: float = 0.02
     width: int = 32
     flip: bool = False
@@ -87,6 +98,10 @@ class Config:
         shares = (self.share_moments, self.share_local, self.share_means)
         if not (min(shares) > 0 and abs(self.share_moments + 2 * self.share_local + self.share_means - 1) <= 1e-6):
             raise ConfigError(f"Expected positive shares with moments + 2·local + means = 1, got {shares}.")
+        if not (1 <= self.gain <= 64):
+            raise ConfigError(f"Expected a gain from 1 to 64, got {self.gain}.")
+        if self.share_tones != "auto" and not (0 <= self.share_tones < 1):
+            raise ConfigError(f"Expected share_tones of auto or in [0, 1), got {self.share_tones}.")
         if self.parts not in (0, 1, 2):
             raise ConfigError(f"Expected parts of 0 (automatic), 1 or 2, got {self.parts}.")
         for name in ("pixel_prior", "procedural"):
@@ -119,37 +134,46 @@ def _groups(config: Config, public: Public) -> int:
 
 
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
-    """Four full-batch sums. Shares divide Σ 1/σ² (GDP), so all together cost what one sum with `noise_multiplier` would."""
+    """Four full-batch sums, or five. Shares divide Σ 1/σ² (GDP), so all together cost what one sum with `noise_multiplier` would."""
     d, rows = _dims(config, public), public.n_classes
-
-    def ask(name: str, dim: int, share: float) -> Planned:
-        return Planned(
-            GaussianSum(name=name, dim=dim, n_classes=rows, noise_multiplier=noise_multiplier / math.sqrt(share))
-        )
-
+    toned = _share(config.share_tones, public, SHARE_TONES)
+    sigma = noise_multiplier / math.sqrt(1 - toned)
+    means = GaussianSum(
+        name="joint-means",
+        dim=_groups(config, public) * (config.feature_dims + 1),
+        n_classes=rows,
+        noise_multiplier=sigma / math.sqrt(config.share_means),
+    )
     return [
-        *mix.planned("joint", rows, d, config.components, noise_multiplier, config.share_moments, config.share_local),
-        ask("joint-means", _groups(config, public) * (config.feature_dims + 1), config.share_means),
+        *mix.planned("joint", rows, d, config.components, sigma, config.share_moments, config.share_local),
+        *([tones.planned("joint", public, noise_multiplier, toned)] if toned else []),
+        Planned(means),
     ]
 
 
 def run(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Synthetic:
     """Returns M images per class."""
-    queries = [planned.query for planned in plan]
+    *of_mixture, of_means = [planned.query for planned in plan]  # and of tones, if they are asked for
     open_images = _public_images(config, public, workspace)
     space = mix.pixel_space(open_images, _dims(config, public))
-    fitted = mix.fit(space, config.components, private, queries[:3], workspace)
+    fitted = mix.fit(space, config.components, private, of_mixture[:3], workspace)
+    wanted = tones.fit(of_mixture[3], private, workspace) if of_mixture[3:] else None
 
     def draw(per_class: int, purpose: str) -> Tensor:
         return fitted.sample(per_class, workspace.generator("mixture", purpose))
 
-    def shown(z: Tensor) -> Tensor:
+    def pale(z: Tensor) -> Tensor:
         return space.images(z.flatten(0, -2), public.image_shape)
+
+    curve = None if wanted is None else tones.Curve.between(pale(draw(N_TONED, "tones")), wanted)
+
+    def shown(z: Tensor) -> Tensor:
+        return pale(z) if curve is None else curve(pale(z))
 
     k, m = public.n_classes, config.per_class
     parts, g = _parts(config, public), _groups(config, public)
     # 2. The pool, and what each group's weights are before anything is known of its features.
-    noise = queries[3].noise_multiplier
+    noise = of_means.noise_multiplier
     # A group's mean may have noise of a tenth of the largest norm, within which the features lie, at the most; the counts are released.
     used = (0.1 * fitted.count / (noise * math.sqrt(config.feature_dims))).long().clamp(1, g)
     centres = mix.group_centres(fitted, used.tolist(), g, workspace.generator("groups"))
@@ -160,17 +184,20 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     prior = torch.cat([mass * _prior(own, centres), torch.full((len(seen), k * g), (1 - mass) / max(1, len(seen)))])
     # 3. Means of joint random features, of each group of each class.
     shape = public.image_shape
+    fill = float(pool.amin())
     nets = []
     for i in range(config.networks):
         net = ConvNet(shape, 1, width=config.feature_width, generator=workspace.generator("network", i))
-        nets.append(net.requires_grad_(False).to(workspace.device))
+        dsa = Dsa(strategy=VIEWS[i % len(VIEWS)], fill=fill)
+        view = measure.View(net, dsa, dsa.draw(workspace.generator("view", i)))
+        nets.append(view.requires_grad_(False).to(workspace.device))
     z = measure.coordinates(nets, pool, config.feature_dims)
 
     def by_group(x: Tensor, y: Tensor) -> Tensor:
         return measure.grouped(z(x), mix.nearest_group(centres, space.coordinates(x), y), g)
 
     with workspace.passing("private pass over the records: feature means") as progress:
-        sums = private.release(queries[3], by_group, progress=progress)  # private
+        sums = private.release(of_means, by_group, progress=progress)  # private
     # 4. The measure. The noise of a group that is not used is of no account.
     means, counts = measure.class_means(sums.view(k * g, -1), noise)
     counts = torch.where(torch.arange(g) < used[:, None], counts.view(k, g), 0.0)
@@ -180,16 +207,17 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     share = counts / counts.sum(dim=1, keepdim=True)
     # 5. The images.
     tiles = apportioned(share, m * parts**2)
-    start = packed(shown(_of_groups(draw(10 * m * parts**2, "start"), centres, tiles)), parts)
-    start = torch.nn.functional.interpolate(start, size=shape[1:]).view(k, m, *shape)
-    dsa = Dsa(strategy="color_crop_cutout_scale_rotate" + ("_flip" if config.flip else ""), fill=float(pool.amin()))
+    gain = config.gain if parts > 1 else 1
+    start = packed(shown(_of_groups(draw(10 * m * parts**2, "start"), centres, tiles)), parts, gain)
+    dsa = Dsa(strategy="color_crop_cutout_scale_rotate" + ("_flip" if config.flip else ""), fill=fill)
     images = match_pool(
         pool,
         weights.view(-1, k, g),
         share,
         tiles,
-        start,
+        start.view(k, m, *shape),
         parts=parts,
+        gain=gain,
         steps=config.steps,
         repeats=config.repeats,
         lr=config.lr,
@@ -197,7 +225,7 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
         dsa=dsa,
         workspace=workspace,
     )
-    return Synthetic(images=images.flatten(0, 1), labels=torch.arange(k).repeat_interleave(m), parts=parts)
+    return Synthetic(images=images.flatten(0, 1), labels=torch.arange(k).repeat_interleave(m), parts=parts, gain=gain)
 
 
 def _prior(own_KND: Tensor, centres_KGD: Tensor) -> Tensor:

@@ -12,19 +12,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...models import ConvNet
+from ...models import ConvNet, Dsa
 
 CONSTANT = 0.3  # share of a record's unit vector that its constant coordinate takes: gives the count
 _UNIT = math.sqrt(1 - CONSTANT**2)
+
+
+class View(nn.Module):
+    """A random network that sees every image under one and the same augmentation: a measure that agrees in several of these holds
+    under augmentation, too. Each row depends on its own image only."""
+
+    def __init__(self, network: ConvNet, dsa: Dsa, draw: Tensor) -> None:
+        super().__init__()
+        self.network, self.dsa, self.draw = network, dsa, draw
+
+    def embed(self, x_BCHW: Tensor) -> Tensor:
+        return self.network.embed(self.dsa.apply(x_BCHW, self.draw))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coordinates:
     """Joint features of several networks on principal axes, partly whitened. Centre [F], basis [F, D]."""
 
-    networks: Sequence[ConvNet]
+    networks: Sequence[ConvNet | View]
     centre: Tensor
     basis: Tensor
 
@@ -41,11 +53,11 @@ def grouped(vectors_BD: Tensor, group_B: Tensor, groups: int) -> Tensor:
     return (torch.nn.functional.one_hot(group_B, groups).to(vectors_BD)[:, :, None] * vectors_BD[:, None]).flatten(1)
 
 
-def joint_features(networks: Sequence[ConvNet], x_BCHW: Tensor) -> Tensor:
+def joint_features(networks: Sequence[ConvNet | View], x_BCHW: Tensor) -> Tensor:
     return torch.cat([net.embed(x_BCHW) for net in networks], dim=1)
 
 
-def coordinates(networks: Sequence[ConvNet], reference_ACHW: Tensor, dims: int) -> Coordinates:
+def coordinates(networks: Sequence[ConvNet | View], reference_ACHW: Tensor, dims: int) -> Coordinates:
     """Learns centre and axes from images that are public or derive from released values; λ^(-1/4) on each axis evens out the noise."""
     with torch.no_grad():
         device = next(networks[0].parameters()).device
