@@ -80,7 +80,7 @@ class Config:
     procedural: float | Literal["auto"] = "auto"
     steps: int = 800
     repeats: int = 8
-    lr: float = 0.02
+    lr: float = 0.04
     width: int = 32
     flip: bool = False
 
