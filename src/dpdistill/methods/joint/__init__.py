@@ -30,8 +30,9 @@ from . import measure
 from .matching import apportioned, match_pool, packed
 
 N_PUBLIC = 6000
-N_TONED = 300  # images of each class that show what tones the mixture has
-SHARE_TONES = 0.03  # of grey images; in colour they brought nothing (docs/decisions/joint.md)
+MOST_POOLED = 4000  # of all classes, where that leaves each 100
+N_TONED = 3000  # images of all classes that show what tones the mixture has
+SHARE_TONES = 0.03  # of grey images; in colour they brought nothing (docs/decisions/model.md)
 VIEWS = ("none", "crop", "cutout", "rotate")  # the augmentation that each network of the means sees, in turn
 
 
@@ -52,7 +53,7 @@ class Config:
         fewer. 0 is 4 for grey images and 1 for colour, where it was not tried.
       share_moments, share_local, share_means: of Σ 1/σ²: step 1's moments, each of its two rounds of local means, step 3.
       share_tones: of Σ 1/σ², for the tones; the three shares above divide the rest. "auto" is 0.03 for grey images, 0 for colour.
-      pool_mixture: pool images drawn for each class.
+      pool_mixture: pool images drawn for each class; fewer, down to 100, where classes are many.
       pool_public: public pool images, in all.
       pixel_prior: mass that a class's weights give its own mixture images before they are fitted; the rest is on the public
         ones. "auto" is 1 for grey images and 0 for colour, where pixel coordinates say little of what a class looks like.
@@ -165,7 +166,7 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     def pale(z: Tensor) -> Tensor:
         return space.images(z.flatten(0, -2), public.image_shape)
 
-    curve = None if wanted is None else tones.Curve.between(pale(draw(N_TONED, "tones")), wanted)
+    curve = None if wanted is None else tones.Curve.between(pale(draw(max(1, N_TONED // public.n_classes), "tones")), wanted)
 
     def shown(z: Tensor) -> Tensor:
         return pale(z) if curve is None else curve(pale(z))
@@ -178,7 +179,7 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     used = (0.1 * fitted.count / (noise * math.sqrt(config.feature_dims))).long().clamp(1, g)
     centres = mix.group_centres(fitted, used.tolist(), g, workspace.generator("groups"))
     seen = open_images[: config.pool_public]
-    own = draw(config.pool_mixture, "pool")
+    own = draw(min(config.pool_mixture, max(100, MOST_POOLED // k)), "pool")
     pool = torch.cat([shown(own), seen])
     mass = _share(config.pixel_prior, public, 1.0)
     prior = torch.cat([mass * _prior(own, centres), torch.full((len(seen), k * g), (1 - mass) / max(1, len(seen)))])
