@@ -343,12 +343,14 @@ def test_the_shares_are_of_one_budget() -> None:
     public = Public(image_shape=SHAPE, class_names=("a", "b"), auxiliary=images(4))
     asked = plan(Config(pixel_dims=999), public, 3.0)
     assert sum(1 / planned.query.noise_multiplier**2 for planned in asked) == pytest.approx(1 / 9)
-    assert [(p.query.sampling_prob, p.query.n_classes, p.count) for p in asked] == [(1.0, k, 1) for k in (2, 2, 2, 1, 2)]
+    assert [(p.query.sampling_prob, p.query.n_classes, p.count) for p in asked] == [
+        (1.0, rows, 1) for rows in (2, 2, 2, 1, 2)
+    ]
     assert asked[0].query.dim == mix.n_moments(64)  # no more coordinates than pixels
     assert asked[4].query.dim == 4 * 301
     coloured = Public(image_shape=(3, 8, 8), class_names=("a", "b"), auxiliary=images(4, shape=(3, 8, 8)))
     assert plan(Config(), coloured, 3.0)[3].query.dim == 301  # without tones
-    assert sum(1 / planned.query.noise_multiplier**2 for planned in plan(Config(), coloured, 3.0)) == pytest.approx(1 / 9)
+    assert sum(p.query.noise_multiplier**-2 for p in plan(Config(), coloured, 3.0)) == pytest.approx(1 / 9)
     assert plan(Config(groups=3), coloured, 3.0)[3].query.dim == 3 * 301
     small = Config(per_class=1, groups=9)  # 8x8 images are not cut into parts: one image, one group
     assert plan(small, public, 3.0)[4].query.dim == 301

@@ -166,7 +166,8 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     def pale(z: Tensor) -> Tensor:
         return space.images(z.flatten(0, -2), public.image_shape)
 
-    curve = None if wanted is None else tones.Curve.between(pale(draw(max(1, N_TONED // public.n_classes), "tones")), wanted)
+    toned = pale(draw(max(1, N_TONED // public.n_classes), "tones"))
+    curve = None if wanted is None else tones.Curve.between(toned, wanted)
 
     def shown(z: Tensor) -> Tensor:
         return pale(z) if curve is None else curve(pale(z))
