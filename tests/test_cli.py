@@ -192,7 +192,7 @@ def test_ctrl_c_says_how_to_go_on(dp: Cli, tmp_path: Path, monkeypatch: pytest.M
     ledger = next((tmp_path / "home" / "ledgers").iterdir())
     charges = ledger.read_bytes().count(b'"type":"intent"')
     assert dp(*command)[0] == 0
-    assert ledger.read_bytes().count(b'"type":"intent"') == charges == 4
+    assert ledger.read_bytes().count(b'"type":"intent"') == charges == 5
     assert names(tmp_path) == ["home", "out", "private.npz", "test.npz"]
 
 

@@ -114,7 +114,7 @@ def test_a_command_cut_short_by_a_full_disk_goes_on_when_there_is_room(cli: Cli,
     assert (done.code, done.out[:6]) == (0, "Adding")
     (ledger,) = (tmp_path / "home" / "ledgers").glob("*.jsonl")
     assert ledger.read_text().count('"type":"run"') == 1  # one run, charged once
-    assert ledger.read_text().count('"type":"intent"') == 4
+    assert ledger.read_text().count('"type":"intent"') == 5
 
 
 @pytest.mark.parametrize("name", ["npz: decompression bomb", "report: a flipped byte"])
