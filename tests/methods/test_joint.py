@@ -227,6 +227,16 @@ def test_coordinates_keep_what_the_plan_promised(nets: list[ConvNet]) -> None:
         assert (vectors.norm(dim=1) <= 1 + 1e-6).all()
 
 
+def test_a_view_is_the_network_under_its_own_augmentation_and_treats_records_alone() -> None:
+    x, dsa = images(6, 1, (1, 16, 16)), Dsa(strategy="crop")
+    net = ConvNet((1, 16, 16), 1, width=8).requires_grad_(False)
+    draw = dsa.draw(torch.Generator().manual_seed(3))
+    view = measure.View(net, dsa, draw)
+    assert torch.equal(view.embed(x), net.embed(dsa.apply(x, draw)))
+    assert not torch.allclose(view.embed(x), net.embed(x), atol=1e-3)
+    torch.testing.assert_close(torch.cat([view.embed(row) for row in x.split(1)]), view.embed(x))
+
+
 @pytest.mark.parametrize("gain", [1, 8])
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 16, 24), (1, 17, 18)])
 def test_packed_is_undone_by_expand(shape: tuple[int, int, int], gain: int) -> None:

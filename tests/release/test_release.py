@@ -308,7 +308,8 @@ def test_malformed_tensors_are_refused(bundle: Path, raw: bytes) -> None:
 def test_other_well_formed_tensors_are_refused(bundle: Path) -> None:
     path = bundle / "dataset" / "synthetic.safetensors"
     arrays, metadata = tensors.unpack(path.read_bytes())
-    for changed in ({**metadata, "note": "x"}, {**metadata, "parts": "x"}, {**metadata, "gain": "08"}, {}):
+    wrong = ({"note": "x"}, {"parts": "x"}, {"gain": "08"}, {"gain": "x"}, {"class_names": "[1]"})
+    for changed in (*({**metadata, **each} for each in wrong), {}):
         path.write_bytes(tensors.pack(arrays, changed))
         with pytest.raises(ReleaseError):
             read_bundle(bundle)
