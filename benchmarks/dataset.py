@@ -154,7 +154,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
         "total_seconds": time.monotonic() - started,
         "peak_gib": peak,
         "device": args.device,
-        "note": protocol,
+        "note": ", ".join([protocol, *args.set]),
         "seed": args.seed,
         "profile": {part: round(value, 2) for part, value in watch.seconds.items()},
     }
