@@ -43,9 +43,9 @@ from dpdistill.methods.joint import measure
 from dpdistill.methods.model.votes import ShardTrainer
 from dpdistill.methods.shared.linear import residuals
 from dpdistill.models import ConvNet
-from dpdistill.pipeline import default_ledger, load_private
 from dpdistill.privacy import GaussianSum, Ledger, NoisyVotes, accounting
 from dpdistill.privacy import ledger as ledgers
+from dpdistill.sources import default_ledger, load_private
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -23,8 +23,8 @@ from dpdistill.mechanisms.recordwise import check_recordwise
 from dpdistill.methods.base import Public
 from dpdistill.methods.diffusion import private_denoiser
 from dpdistill.models import edm
-from dpdistill.pipeline import parse_shape
 from dpdistill.privacy import Ledger
+from dpdistill.sources import parse_shape
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpdistill import cli, pipeline
+from dpdistill import cli, pipeline, sources
 from dpdistill.bundle.verification import verify
 from dpdistill.config import ModelConfig, RunConfig, read
 from dpdistill.conversion import convert
@@ -25,8 +25,9 @@ from dpdistill.data import StoredArray, stored
 from dpdistill.errors import ConfigError
 from dpdistill.mechanisms import Vault
 from dpdistill.mechanisms.ensemble import assign
-from dpdistill.pipeline import default_ledger, distil, load_private
+from dpdistill.pipeline import distil
 from dpdistill.privacy import Ledger, faults
+from dpdistill.sources import default_ledger, load_private
 
 JOINT = {"steps": 2, "networks": 1, "feature_width": 4, "feature_dims": 6, "pixel_dims": 4, "components": 2}
 JOINT |= {"pool_mixture": 4, "pool_public": 12, "width": 4}
@@ -49,8 +50,8 @@ import torch
 from dpdistill.config import RunConfig
 from dpdistill.data import StoredArray, stored
 from dpdistill.mechanisms import PrivateData, Vault
-from dpdistill.pipeline import default_ledger, load_private
 from dpdistill.privacy import GaussianSum, Ledger
+from dpdistill.sources import default_ledger, load_private
 
 torch.set_num_threads(1)
 stored.MEMORY_BYTES = 2**27
@@ -140,9 +141,9 @@ def test_a_full_disk_is_one_line_and_exit_code_two(
 def test_where_temporary_files_go(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = config("joint", data, tmp_path / "not" / "yet")
     monkeypatch.setenv("TMPDIR", "/elsewhere")
-    assert pipeline.scratch_of(chosen) == "/elsewhere"
+    assert sources.scratch_of(chosen) == "/elsewhere"
     monkeypatch.delenv("TMPDIR")  # the system's own folder may be memory
-    assert pipeline.scratch_of(chosen) == str(tmp_path)
+    assert sources.scratch_of(chosen) == str(tmp_path)
 
 
 def test_how_much_may_be_read(data: Path) -> None:
@@ -217,7 +218,7 @@ def test_the_default_ledger_and_the_shards_are_the_same(
     outside = load_private(chosen)
     mapped = replace(inside, images=np.load(tmp_path / "x.npy", mmap_mode="r"))  # from Python, a memory map will do
     facts = repr((inside.images.shape, "uint8")).encode()
-    whole = pipeline.ledger_of([facts, inside.images.tobytes(), inside.labels.tobytes()])
+    whole = sources.ledger_of([facts, inside.images.tobytes(), inside.labels.tobytes()])
     assert default_ledger(inside) == default_ledger(outside) == default_ledger(mapped) == whole
     for records in (inside, replace(inside, ids=None)):
         shards = assign(records, 5, b"k" * 32)

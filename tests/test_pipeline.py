@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpdistill import pipeline
+from dpdistill import pipeline, sources
 from dpdistill.bundle.verification import verify
 from dpdistill.config import RunConfig
 from dpdistill.errors import BudgetError, ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
@@ -232,7 +232,7 @@ def test_large_images_have_one_ledger_at_every_size(tmp_path: Path, tiny: Callab
     data = str(save(tmp_path / "data" / "large.npz", side=80))
     with pytest.raises(InputError, match="80x80"):
         distil(tiny(data=data), quiet=True)
-    places = {pipeline._ledger_path(c, pipeline.load_private(c)) for c in (tiny(data=data, resize=s) for s in (8, 16))}
+    places = {sources._ledger_path(c, sources.load_private(c)) for c in (tiny(data=data, resize=s) for s in (8, 16))}
     assert len(places) == 1
 
 
@@ -240,20 +240,20 @@ def test_other_records_have_another_ledger(tmp_path: Path, tiny: Callable[..., R
     places = set()
     for name, n, seed in (("a", N, 0), ("b", N, 1), ("c", N + 1, 0)):
         config = tiny(data=str(save(tmp_path / f"{name}.npz", n, seed)))
-        places.add(pipeline.default_ledger(pipeline.load_private(config)))
+        places.add(sources.default_ledger(sources.load_private(config)))
     config = tiny(data=str(save(tmp_path / "d.npz", N, 0, labels=np.zeros(N, np.int64))))
-    places.add(pipeline.default_ledger(pipeline.load_private(config)))
+    places.add(sources.default_ledger(sources.load_private(config)))
     assert len(places) == 4
     key = (tmp_path / "home" / "key").read_bytes()
     assert len(key) == 32
     (tmp_path / "home" / "key").write_bytes(bytes(32))  # the name is keyed: it tells nothing to whoever guesses records
-    assert pipeline.default_ledger(pipeline.load_private(config)) not in places
+    assert sources.default_ledger(sources.load_private(config)) not in places
 
 
 def test_an_empty_home_is_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DPDISTILL_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert pipeline.home() == tmp_path / ".dpdistill"
+    assert sources.home() == tmp_path / ".dpdistill"
 
 
 @pytest.mark.parametrize(
@@ -422,6 +422,7 @@ def test_neighbours_are_told_apart_by_released_values_only(
 
 
 def test_the_plan_reads_no_data(tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "load_images", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(pipeline, "load_images", lambda *_, **__: 1 / 0)
     for method in METHODS:
         plan = make_plan(tiny(method), (1, 12, 12), ("a", "b", "c"))

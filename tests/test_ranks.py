@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpdistill import cli, pipeline
+from dpdistill import cli, pipeline, sources
 from dpdistill.bundle.verification import verify
 from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig
 from dpdistill.conversion import convert
@@ -71,7 +71,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
     """begun(name) -> the place of a run that has its key and its ledger, the same in all places, and nothing else."""
     monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(pipeline, "N_PROCEDURAL", 40)
-    monkeypatch.setattr(pipeline, "PrivateData", partial(PrivateData, micro_batch=4))
+    monkeypatch.setattr(sources, "PrivateData", partial(PrivateData, micro_batch=4))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr(pipeline, "calibrate", lambda *_: 1.0)  # the same accounting a dozen times over
     for name, cached in ACCOUNTING.items():
@@ -123,9 +123,9 @@ def test_any_number_of_processes_makes_the_same_release(
 ) -> None:
     whole = begun("whole")
     batches: list[int] = []
-    mine = pipeline.Ranks.mine
+    mine = sources.Ranks.mine
     monkeypatch.setattr(
-        pipeline.Ranks, "mine", lambda self, starts: (batches.append(len(starts)), mine(self, starts))[1]
+        sources.Ranks, "mine", lambda self, starts: (batches.append(len(starts)), mine(self, starts))[1]
     )
     run(way, whole)
     expected = outcome(whole)

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import record_play as rp
-from dpdistill import conversion, pipeline
+from dpdistill import conversion, pipeline, sources
 from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig
 from dpdistill.data import LabelledImages, load_images
 from dpdistill.errors import ConfigError
@@ -274,7 +274,7 @@ def certified_size() -> Any:
     def facts(real: Any, **given: Any) -> Any:
         return real(**given | {"auxiliary": f"beside {sizes[0]} records"})
 
-    with around(pipeline, "load_private", read), around(pipeline, "BundleFacts", facts):
+    with around(sources, "load_private", read), around(pipeline, "BundleFacts", facts):
         yield
 
 
@@ -380,7 +380,7 @@ LEAKS: dict[str, tuple[str, str, Leak]] = {
     "T5 a class list from the labels": (
         "ndpdc",
         "'classes': '2'",
-        lambda: around(pipeline, "load_private", only_what_occurs),
+        lambda: around(sources, "load_private", only_what_occurs),
     ),
     "T9 progress told by the micro-batch": (
         "joint",
@@ -396,7 +396,7 @@ LEAKS: dict[str, tuple[str, str, Leak]] = {
     "T5 the data set's mean taken off every record": (
         "ndpdc",
         "moved",
-        lambda: around(pipeline, "load_images", less_the_mean),
+        lambda: around(sources, "load_images", less_the_mean),
     ),
     "T2 shards in the order of the file": ("votes", "moved", lambda: around(ensemble, "assign", in_order)),
     "T1 shards drawn anew": ("votes", "moved", lambda: around(ensemble, "assign", drawn_anew)),

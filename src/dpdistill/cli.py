@@ -80,7 +80,8 @@ def plan(
     assignments: Assignments = None,
 ) -> None:
     """Shows what a run would ask of the door and cost, without any data."""
-    from .pipeline import make_plan, parse_shape
+    from .pipeline import make_plan
+    from .sources import parse_shape
 
     chosen = _config(
         data="",
@@ -120,11 +121,11 @@ def dataset(
 ) -> None:
     """Distils private images into a small synthetic data set that may be handed out. Stopped, the same command goes on."""
     chosen = _config(**{name: value for name, value in locals().items() if name != "dry_run"})
-    from . import pipeline
+    from . import pipeline, sources
 
     with pipeline.joined(chosen.device):
         if dry_run:
-            records = pipeline.load_private(chosen)
+            records = sources.load_private(chosen)
             _show_plan(pipeline.make_plan(chosen, records.images.shape[1:], records.class_names), chosen)
             return
         _tell(pipeline.distil(chosen))
@@ -187,12 +188,12 @@ def model(
 ) -> None:
     """Makes a private student model without showing it a private image. What is given decides the way; stopped, it goes on."""
     chosen = _config("ModelConfig", **{name: value for name, value in locals().items() if name != "dry_run"})
-    from . import conversion, pipeline
+    from . import conversion, pipeline, sources
 
     with pipeline.joined(chosen.device):
         if not chosen.teacher:
             if dry_run or (chosen.way == "votes" and FIRST):
-                source = pipeline.open_source(chosen)
+                source = sources.open_source(chosen)
                 planned = pipeline.make_plan(chosen, source.image_shape, source.class_names, source.models)
                 for line in planned.advice:
                     console.print(line, markup=False)
@@ -246,12 +247,12 @@ def diffusion(
     """Trains a private diffusion model that may be handed out and sampled without limit. Stopped, the same command goes on."""
     chosen = _config("DiffusionConfig", **{name: value for name, value in locals().items() if name != "dry_run"})
     from . import diffusion as way
-    from . import pipeline
+    from . import pipeline, sources
 
     with pipeline.joined(chosen.device):
         if chosen.method != "paper":
             if dry_run or FIRST:
-                source = pipeline.open_source(chosen)
+                source = sources.open_source(chosen)
                 planned = pipeline.make_plan(chosen, source.image_shape, source.class_names)
                 for line in planned.advice:
                     console.print(line, markup=False)

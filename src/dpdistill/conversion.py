@@ -38,10 +38,10 @@ from .pipeline import (
     forget_rest,
     holds,
     public_facts,
-    read_teacher,
     resumable,
     write_result,
 )
+from .sources import read_teacher
 from .workspace import FolderWorkspace
 
 N_ASKED = 64

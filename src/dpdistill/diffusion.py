@@ -26,11 +26,11 @@ from .pipeline import (
     forget,
     forget_rest,
     holds,
-    load_private,
     public_facts,
     resumable,
     write_result,
 )
+from .sources import load_private
 from .workspace import FolderWorkspace
 
 

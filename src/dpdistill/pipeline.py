@@ -5,20 +5,15 @@ Everything that can be wrong is found before a record is read by a method and be
 """
 
 import dataclasses
-import fcntl
 import functools
-import hashlib
-import hmac
 import json
 import math
 import os
-import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import Any, ParamSpec
 
 import numpy as np
 import torch
@@ -26,19 +21,17 @@ import torch
 from .bundle import BundleFacts, product_of, product_of_sampler, write_bundle
 from .bundle.tensors import MAX_ARRAYS
 from .config import DiffusionConfig, ModelConfig, RunConfig, build, config_hash, public_toml
-from .data import LabelledImages, Limits, chunks, load_images, procedural_images, to_unit
+from .data import LabelledImages, Limits, load_images, procedural_images, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError, StorageError
 from .files import MAX_TOML, read_small
-from .mechanisms import Door, Ensemble, PrivateData, Ranks, Vault, joined
+from .mechanisms import Door, Vault, joined
 from .methods import DIFFUSION_METHODS, METHODS, MODEL_METHODS, Method, Public, Sampler, Student, Synthetic
 from .privacy import Ledger, Planned, accounting, calibrate
 from .privacy import ledger as ledgers
 from .privacy.disk import sync_directory, write_atomically
 from .privacy.faults import point
+from .sources import Source, open_source
 from .workspace import FolderWorkspace
-
-if TYPE_CHECKING:
-    from .models.teachers import Teacher
 
 N_PROCEDURAL = 4000
 P = ParamSpec("P")
@@ -168,169 +161,6 @@ def with_way(config: RunConfig) -> RunConfig:
     if shards == "auto":
         shards = MODEL_METHODS["votes"].best_shards(config.expected_records, config.epsilon, config.delta)
     return dataclasses.replace(config, method=config.way, shards=shards)
-
-
-def home() -> Path:
-    """Where ledgers live when no other place is given."""
-    return Path(os.environ.get("DPDISTILL_HOME") or "~/.dpdistill").expanduser()
-
-
-def default_ledger(records: LabelledImages) -> Path:
-    """The ledger of these very records, wherever their file lies: named by a keyed hash, so that the name tells nothing about them."""
-    facts = repr((records.images.shape, str(records.images.dtype))).encode()
-    images = (np.ascontiguousarray(part).data for part in chunks(records.images))
-    return ledger_of(chain([facts], images, [np.ascontiguousarray(records.labels).data]))
-
-
-def ledger_of(contents: Iterable[bytes | memoryview]) -> Path:
-    """The ledger that goes by these contents."""
-    folder = home()
-    try:
-        digest = hmac.new(_home_key(folder), digestmod=hashlib.sha256)
-    except OSError as error:
-        raise LedgerError(f"{folder}: no place for ledgers ({error.strerror}); name one with --ledger") from error
-    for content in contents:
-        digest.update(content)
-    return folder / "ledgers" / f"{digest.hexdigest()[:32]}.jsonl"
-
-
-def _home_key(folder: Path) -> bytes:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path, descriptor = folder / "key", os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # two first runs at once: with two keys, one data set had two ledgers
-        if not path.exists():
-            write_atomically(path, secrets.token_bytes(32))
-        return path.read_bytes()
-    finally:
-        os.close(descriptor)
-
-
-def load_private(config: RunConfig) -> LabelledImages:
-    ids = config.id_column if isinstance(config, ModelConfig) else None
-    limits = Limits.of_gib(config.max_gib, scratch_of(config))
-    return load_images(config.data, n_classes=config.classes, resize=config.resize, id_column=ids, limits=limits)
-
-
-def scratch_of(config: RunConfig) -> str:
-    """The folder for what does not fit in memory: $TMPDIR, else where the release will be. The system's own is often kept in memory."""
-    named = os.environ.get("TMPDIR")
-    place = Path(config.out).absolute().parent
-    return named or str(next(folder for folder in (place, *place.parents) if folder.is_dir()))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where private things come from: records of one person, or models of many owners.
-
-    Attributes:
-      unit: whose presence the ledger counts by.
-      ledger: finds the file to charge (and makes a home for ledgers where there is none).
-      handle: makes the one handle that a method gets.
-      models: how many owners brought one, or 0.
-    """
-
-    image_shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
-    unit: str
-    ledger: Callable[[], Path]
-    handle: Callable[[Ledger, Vault, Ranks], Door]
-    models: int = 0
-
-
-def owners(config: ModelConfig) -> Source:
-    """The models of many owners, one file each, that vote: changing everything of one owner changes one model."""
-    folder = Path(str(config.teachers))
-    try:
-        files = sorted(path for path in folder.iterdir() if path.suffix in (".onnx", ".safetensors"))
-    except OSError as error:
-        raise InputError(
-            folder, f"not a readable folder ({error.strerror})", "--teachers is a folder of models"
-        ) from None
-    if len(files) < 2:
-        raise InputError(
-            folder, f"holds {len(files)} models (.onnx or .safetensors)", "voting needs one of every owner"
-        )
-    first = read_teacher(config, files[0])
-    # Each is opened by itself and checked against the first's facts, never against another's answers.
-    teachers = [first, *(read_teacher(config, path, first.image_shape, first.n_classes) for path in files[1:])]
-    names = tuple(str(k) for k in range(first.n_classes))
-    hashes = sorted(t.sha256.encode() for t in teachers)
-    return Source(
-        image_shape=first.image_shape,
-        class_names=names,
-        unit="owner",
-        ledger=lambda: named_ledger(config) if config.ledger else ledger_of(hashes),
-        handle=lambda ledger, vault, ranks: Ensemble.of_models(
-            [t.outputs for t in teachers], len(names), ledger, vault, ranks=ranks
-        ),
-        models=len(teachers),
-    )
-
-
-def read_teacher(
-    config: ModelConfig, path: Path, image_shape: tuple[int, int, int] | None = None, n_classes: int | None = None
-) -> "Teacher":
-    """Reads one teacher's file with the settings of the run."""
-    from .models.teachers import load_teacher
-
-    shape = image_shape or (parse_shape(config.shape) if config.shape else None)
-    return load_teacher(
-        path,
-        architecture=config.architecture,
-        image_shape=shape,
-        n_classes=n_classes or config.classes,
-        value_range=(config.input_low, config.input_high),
-    )
-
-
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """ "3,32,32" as numbers. Raises ConfigError unless they are 1 or 3 channels and sides of 8 to 64."""
-    try:
-        channels, height, width = (int(side) for side in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--shape {text}: expected channels,height,width such as 3,32,32") from None
-    if channels not in (1, 3) or not (8 <= min(height, width) and max(height, width) <= 64):
-        raise ConfigError(f"--shape {text}: expected 1 or 3 channels and sides of 8 to 64 pixels, such as 3,32,32")
-    return channels, height, width
-
-
-def open_source(config: RunConfig) -> Source:
-    """Reads what is private, without looking at what it says."""
-    if isinstance(config, ModelConfig) and config.teachers:
-        return owners(config)
-    records = load_private(config)
-    return Source(
-        image_shape=records.image_shape,
-        class_names=records.class_names,
-        unit="id" if records.ids is not None else "record",
-        ledger=lambda: _ledger_path(config, records),
-        handle=lambda ledger, vault, ranks: PrivateData(
-            records, ledger, vault, device=config.device, scratch=scratch_of(config), ranks=ranks
-        ),
-    )
-
-
-def _ledger_path(config: RunConfig, records: LabelledImages) -> Path:
-    """The ledger to charge. Data scaled to another size is the same data: its ledger goes by the images as they are, or by 64 × 64."""
-    if config.ledger is not None:
-        return named_ledger(config)
-    if config.resize is not None:
-        limits = Limits.of_gib(config.max_gib, scratch_of(config))
-        try:
-            records = load_images(config.data, n_classes=config.classes, limits=limits)
-        except InputError:  # mixed or large images: they cannot be read without a size
-            records = load_images(config.data, n_classes=config.classes, resize=64, limits=limits)
-    return default_ledger(records)
-
-
-def named_ledger(config: RunConfig) -> Path:
-    """The ledger that --ledger names, if it lies outside what the run makes and removes."""
-    path = Path(str(config.ledger))
-    for place in (config.out, f"{Path(config.out)}.state"):
-        if path.resolve().is_relative_to(Path(place).resolve()):
-            raise ConfigError(f"--ledger {path} lies in {place}; it outlives every release, so choose a place outside")
-    return path
 
 
 def resumable(run: Callable[P, Path]) -> Callable[P, Path]:

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpdistill import cli, conversion, diffusion, pipeline
+from dpdistill import cli, conversion, diffusion, pipeline, sources
 from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig
 from dpdistill.data import LabelledImages
 from dpdistill.data.decode import resize_arrays
@@ -649,7 +649,7 @@ def at_the_door(tape: Tape, source: Tape | None, world: World, forced: frozenset
             mock.patch.object(Vault, "open", open_vault),
             mock.patch.object(private, "rounded_gaussian", noise),
             mock.patch.object(answers, "rounded_gaussian", noise),
-            mock.patch.object(pipeline, "PrivateData", functools.partial(PrivateData, micro_batch=MICRO_BATCH)),
+            mock.patch.object(sources, "PrivateData", functools.partial(PrivateData, micro_batch=MICRO_BATCH)),
             around(Door, "reserve", reserve),
             around(Door, "_noisy", noisy),
             around(private, "check_recordwise", recordwise),
@@ -803,7 +803,7 @@ def play(
             world.save(Path("private.npz"))
         unit = "id" if way.by_id else "record"
         Ledger.open(Path("ledger.jsonl"), cap=(3.0, config.delta), data="played", unit=unit).close()
-        stack.enter_context(around(pipeline, "load_images", read))
+        stack.enter_context(around(sources, "load_images", read))
         for module in (pipeline, diffusion, conversion):
             stack.enter_context(around(module, "write_result", write))
         stack.enter_context(at_the_desk(tape))
