@@ -45,6 +45,7 @@ WORDS = (  # of JSON, TOML and our own files
     b"\\ud800", b"\x1b[2J", "\u202e".encode(), b"\n", b"\r\n", b"\xef\xbb\xbf", b"-1", b"0", b"[]", b"{}", b",", b'"seed": 1,',
     b"a.a.a.a = 1\n", b"1979-05-27", b"4294967296", b"18446744073709551616", b"__metadata__", b"<script>",
 )  # fmt: skip
+NUMBERS = (np.nan, np.inf, 3.4e38, -3.4e38, 1e20, 1e4, 1e-45, -0.0)  # of weights
 ADDRESS_SPACE = 2**33
 BATCH = 500
 HANGS = 60  # seconds for an input, after which its child is ended and the file blamed
@@ -294,14 +295,33 @@ def _contents() -> Any:
     )
 
 
+def weighted(data: bytes, rng: np.random.Generator) -> bytes:
+    """A mutant of a file; of tensors mostly one with other numbers, so that they are not only read but used."""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    if begin >= len(data) or data[8:9] != b"{" or rng.random() < 0.3:
+        return worded(data, rng)
+    numbers = np.frombuffer(data[begin:], "<f4").copy()
+    some = rng.integers(0, len(numbers), rng.integers(1, 5)) if rng.random() < 0.7 else slice(None)
+    numbers[some] = NUMBERS[rng.integers(0, len(NUMBERS))]
+    return data[:begin] + numbers.tobytes()
+
+
 def sampler(root: Path) -> Subject:
-    folder = small_release.write(root, "diffusion")
+    """A release to sample from, as anyone can seal it: two images are drawn, and are images, or nothing is there."""
+    folder, out = small_release.write(root, "diffusion"), root / "drawn.npz"
     files = sorted(p for p in (folder / "pipeline").rglob("*") if p.is_file())
 
     def use() -> bool:
-        return sampling.load_sampler(folder) is not None
+        try:
+            sampling.sample(folder, out, 2, steps=1, quiet=True)
+        except DpdistillError:
+            assert not list(root.glob("drawn*")), "a refused run left files"
+            raise
+        assert len(load_images(out).labels) == 2
+        out.unlink()
+        return not list(root.glob("drawn*"))
 
-    return Subject(targets=files, use=use, change=worded, after=lambda: small_release.Kit.seal(folder))
+    return Subject(targets=files, use=use, change=weighted, after=lambda: small_release.Kit.seal(folder))
 
 
 DATA = (
