@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from dpdistill.data.images import LabelledImages
@@ -24,6 +25,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("here")
+# A plain `pytest` is as `make test`: tests fork, and a pool of threads does not outlive a fork, so its user would wait for ever.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 for _name in ("DPDISTILL_KILL_AT", "DPDISTILL_POINTS"):
     os.environ.pop(_name, None)
 assert callable(point)

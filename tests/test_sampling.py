@@ -1,5 +1,6 @@
 """Sampling a release: every format is read back, images are the seed's, and what cannot be done is refused in one line before the work."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +100,25 @@ def test_a_release_without_a_sampler_says_so(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(sampling.verification, "open_release", lambda path: SimpleNamespace(product=None))
     with pytest.raises(ReleaseError, match="no diffusion model"):
         sampling.sample("release", tmp_path / "x.npz", 1)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.parquet", "x"])
+def test_a_model_whose_numbers_run_over_is_refused_in_one_line(
+    name: str, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite weights may give images that are not: found by the fuzzer."""
+    product = sampling.verification.open_release(release).product
+    huge = {key: np.full_like(array, 3e38) for key, array in product.transformer.items()}
+    broken = SimpleNamespace(product=replace(product, transformer=huge))
+    monkeypatch.setattr(sampling.verification, "open_release", lambda path: broken)
+    for draw in (
+        lambda: sampling.sample(release, tmp_path / name, 4, quiet=True),
+        lambda: sampling.draw_set(release, 4),
+    ):
+        with pytest.raises(ReleaseError, match="not finite") as error:
+            draw()
+        assert str(error.value).isprintable()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_left_of_a_failed_run(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

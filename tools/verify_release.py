@@ -2,8 +2,7 @@
 """Checks a release of dpdistill without dpdistill: Python's standard library, numpy, and the format's own pages.
 
 A second opinion, written from docs/bundle.md, docs/ledger.md and docs/privacy/: no line of it is the library's, no number an accountant's.
-Exit code 0: it holds; 1: not; 2: no DIR. ε epsilon, δ delta, σ noise multiplier, q sampling rate, T count, L privacy loss, h its step.
-"""
+Exit code 0: it holds; 1: not; 2: no DIR. ε epsilon, δ delta, σ noise multiplier, q sampling rate, T count, L loss, h its step."""
 
 import argparse
 import json
@@ -37,9 +36,8 @@ FREE = dict.fromkeys(("auxiliary", "python", "dpdistill", "dp-accounting", "nump
 VARYING = dict.fromkeys(("version", "rdp_epsilon", "coordinates", "distance_to_ideal"))
 WORDS = {"69d594f3d7e4f114161c9337e2291e2b", "d896e57246ee577a8dfb297d6749a26f"}  # docs/bundle.md#words: records,
 WORDS |= {"ed3a3289abc0542fe1fbf396ebea2775", "f88073979fc4023d5d1a6d3bb8e1a29d"}  # shards; other units; attested
-UNCHECKED = """
-      not checkable: who made it, that the code was run as stated, that the noise key was erased, that the ledger is complete
-      taken as claimed: the auxiliary sentence, seed, versions, record-wise checks, figures, audits, the Rényi ceiling
+UNCHECKED = """      not checkable: who made it, that the code ran as stated, the noise key erased, the ledger complete
+      taken as claimed: the auxiliary sentence, seed, versions, record-wise checks, figures (an audit's too), the Rényi ceiling
       left to `dpdistill verify`: the Parquet table, samples.png, the networks' architecture, pages beyond the promise"""
 canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 pretty = json.JSONEncoder(sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False).encode
@@ -110,8 +108,7 @@ def compose(parts, delta, h):
     size = 1 << (high - low + 1).bit_length()
     need(size <= 2**23, "too much for one accounting")
     for (grid, masses), count in parts:
-        places = np.rint(grid / h).astype(int) % size
-        spectrum = spectrum * np.fft.rfft(np.bincount(places, masses, size)) ** count
+        spectrum = spectrum * np.fft.rfft(np.bincount(np.rint(grid / h).astype(int) % size, masses, size)) ** count
     first = max(low, 0, high - round(600 / h))  # ε is above, and exp() of what lies between is a number
     masses = np.roll(np.fft.irfft(spectrum, size), -low)[first - low :]
     loss = h * (np.arange(len(masses)) + first - high)  # from `high` down
@@ -120,24 +117,20 @@ def compose(parts, delta, h):
     return h * high + (math.log((p_above[k] - budget) / q_above[k]) if k else float(loss[0]))
 
 
-def gaussian(mu, delta):
-    """ε of one Gaussian of sensitivity / standard deviation μ (Balle & Wang 2018, Theorem 8)."""
-    low, high = 0.0, mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta))
-    for _ in range(100 if mu else 0):
-        middle = (low + high) / 2
-        a, b = (middle / mu - mu / 2) / math.sqrt(2), (middle / mu + mu / 2) / math.sqrt(2)
-        tail = math.log(math.erfc(b)) if b < 26 else -b * b - math.log(b * math.sqrt(math.pi)) - 1 / (2 * b * b)
-        low, high = (middle, high) if math.erfc(a) - math.exp(middle + tail) > 2 * delta else (low, middle)
-    return high
-
-
 def epsilon(parts, delta, exchange=False):
     """ε of [(q, σ, T)]. What is unsampled is one Gaussian; with sampled parts by PLD, h = 1e-4, or 1e-3 where ε > 20."""
     square, sampled, found = sum(count / sigma**2 for q, sigma, count in parts if q == 1), Counter(), 0.0
     for q, sigma, count in (part for part in parts if part[0] < 1):
         sampled[q, sigma] += count
     if not sampled or min(sigma for _, sigma in sampled) < 0.09 or square > 0.09**-2:  # sampling only helps: left out
-        return gaussian((1 + exchange) * math.sqrt(sum(count / sigma**2 for _, sigma, count in parts)), delta)
+        mu = (1 + exchange) * math.sqrt(sum(count / sigma**2 for _, sigma, count in parts))
+        low, high = 0.0, mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta))
+        for _ in range(100 if mu else 0):  # one Gaussian of sensitivity / standard deviation μ (Balle & Wang 2018)
+            middle = (low + high) / 2
+            a, b = (middle / mu - mu / 2) / math.sqrt(2), (middle / mu + mu / 2) / math.sqrt(2)
+            tail = math.log(math.erfc(b)) if b < 26 else -b * b - math.log(b * math.sqrt(math.pi)) - 1 / (2 * b * b)
+            low, high = (middle, high) if math.erfc(a) - math.exp(middle + tail) > 2 * delta else (low, middle)
+        return high
     need(len(sampled) <= 64 and max(sampled.values()) <= 10**6, "too much for one accounting")
     for h in (1e-3, 1e-4):
         if found <= 20:
@@ -214,12 +207,11 @@ def describe(files):
     found = {"class_names": names, "image_shape": shape, "images": m, "per_class": m // k, "parts": parts}
     found |= {"gain": gain, "training_images": rows, "soft_labels": soft is not None}
     found |= {f"{name[:-5]}_sha256": sha256(raw).hexdigest() for name, raw in files.items() if name.endswith(".toml")}
-    for name, raw in files.items():
-        if name.endswith(".safetensors") and name != IMAGES:
-            weights, metadata = tensors(raw)
-            need(metadata == {"format": "pt"} and all(w.dtype == "<f4" for w in weights.values()), "no weights")
-            field = "generator_parameters" if "generator" in name else "student_parameters"
-            found |= {} if name == VAE else {field: sum(w.size for w in weights.values())}
+    for name in (name for name in files if name.endswith(".safetensors") and name != IMAGES):
+        weights, metadata = tensors(files[name])
+        need(metadata == {"format": "pt"} and all(w.dtype == "<f4" for w in weights.values()), "no weights")
+        field = "generator_parameters" if "generator" in name else "student_parameters"
+        found |= {} if name == VAE else {field: sum(w.size for w in weights.values())}
     return found
 
 
@@ -262,8 +254,7 @@ def check(folder):
     if claim:
         fits(claim, ATTESTED)
         found = {("guarantee", "epsilon"): float(claim["epsilon"])}
-        wanted["guarantee"] |= {"basis": "attested", "unit": claim["unit"], "delta": claim["delta"]}
-        wanted["guarantee"] |= {"epsilon_replace_one": None, "epsilon_all_runs": None}
+        wanted["guarantee"] |= {key: claim.get(key) for key in {*g} - {"epsilon", "relation"}} | {"basis": "attested"}
         wanted |= {"mechanisms": [], "accountant": None, "randomness": None, "ledger": None}
     else:
         found = recount(files["ledger.jsonl"], release, wanted)
@@ -277,6 +268,15 @@ def check(folder):
     fits(said["figures"], dict.fromkeys(said["figures"], NUMBER))
     fits(said["software"] | {key: said[key] for key in ("auxiliary", "pages")}, FREE)
     need(all(float(worst) <= 0.02 for worst in said["checks"].values()), "a record-wise check failed")
+    if (audit := said["audit"]) is not None:
+        ones, whole = [audit["one_run"]][audit["one_run"] is None :], audit["epsilon"]
+        pairs = [pair for k in audit["kernel"] for pair in ((k["lower"], k["epsilon"]), (len(k["faults"]), 0))]
+        pairs += [(each[key], whole) for each in audit["two_worlds"] for key in ("lower", "lower_gdp")]
+        pairs += [(each[key], whole) for each in ones for key in ("steinke", "fdp")]
+        pairs += [(each["null_alarms"], 0.15 * each["null_trials"]) for each in ones]
+        same = all(repr(float(f"{float(g[key]):.4g}")) == audit[key] for key in ("epsilon", "delta"))
+        below = all(float(bound) <= float(most) < math.inf for bound, most in pairs)
+        need(g["basis"] == "proved" and same and below, "the audit is of another claim, or refutes this one")
     figures = [g[key] for key in ("epsilon", "delta", "epsilon", "delta", "epsilon_replace_one", "epsilon_all_runs")]
     right = re.findall(NUMBER, sentence) == [text for text in figures if text] and "#" not in sentence
     skeleton = right and re.sub(NUMBER, "#", sentence).replace(f"one {g['unit']}", "one #")
@@ -293,7 +293,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", metavar="DIR")
     try:
-        print("PASS ", check(parser.parse_args().folder) + UNCHECKED)
+        print("PASS ", check(parser.parse_args().folder) + "\n" + UNCHECKED)
     except Exception as error:  # whatever a hostile folder leads to, one line
         reason = str(error) if type(error) is ValueError else f"it cannot be read ({type(error).__name__})"
         print("FAIL ", "".join(c if c.isprintable() else "?" for c in reason)[:300])

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,15 +45,20 @@ class Drawer:
       pipe: diffusers' DiTPipeline.
       image_shape: (C, S, S).
       class_names: K names.
+      source: where it was read, for what errors say.
     """
 
     pipe: Any
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
+    source: str = "the model"
 
     def __call__(self, labels: torch.Tensor, steps: int, generator: torch.Generator) -> torch.Tensor:
         """Returns float32 images [B, C, S, S] in [-1, 1] of the classes `labels`."""
-        return few_step.draw(self.pipe, labels, steps, generator, batch=max(1, len(labels)))
+        images = few_step.draw(self.pipe, labels, steps, generator, batch=max(1, len(labels)))
+        if not images.isfinite().all():  # of weights that are finite, and too large
+            raise ReleaseError(f"{self.source}: its model draws images that are not finite; ask for the release again")
+        return images
 
 
 def draw_set(release: str | os.PathLike[str], count: int, *, steps: int = 2, seed: int = 0) -> Synthetic:
@@ -78,7 +83,7 @@ def load_sampler(release: str | os.PathLike[str]) -> Drawer:
     product = verification.open_release(release).product
     if not isinstance(product, DiffusionProduct):
         raise ReleaseError(f"{release}: holds no diffusion model to sample from; `dpdistill diffusion` makes one")
-    return sampler_of(product)
+    return replace(sampler_of(product), source=str(release))
 
 
 def sampler_of(product: DiffusionProduct) -> Drawer:

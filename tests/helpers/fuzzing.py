@@ -36,7 +36,7 @@ from dpdistill.bundle.verification import verify
 from dpdistill.data import Limits, load_images
 from dpdistill.errors import DpdistillError
 from dpdistill.models.teachers import load_teacher
-from dpdistill.privacy import Ledger
+from dpdistill.privacy import Ledger, accounting
 
 SMALL = Limits(max_array_bytes=2**26)
 EDGES = (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\0", b"\x80\0\0\0", b"PK\x05\x06")
@@ -45,6 +45,7 @@ WORDS = (  # of JSON, TOML and our own files
     b"\\ud800", b"\x1b[2J", "\u202e".encode(), b"\n", b"\r\n", b"\xef\xbb\xbf", b"-1", b"0", b"[]", b"{}", b",", b'"seed": 1,',
     b"a.a.a.a = 1\n", b"1979-05-27", b"4294967296", b"18446744073709551616", b"__metadata__", b"<script>",
 )  # fmt: skip
+NUMBERS = (np.nan, np.inf, 3.4e38, -3.4e38, 1e20, 1e4, 1e-45, -0.0)  # of weights
 ADDRESS_SPACE = 2**33
 BATCH = 500
 HANGS = 60  # seconds for an input, after which its child is ended and the file blamed
@@ -294,14 +295,33 @@ def _contents() -> Any:
     )
 
 
+def weighted(data: bytes, rng: np.random.Generator) -> bytes:
+    """A mutant of a file; of tensors mostly one with other numbers, so that they are not only read but used."""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    if begin >= len(data) or data[8:9] != b"{" or rng.random() < 0.3:
+        return worded(data, rng)
+    numbers = np.frombuffer(data[begin:], "<f4").copy()
+    some = rng.integers(0, len(numbers), rng.integers(1, 5)) if rng.random() < 0.7 else slice(None)
+    numbers[some] = NUMBERS[rng.integers(0, len(NUMBERS))]
+    return data[:begin] + numbers.tobytes()
+
+
 def sampler(root: Path) -> Subject:
-    folder = small_release.write(root, "diffusion")
+    """A release to sample from, as anyone can seal it: two images are drawn, and are images, or nothing is there."""
+    folder, out = small_release.write(root, "diffusion"), root / "drawn.npz"
     files = sorted(p for p in (folder / "pipeline").rglob("*") if p.is_file())
 
     def use() -> bool:
-        return sampling.load_sampler(folder) is not None
+        try:
+            sampling.sample(folder, out, 2, steps=1, quiet=True)
+        except DpdistillError:
+            assert not list(root.glob("drawn*")), "a refused run left files"
+            raise
+        assert len(load_images(out).labels) == 2
+        out.unlink()
+        return not list(root.glob("drawn*"))
 
-    return Subject(targets=files, use=use, change=worded, after=lambda: small_release.Kit.seal(folder))
+    return Subject(targets=files, use=use, change=weighted, after=lambda: small_release.Kit.seal(folder))
 
 
 DATA = (
@@ -392,12 +412,26 @@ def _batch(subject: Subject, name: str, seed: int, numbers: range, keep: Path) -
     return 0
 
 
+def _once(work: Callable[[Any, float], float]) -> Callable[[Any, float], float]:
+    """`work`, done once for the same parts and δ: most mutants leave the ledger alone, and its ceiling takes longer than all else."""
+    known: dict[tuple[Any, float], float] = {}
+
+    def kept(parts: Any, delta: float) -> float:
+        key = (tuple(parts), delta)
+        if key not in known:
+            known[key] = work(key[0], delta)
+        return known[key]
+
+    return kept
+
+
 def run(names: list[str], count: int, seed: int, keep: Path) -> Iterator[tuple[str, Tally]]:
     """Yields a tally for each kind; `count` inputs in all, by the kinds' shares."""
     warnings.simplefilter(
         "ignore", DeprecationWarning
     )  # of forking: nothing but the imports has happened in this process
     keep.mkdir(parents=True, exist_ok=True)
+    accounting.rdp_epsilon = _once(accounting.rdp_epsilon)
     whole = sum(KINDS[name].share for name in names)
     for name in names:
         total = Tally()

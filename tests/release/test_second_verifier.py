@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import pytest
 import torch
 
 from dpdistill import pipeline
+from dpdistill.audit import result
 from dpdistill.bundle import certificate as certificates
 from dpdistill.bundle import write_bundle
 from dpdistill.bundle.diffusion_product import DiffusionProduct, shapes
@@ -519,6 +521,101 @@ def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
         assert second(tmp_path / name)[0] == 1
 
 
+# --- audits
+
+
+KERNEL = result.Kernel(
+    mechanism="gaussian_sum", sampling_prob=1.0, epsilon=1.3, draws=1000, lower=1.234, spread=1.001, tail=0.98, repeats=0.0
+)  # fmt: skip
+ONE_RUN = result.OneRun(
+    canaries=60, included=29, releases=2, steinke=0.21, fdp=0.3, expected_steinke=(0.0, 0.4), expected_fdp=(0.1, 0.6),
+    most_steinke=4.0, most_fdp=5.0, score_low=-2.0, score_high=3.0, scores_in=(1, 28), scores_out=(30, 1),
+    null_trials=200, null_alarms=9, broken_steinke=2.0, broken_fdp=2.9,
+)  # fmt: skip
+WORLDS = result.TwoWorlds(seen="noisy sums", runs=500, lower_gdp=0.9, lower=0.4)
+MEMBERSHIP = result.Membership(
+    who="records", attack="a guess", members=80, others=20, auc=(0.5, 0.4, 0.6), power=(0.01, 0.0, 0.05), power_allowed=0.036
+)  # fmt: skip
+
+
+def an_audit(**changes: Any) -> result.Audit:
+    """An audit of the release of these tests, ε = 1.287 at 1e-5, with every part."""
+    facts = {"epsilon": 1.287, "delta": 1e-5, "confidence": 0.95, "twin": "digits", "blind": "", "kernel": (KERNEL,)}
+    parts = {"one_run": ONE_RUN, "two_worlds": (WORLDS,), "membership": (MEMBERSHIP,)}
+    return result.Audit(**facts | parts | changes)
+
+
+def audited(folder: Path, kit: Any, audit: result.Audit, **changes: Any) -> Path:
+    made = kit.synthetic()
+    return write_bundle(folder / "out", made, kit.facts(folder, made, audit=audit, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kernel": (), "two_worlds": (), "membership": ()},
+        {"one_run": None, "blind": "models vote"},
+        {"one_run": replace(ONE_RUN, steinke=1.287, fdp=1.287, null_alarms=30)},
+    ],
+)
+def test_both_pass_a_release_that_an_audit_does_not_refute(changes: dict[str, Any], tmp_path: Path, kit: Any) -> None:
+    assert agree(audited(tmp_path, kit, an_audit(**changes)))
+
+
+def test_both_pass_an_audit_of_a_claim_with_more_digits_than_an_audit_has(tmp_path: Path, kit: Any) -> None:
+    assert agree(audited(tmp_path, kit, an_audit(delta=1.23456e-5, epsilon=1.27), delta=1.23456e-5))
+
+
+LIES: dict[str, tuple[tuple[str | int, ...], Any]] = {
+    "more found by one run than is claimed": (("one_run", "steinke"), "1.288"),
+    "more found by the other bound": (("one_run", "fdp"), "1.288"),
+    "more found by the kernel": (("kernel", 0, "lower"), "1.301"),
+    "an infinite bound": (("kernel", 0, "lower"), "inf"),
+    "a bound of NaN": (("one_run", "fdp"), "nan"),
+    "a kernel at a noise without end": (("kernel", 0, "epsilon"), "inf"),
+    "more found in two worlds": (("two_worlds", 0, "lower"), "1.3"),
+    "more found of a Gaussian in two worlds": (("two_worlds", 0, "lower_gdp"), "1.3"),
+    "noise that is not what it has to be": (("kernel", 0, "faults"), ["spread"]),
+    "alarms at coins that nothing has seen": (("one_run", "null_alarms"), 31),
+    "another ε": (("epsilon",), "2.0"),
+    "an ε in other words": (("epsilon",), "1.2870"),
+    "another δ": (("delta",), "0.001"),
+    "no ε": (("epsilon",), None),
+    "no bound": (("one_run",), {}),
+    "an audit of nothing": ((), {}),
+    "a text": ((), "passed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_an_audit_that_refutes_the_claim_or_is_of_another_is_refused_by_both(
+    name: str, tmp_path: Path, kit: Any
+) -> None:
+    path, value = LIES[name]
+    folder = audited(tmp_path, kit, an_audit())
+    claim("audit", *path, value=value)(folder, kit)
+    verdict = verify(folder)
+    assert any("audit" in problem or "of another kind" in problem for problem in verdict.problems), verdict.problems
+    code, text = second(folder)
+    assert code == 1
+    assert "audit" in text or "cannot be read" in text or "could not convert" in text
+
+
+def test_an_audit_of_what_has_no_ledger_is_refused_by_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kit: Any
+) -> None:
+    monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 100)
+    folder = next(folder for name, folder, _ in runs(tmp_path) if name == "attested")
+    assert agree(folder)
+    said = json.loads((folder / "certificate.json").read_text())["guarantee"]
+    audit = an_audit(epsilon=float(said["epsilon"]), delta=float(said["delta"]), kernel=(), one_run=None, two_worlds=())
+    claim("audit", value=audit.describe())(folder, kit)
+    assert "audit is of another claim" in " ".join(verify(folder).problems)
+    assert second(folder) == (1, "FAIL  the audit is of another claim, or refutes this one\n")
+
+
 # --- the tool itself, and the published form
 
 
@@ -589,6 +686,32 @@ def test_the_schema_refuses_another_form(change: Callable[[dict[str, Any]], obje
     certificate = json.loads((pristine / "certificate.json").read_text())
     CERTIFICATE.validate(certificate)
     change(certificate)
+    assert not CERTIFICATE.is_valid(certificate)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a.update(says="Confirmed."),
+        lambda a: a.update(more="1.0"),
+        lambda a: a.pop("membership"),
+        lambda a: a.update(epsilon=1.287),
+        lambda a: a.update(epsilon="nan"),
+        lambda a: a.update(twin="<script>"),
+        lambda a: a.update(one_run={}),
+        lambda a: a["kernel"][0].update(more="1.0"),
+        lambda a: a["kernel"][0].update(draws=-1),
+        lambda a: a["kernel"][0].pop("faults"),
+        lambda a: a["two_worlds"][0].update(lower=0.4),
+        lambda a: a["membership"][0].update(auc=["0.5"] * 101),
+    ],
+)
+def test_the_schema_refuses_another_form_of_an_audit(
+    change: Callable[[dict[str, Any]], object], pristine: Path
+) -> None:
+    certificate = json.loads((pristine / "certificate.json").read_text()) | {"audit": an_audit().describe()}
+    CERTIFICATE.validate(certificate)
+    change(certificate["audit"])
     assert not CERTIFICATE.is_valid(certificate)
 
 

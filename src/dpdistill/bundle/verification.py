@@ -424,7 +424,7 @@ def _check_audit(facts: BundleFacts, claimed: Figures) -> list[str]:
         return []
     if (
         facts.basis != "proved"
-        or facts.audit.delta != facts.delta
+        or audits.number(facts.audit.delta) != audits.number(facts.delta)
         or audits.number(facts.audit.epsilon) != audits.number(float(claimed.epsilon))
     ):
         return ["certificate.json: the audit is of another claim"]
