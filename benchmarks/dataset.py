@@ -216,8 +216,8 @@ def profile_lines() -> list[str]:
     """Where the time to the images goes, for each run that has it."""
     lines = ["", "Where the time goes (seconds; `door` is clipping, exact noise and ledger together):", ""]
     lines += [
-        "| data | method | to the images | private passes | of that, door | door's share of all | fit |",
-        "|---|---|---|---|---|---|---|",
+        "| data | method | images per class | to the images | private passes | of that, door | door's share of all | fit |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for run in runs():
         parts = run.get("profile")
@@ -225,7 +225,7 @@ def profile_lines() -> list[str]:
             door, passes, fit = (parts.get(key, 0.0) for key in ("door", "private passes, door included", "fit"))
             share = 100 * door / run["seconds"]
             lines.append(
-                f"| {run['dataset']} | {run['method']} | {run['seconds']:.0f} | {passes:.0f} | {door:.1f} | {share:.1f} % | {fit:.0f} |"
+                f"| {run['dataset']} | {run['method']} | {run['setting']} | {run['seconds']:.0f} | {passes:.0f} | {door:.1f} | {share:.1f} % | {fit:.0f} |"
             )
     return lines
 
