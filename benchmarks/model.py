@@ -103,7 +103,7 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     method.convert = watched
     rows = []
-    shared: dict[str, Any] = {}
+    shared: dict[Any, Any] = {}
     alone = setting == "teacher"
     releases = [(eps, seed) for eps in epsilon.split("+") for seed in range(args.releases)] if alone else []
     for epsilon, seed in releases or [(epsilon, args.seed)]:  # noqa: B020
@@ -122,16 +122,19 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
                 if setting == "teacher":
                     share_features(private, shared)
                     model = linear.train(settings, public, private, plan[:2], workspace)
-                    if "test" not in shared:
-                        shared["test"] = votes_method.embed(model, torch.from_numpy(test.to_unit()), args.device)
-                    chosen = model.cpu().head(shared["test"]).argmax(dim=1).numpy()
-                    note = f"linear on scattering, {settings.teacher_steps} steps"
+                    held = shared[in_use(model)]
+                    if "test" not in held:
+                        held["test"] = votes_method.embed(model, torch.from_numpy(test.to_unit()), args.device)
+                    chosen = model.cpu().head(held["test"]).argmax(dim=1).numpy()
+                    note = described(settings, public)
                     rows.append(done(accuracy=float((chosen == test.labels).mean()), note=note) | {"seed": seed})
                     continue
                 made = method.run(settings, public, private, plan, workspace)
         student = f"ConvNet-{settings.depth} width {settings.width}, {settings.steps} steps of {settings.batch}"
         if setting == "private-teacher" and settings.share_prior:
             student += "; mixture among its images" + (", in the records' tones" if records.image_shape[0] == 1 else "")
+        if setting == "private-teacher":
+            student += f"; teacher {described(settings, public)}"
         if setting == "votes":
             student += f"; {args.shards} shards, {settings.rounds} x {settings.queries} queries"
         facts = {
@@ -143,13 +146,24 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def share_features(private: PrivateData, shared: dict[str, Any]) -> None:
+def described(settings: linear.Training, public: Public) -> str:
+    """The private teacher in words."""
+    return f"linear on {settings.dims(public)} components, {settings.teacher_steps} steps"
+
+
+def in_use(model: LinearTeacher) -> int:
+    """Components that were not left out."""
+    return int(model.projection.any(dim=0).sum())
+
+
+def share_features(private: PrivateData, shared: dict[Any, Any]) -> None:
     """Features of the same records under the same public map are the same: computed once for many releases of a benchmark."""
     inner, fit = private.features, LinearTeacher.fit_public
 
     def fitted(model: LinearTeacher, images: Any, generator: Any) -> LinearTeacher:
         if "map" not in shared:
-            shared["map"] = fit(model, images, generator).state_dict()
+            fit(model, images, generator)
+            shared["map"] = {name: value.clone() for name, value in model.state_dict().items()}
         model.load_state_dict(shared["map"])
         torch.nn.init.zeros_(model.head.weight)
         return model
@@ -158,12 +172,12 @@ def share_features(private: PrivateData, shared: dict[str, Any]) -> None:
         LinearTeacher.fit_public = fitted  # type: ignore[method-assign]
 
     def features(fn: Any, dim: int, **options: Any) -> Any:
-        made = inner(fn, dim, **options)
-        if "rows" in shared:
-            made._rows, made._labels = shared["rows"], shared["labels"]
+        made, held = inner(fn, dim, **options), shared.setdefault(in_use(fn.__self__), {})
+        if "rows" in held:
+            made._rows, made._labels = held["rows"], held["labels"]
         else:
             made._features()
-            shared["rows"], shared["labels"] = made._rows, made._labels
+            held["rows"], held["labels"] = made._rows, made._labels
         return made
 
     private.features = features  # type: ignore[method-assign]
@@ -208,9 +222,19 @@ def runs() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
 
 
+def of_today(run: dict[str, Any], args: argparse.Namespace) -> bool:
+    """Whether a run was made by the settings of now, as far as its teacher's recipe says: older ones stay in the table as they are."""
+    if run["setting"] not in ("teacher", "private-teacher"):
+        return True
+    given = dict(item.partition("=")[::2] for item in args.set)
+    steps = build(MODEL_METHODS["teacher"].Config, given).teacher_steps
+    return str(run["note"]).endswith(f"components, {steps} steps")
+
+
 def done_before(dataset: str, epsilons: str, args: argparse.Namespace) -> bool:
     """Whether all releases of the teacher are there, for every ε."""
-    found = [(r["epsilon"], r["seed"]) for r in runs() if (r["dataset"], r["setting"]) == (dataset, "teacher")]
+    made = [run for run in runs() if of_today(run, args)]
+    found = [(r["epsilon"], r["seed"]) for r in made if (r["dataset"], r["setting"]) == (dataset, "teacher")]
     return all((epsilon, seed) in found for epsilon in epsilons.split("+") for seed in range(args.releases))
 
 
@@ -287,7 +311,8 @@ def main() -> None:
     for cell in filter(None, args.cells.split(",")):
         dataset, setting, epsilon = cell.split(":")
         key = (dataset, setting, epsilon, "id" if args.by_id else "record")
-        have = {run["seed"] for run in runs() if (run["dataset"], run["setting"], run["epsilon"], run["unit"]) == key}
+        made = [run for run in runs() if of_today(run, args)]
+        have = {run["seed"] for run in made if (run["dataset"], run["setting"], run["epsilon"], run["unit"]) == key}
         if setting == "teacher":
             have = set(range(args.releases)) if done_before(dataset, epsilon, args) else set()
         wanted = [seed for seed in range(args.releases) if seed not in have]

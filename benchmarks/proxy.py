@@ -14,6 +14,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,19 @@ SUPERCLASSES = {
     "furniture": "bed chair couch table wardrobe",
 }
 
+PAIRS = (  # all superclasses, two and two
+    SUPERCLASSES["aquatic mammals"] + " " + SUPERCLASSES["fish"],
+    "orchid poppy rose sunflower tulip apple mushroom orange pear sweet_pepper",
+    "bottle bowl can cup plate clock keyboard lamp telephone television",
+    SUPERCLASSES["insects"] + " crab lobster snail spider worm",
+    SUPERCLASSES["carnivores"] + " " + SUPERCLASSES["omnivores"],
+    SUPERCLASSES["man-made"] + " cloud forest mountain plain sea",
+    "fox porcupine possum raccoon skunk hamster mouse rabbit shrew squirrel",
+    "baby boy girl man woman " + SUPERCLASSES["reptiles"],
+    SUPERCLASSES["furniture"] + " maple_tree oak_tree palm_tree pine_tree willow_tree",
+    SUPERCLASSES["vehicles 1"] + " " + SUPERCLASSES["vehicles 2"],
+)
+
 
 def distorted(x_N1HW: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """n random affine and elastic variants of strokes in [0, 1], thickened to a few pixels, in [-1, 1]."""
@@ -64,40 +78,50 @@ def distorted(x_N1HW: Tensor, n: int, generator: torch.Generator) -> Tensor:
     return (F.avg_pool2d(x, 3, 1, 1) * gain * 1.6).clamp(0, 1) * 2 - 1
 
 
-def letters(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
-    """Returns private images and labels, test images and labels, auxiliary images, and records per class over 6,000."""
+def letters(
+    folder: Path, characters: int = 2, n: int = 2000, n_test: int = 300
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+    """Returns private images and labels, test images and labels, auxiliary images, and records per class over 6,000.
+
+    Args:
+      characters: of a class.
+      n, n_test: images of a class.
+    """
     with np.load(folder / "omniglot28" / "test.npz", allow_pickle=False) as z:
         x, y, drawer = torch.from_numpy(z["images"]).float()[:, None] / 255, z["labels"], z["drawer"]
     rng, g = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    characters, drawers = rng.permutation(np.unique(y))[:20].reshape(10, 2), rng.permutation(np.arange(1, 21))
+    chosen = rng.permutation(np.unique(y))[: 10 * characters].reshape(10, characters)
+    drawers = rng.permutation(np.arange(1, 21))
     train, test = [], []
     for k in range(10):
-        mine = np.isin(y, characters[k])
-        train.append(distorted(x[torch.from_numpy(mine & np.isin(drawer, drawers[:14]))], 2000, g))
-        test.append(distorted(x[torch.from_numpy(mine & np.isin(drawer, drawers[14:]))], 300, g))
+        mine = np.isin(y, chosen[k])
+        train.append(distorted(x[torch.from_numpy(mine & np.isin(drawer, drawers[:14]))], n, g))
+        test.append(distorted(x[torch.from_numpy(mine & np.isin(drawer, drawers[14:]))], n_test, g))
     labels = torch.arange(10)
     auxiliary = torch.from_numpy(read(folder, "omniglot28", "train").to_unit())
     return (
         torch.cat(train),
-        labels.repeat_interleave(2000),
+        labels.repeat_interleave(n),
         torch.cat(test),
-        labels.repeat_interleave(300),
+        labels.repeat_interleave(n_test),
         auxiliary,
-        2000 / 6000,
+        n / 6000,
     )
 
 
-def objects(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+def objects(
+    folder: Path, groups: Sequence[str] = tuple(SUPERCLASSES.values())
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
     """As `letters`, with records per class over 5,000."""
     found = []
     for split in ("train", "test"):
         data = read(folder, "cifar100_subset", split)
         fine = [name.strip().lower().replace(" ", "_") for name in data.class_names]
-        group = {name: k for k, names in enumerate(SUPERCLASSES.values()) for name in names.split()}
+        group = {name: k for k, names in enumerate(groups) for name in names.split()}
         y = torch.tensor([group.get(fine[label], -1) for label in data.labels])
         found += [torch.from_numpy(data.to_unit()), y]
     x, y, xt, yt = found
-    return x[y >= 0], y[y >= 0], xt[yt >= 0], yt[yt >= 0], x[y < 0], 500 / 5000
+    return x[y >= 0], y[y >= 0], xt[yt >= 0], yt[yt >= 0], x[y < 0], int((y >= 0).sum()) / 50_000
 
 
 def main() -> None:

@@ -157,6 +157,22 @@ def test_a_teacher_is_reproducible_and_its_state_is_enough() -> None:
     assert torch.equal(loaded.features(x), one.features(x))
 
 
+def test_a_narrowed_teacher_has_the_features_of_a_smaller_one() -> None:
+    x = images(60, 1, 8, 8)
+    wide, small = (
+        LinearTeacher((1, 8, 8), 2, dim=dim, whitening=0.0).fit_public(x, torch.Generator().manual_seed(0))
+        for dim in (30, 10)
+    )
+    wide.narrow(10)
+    features = wide.features(x)
+    assert (features[:, 10:30] == 0).all()
+    assert (features[:, 30] == CONSTANT).all()
+    torch.testing.assert_close(features[:, :10].abs(), small.features(x)[:, :10].abs(), atol=1e-3, rtol=0)
+    before = features.clone()
+    wide.narrow(500)  # more than there are
+    assert torch.equal(wide.features(x), before)
+
+
 def test_few_or_equal_public_images_give_finite_features() -> None:
     model = LinearTeacher((1, 8, 8), 2, dim=500).fit_public(images(5, 1, 8, 8), torch.Generator().manual_seed(0))
     assert model.dim == 324

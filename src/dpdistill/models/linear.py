@@ -101,6 +101,10 @@ class LinearTeacher(nn.Module):
         self.projection.view(*self._paths, self._positions, -1).div_(scale_CJ1[..., None])
         return self
 
+    def narrow(self, dim: int) -> None:
+        """Leaves out all components but the first `dim`: they are 0 from now on, and the rest is of norm 1."""
+        self.projection[:, dim:] = 0
+
     @property
     def _positions(self) -> int:
         return self.scattering.map_shape[0] * self.scattering.map_shape[1]

@@ -9,6 +9,7 @@ T teacher_steps, q sampling_prob, C clip_norm, D features, K classes, W [K, D] t
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,32 +37,45 @@ class Training:
       reach, reach_max: how far gradient descent goes: steps of min(reach · N / s, reach_max) / T, N the released count and s the noise
         multiplier of the whole budget. More records or less noise, and it pays to go further.
       teacher_momentum: of gradient descent.
-      teacher_dims: features kept: leading public principal components.
+      teacher_dims: leading public principal components that the teacher has; the plan asks for sums of so many. "auto" is 2,000 for grey
+        images and 500 for colour.
+      narrow_dims: of these, as many are used where N / s is at most `wide_above`: the others are 0 then. Few records, or much noise, and
+        more components carry more noise than they tell.
       average_above: the mean of the last half's weights is returned where N / s is above it, else the last weights.
     """
 
-    teacher_steps: int = 25
+    teacher_steps: int = 40
     sampling_prob: float = 1.0
     clip_norm: float = 0.25
     reach: float = 1.0
     reach_max: float = 16_000.0
     teacher_momentum: float = 0.5
-    teacher_dims: int = 500
+    teacher_dims: int | Literal["auto"] = "auto"
+    narrow_dims: int = 500
+    wide_above: float = 10_000.0
     average_above: float = 2000.0
 
     def __post_init__(self) -> None:
-        if min(self.teacher_steps, self.teacher_dims) < 1:
-            raise ConfigError("Expected teacher_steps and teacher_dims of at least 1.")
+        if min(self.teacher_steps, self.narrow_dims) < 1:
+            raise ConfigError("Expected teacher_steps and narrow_dims of at least 1.")
+        if self.teacher_dims != "auto" and self.teacher_dims < 1:
+            raise ConfigError(f"Expected teacher_dims of auto or at least 1, got {self.teacher_dims}.")
         if not (0 < self.sampling_prob <= 1 and 0 < self.clip_norm < math.inf):
             raise ConfigError("Expected sampling_prob in (0, 1] and a finite clip_norm > 0.")
         if not (0 < self.reach < math.inf and 0 < self.reach_max < math.inf and 0 <= self.teacher_momentum < 1):
             raise ConfigError("Expected reach and reach_max > 0 and teacher_momentum in [0, 1).")
 
+    def dims(self, public: Public) -> int:
+        """Components of the teacher, where there are so many."""
+        if self.teacher_dims == "auto":
+            return 2000 if public.image_shape[0] == 1 else 500
+        return self.teacher_dims
+
 
 def plan(config: Training, public: Public, noise_multiplier: float) -> list[Planned]:
     """One count, and T gradients; together they cost what one release of `noise_multiplier` does, where q = 1."""
     # Components and the constant, as `LinearTeacher` has them.
-    dim = public.n_classes * (min(config.teacher_dims, n_features(public.image_shape)) + 1)
+    dim = public.n_classes * (min(config.dims(public), n_features(public.image_shape)) + 1)
     count = GaussianSum(name="count", dim=1, noise_multiplier=noise_multiplier / math.sqrt(COUNT_SHARE))
     gradient = GaussianSum(
         name="teacher-gradient",
@@ -78,13 +92,15 @@ def train(
     config: Training, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace
 ) -> LinearTeacher:
     """Returns the private teacher."""
-    teacher = untrained(config.teacher_dims, public).to(workspace.device)
+    teacher = untrained(config.dims(public), public).to(workspace.device)
     teacher.fit_public(public_images(public), workspace.generator("teacher-features"))
     held = [private.reserve(planned.query, planned.count) for planned in plan]
     count = max(1.0, float(private.release_reserved(held[0], 0, one_each)[0, 0]))  # private
     expected = count * config.sampling_prob  # records in a step
     certainty = count / (plan[0].query.noise_multiplier * math.sqrt(COUNT_SHARE))  # N / s
     lr = min(config.reach * certainty, config.reach_max) / config.teacher_steps
+    if certainty <= config.wide_above:
+        teacher.narrow(config.narrow_dims)
     with workspace.passing("features of the records") as progress:
         features = private.features(teacher.features, teacher.n_features, progress=progress)
         weights = torch.zeros(public.n_classes, teacher.n_features, device=workspace.device)
