@@ -48,7 +48,12 @@ def test_weak_directions_go_with_the_centre_as_they_do_in_the_class() -> None:
     root = torch.randn(K, D, D, generator=g) * torch.tensor([3.0] * N + [0.5] * (D - N))
     covariance, mean = axes @ root @ root.transpose(1, 2) @ axes.T, torch.randn(K, D, generator=g)
     leading = axes[:, :N].contiguous()
-    x = torch.stack([m + torch.linalg.cholesky(c + 1e-4 * torch.eye(D)) @ torch.randn(D, generator=g) for m, c in zip(mean, covariance, strict=True)])
+    x = torch.stack(
+        [
+            m + torch.linalg.cholesky(c + 1e-4 * torch.eye(D)) @ torch.randn(D, generator=g)
+            for m, c in zip(mean, covariance, strict=True)
+        ]
+    )
     found = mix.lifted((x @ leading)[:, None], mean, covariance, leading)[:, 0]
     torch.testing.assert_close(found @ leading, x @ leading, atol=1e-3, rtol=1e-3)
 
