@@ -1,8 +1,10 @@
 """The closed form against sums over many draws, and against what has to hold at both ends of the noise."""
 
+import pytest
 import torch
 from torch import Tensor
 
+from dpdistill.models import mixture_denoiser
 from dpdistill.models.mixture_denoiser import MixtureDenoiser
 
 K, J, D, P = 2, 3, 2, 9
@@ -58,3 +60,11 @@ def test_rows_are_their_own_and_any_class_is_answered() -> None:
     mapped = torch.func.vmap(lambda a, s, k: model(a[None], s[None], k[None])[0])(x, sigma, y)
     torch.testing.assert_close(mapped, whole)
     assert not list(model.parameters())
+
+
+def test_many_classes_are_answered_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, g = MixtureDenoiser(**parts()), torch.Generator().manual_seed(4)
+    x, sigma, y = torch.randn(5, 1, 3, 3, generator=g), torch.rand(5, generator=g) + 0.1, torch.tensor([0, 1, 1, 0, 2])
+    few = model(x, sigma, y)
+    monkeypatch.setattr(mixture_denoiser, "FEW", 0)
+    torch.testing.assert_close(model(x, sigma, y), few)

@@ -8,6 +8,8 @@ B images, P pixels, d dims of the plane, K classes, J components.
 import torch
 from torch import Tensor, nn
 
+FEW = 16  # classes up to which an image goes through all of them: a copy of one's axes for each image is 256 KiB at 256 dims
+
 
 class MixtureDenoiser(nn.Module):
     """Maps noisy images [B, C, H, W], noise levels [B] and classes [B] to expected clean images. Class K is answered as class K - 1.
@@ -38,12 +40,21 @@ class MixtureDenoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         y = y.clamp_max(len(self.means) - 1)
-        axes_BDD, own_BD, means_BJD = self.axes[y], self.variances[y], self.means[y]
-        u_BD = (((x.flatten(1) - self.centre) @ self.basis)[:, None] @ axes_BDD)[:, 0]
+        own_BD, means_BJD = self.variances[y], self.means[y]
+        u_BD = _by_class((x.flatten(1) - self.centre) @ self.basis, self.axes, y)
         total_BD = own_BD + sigma.square()[:, None]
         distance_BJ = ((u_BD[:, None] - means_BJD).square() / total_BD[:, None]).sum(dim=2)
         chances_BJ = (self.log_weights[y] - distance_BJ / 2).softmax(dim=1)
         mean_BD = (chances_BJ[:, None] @ means_BJD)[:, 0]
         clean_BD = mean_BD + own_BD / total_BD * (u_BD - mean_BD)
-        pixels = (axes_BDD @ clean_BD[:, :, None])[:, :, 0] @ self.basis.T + self.centre
+        pixels = _by_class(clean_BD, self.axes.transpose(1, 2), y) @ self.basis.T + self.centre
         return pixels.view(x.shape)
+
+
+def _by_class(u_BD: Tensor, maps_KDD: Tensor, y_B: Tensor) -> Tensor:
+    """Returns each row times the matrix of its class: [B, D]."""
+    k, d, _ = maps_KDD.shape
+    if k > FEW:
+        return (u_BD[:, None] @ maps_KDD[y_B])[:, 0]
+    every_BKD = (u_BD @ maps_KDD.transpose(0, 1).reshape(d, k * d)).view(-1, k, d)
+    return every_BKD.gather(1, y_B[:, None, None].expand(-1, 1, d))[:, 0]

@@ -57,7 +57,8 @@ class Config(DenoiserConfig, DistillationConfig):
         weighs little against the expected records (60,000 at ε = 4 and more), else 0.
       share_tones: of the rest, for the tones. The embedding needs none, nor a guide: it has all of the rest.
       share_guide: of the rest of that, for the guide; what then remains is the mixture's.
-      pixel_dims, components: of the mixture; the one that is fitted to a generator's images has five times as many components.
+      pixel_dims: of the mixture; "auto" is 64, or 128 where each class has many records for a sum's noise (6,000 at ε = 10).
+      components: of the mixture; the one that is fitted to a generator's images has five times as many.
       embedding_batch: images of each class and step that the generator of an embedding is fitted by.
       seed_images: samples of the teacher that the student starts from, in all.
       sampling_steps, sigma_max: of the teacher's own samples.
@@ -70,7 +71,7 @@ class Config(DenoiserConfig, DistillationConfig):
     share_denoiser: float | Literal["auto"] = "auto"
     share_tones: float = 0.03
     share_guide: float = 0.4
-    pixel_dims: int = 64
+    pixel_dims: int | Literal["auto"] = "auto"
     components: int = 20
     embedding_batch: int = 50
     seed_images: int = 5000
@@ -82,10 +83,12 @@ class Config(DenoiserConfig, DistillationConfig):
     def __post_init__(self) -> None:
         DenoiserConfig.__post_init__(self)
         DistillationConfig.__post_init__(self)
-        counts = ("per_class", "pixel_dims", "components", "embedding_batch", "seed_images", "sampling_steps")
+        counts = ("per_class", "components", "embedding_batch", "seed_images", "sampling_steps")
         for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
+        if self.pixel_dims != "auto" and self.pixel_dims < 1:
+            raise ConfigError(f"Expected pixel_dims of auto or at least 1, got {self.pixel_dims}.")
         if self.components > mix.N_SAMPLES:
             raise ConfigError(f"Expected components of at most {mix.N_SAMPLES}, got {self.components}.")
         if self.share_denoiser != "auto" and not (0 <= self.share_denoiser < 1):
@@ -110,6 +113,11 @@ class Config(DenoiserConfig, DistillationConfig):
         """What DP-SGD has of Σ 1/σ²."""
         return (0.5 if self.weight >= MANY else 0.0) if self.share_denoiser == "auto" else self.share_denoiser
 
+    def dims(self, public: Public) -> int:
+        """Coordinates of the mixture: at most one for each pixel."""
+        dims = mix.dims_for(self.weight, public.n_classes) if self.pixel_dims == "auto" else self.pixel_dims
+        return min(dims, math.prod(public.image_shape))
+
     @property
     def start(self) -> Literal["mixture", "embedding"]:
         """How the warm start is made."""
@@ -127,10 +135,10 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
     if config.start == "embedding":
         releases = [embedding.planned("dpsad", EMBEDDING, public, sigma / math.sqrt(rest))]
     else:
-        dims = min(config.pixel_dims, math.prod(public.image_shape))
         guide = rest * (1 - config.share_tones) * config.share_guide
         each = (rest * (1 - config.share_tones) - guide) / 3
-        releases = mix.planned("dpsad", public.n_classes, dims, config.components, sigma, each, each)
+        dims, rows = config.dims(public), public.n_classes
+        releases = mix.planned("dpsad", rows, dims, config.components, sigma, each, each)
         releases.append(tones.planned("dpsad", public, sigma, rest * config.share_tones))
         releases += linear.plan(GUIDE, public, sigma / math.sqrt(guide))
     if config.share:
@@ -203,14 +211,14 @@ def _embedded(config: Config, public: Public, private: PrivateData, plan: list[P
     n = max(1, min(N_GENERATED, MOST_GENERATED // k))
     made = embedding.draw(model, fitting, torch.arange(k).repeat_interleave(n), k, workspace)
     images = made.images.view(k, n, *public.image_shape)
-    denoise = mix.denoiser_of(images, config.pixel_dims, FINER * config.components)
+    denoise = mix.denoiser_of(images, config.dims(public), FINER * config.components)
     return denoise.to(workspace.device), None, None
 
 
 def _mixed(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Warm:
     """The denoiser of a released mixture, its guide, and the tones of the records, where the noise leaves them."""
     queries: list[Any] = [planned.query for planned in plan]
-    space = mix.pixel_space(linear.public_images(public), min(config.pixel_dims, math.prod(public.image_shape)))
+    space = mix.pixel_space(linear.public_images(public), config.dims(public))
     fitted = mix.fit(space, config.components, private, queries[:3], workspace)
     wanted = tones.fit(queries[3], private, workspace)
     guide = linear.train(GUIDE, public, private, plan[4:6], workspace)

@@ -8,7 +8,7 @@ The record functions here are what the door sees; everything that takes a releas
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ FIRST, COUNT = 0.5, 0.2  # shares of a record's unit vector that its coordinates
 _SECOND = math.sqrt(1 - FIRST**2 - COUNT**2)
 _LOCAL_COUNT = 0.3
 N_SAMPLES = 1500  # drawn for each class to find its first centres among
+DIMS, FINE_DIMS = 64, 256  # of pixels: where a class is seen through much noise, and through little
+LEADING = 64  # of the fine ones: how many, along the records' own leading axes, the centres are sought in
+CLEAR = 5_000  # records of a class for each unit of a sum's noise: at 1,600 finer coordinates cost samples, at 11,000 they brought detail
+BOUND = 2**22  # numbers in one release that finer coordinates may take: 126 classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,21 @@ def pixel_space(auxiliary_ACHW: Tensor, dims: int) -> PixelSpace:
 
 def n_moments(dims: int) -> int:
     return dims + dims * (dims + 1) // 2 + 1
+
+
+def dims_for(weight: float, n_classes: int) -> int:
+    """How many coordinates a mixture is fitted in, from public facts alone.
+
+    Args:
+      weight: expected records for each unit of a sum's noise, all classes together.
+    """
+    fine = weight / n_classes >= CLEAR and n_classes * n_moments(FINE_DIMS) <= BOUND
+    return FINE_DIMS if fine else DIMS
+
+
+def n_leading(dims: int) -> int:
+    """Axes that centres are sought along: all, where they are few."""
+    return dims if dims < FINE_DIMS else LEADING
 
 
 def moments(space: PixelSpace, x_BCHW: Tensor) -> Tensor:
@@ -172,6 +191,26 @@ def mixture(count: Tensor, mean: Tensor, covariance: Tensor, centres: Tensor, we
     return Mixture(count=count, mean=mean, covariance=covariance, centres=centres, weights=share, within=within)
 
 
+def leading_axes(count: Tensor, mean: Tensor, covariance: Tensor, n: int) -> Tensor:
+    """Post-processing: the n leading axes of all classes together, [d, n]."""
+    share = (count / count.sum())[:, None]
+    apart = mean - (share * mean).sum(dim=0)
+    together = (share[:, :, None] * covariance).sum(dim=0) + (share * apart).T @ apart
+    return torch.linalg.eigh(together)[1].flip(1)[:, :n].contiguous()
+
+
+def lifted(centres_KJN: Tensor, mean: Tensor, covariance: Tensor, axes_DN: Tensor) -> Tensor:
+    """Centres [K, J, d] whose leading coordinates are these; the others go with them as they do in the class."""
+    own = mean @ axes_DN
+    leading = axes_DN.T @ covariance @ axes_DN
+    # A little of the mean variance: a class may lie flat along an axis that leads among others.
+    ridge = 1e-3 * leading.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-12)
+    leading = leading + ridge[:, None, None] * torch.eye(axes_DN.shape[1])
+    slope = torch.linalg.solve(leading, axes_DN.T @ covariance)
+    found = mean[:, None] + (centres_KJN - own[:, None]) @ slope
+    return found + (centres_KJN - found @ axes_DN) @ axes_DN.T
+
+
 def nearest_group(centres_KGD: Tensor, z_BD: Tensor, y_B: Tensor) -> Tensor:
     """Returns the index [B] of the nearest group centre of each one's class: of each row by itself."""
     return (z_BD[:, None] - centres_KGD.to(z_BD.device)[y_B]).square().sum(dim=2).argmin(dim=1)
@@ -221,7 +260,7 @@ def planned(
         sigma = noise_multiplier / math.sqrt(share)
         return Planned(GaussianSum(name=f"{name}-{what}", dim=dim, n_classes=n_classes, noise_multiplier=sigma))
 
-    local = components * (dims + 1)
+    local = components * (n_leading(dims) + 1)
     return [
         ask("moments", n_moments(dims), share_moments),
         ask("local-1", local, share_local),
@@ -241,17 +280,25 @@ def fit(
     with workspace.passing("private pass over the records: moments") as progress:
         total = private.release(queries[0], lambda x, y: moments(space, x), progress=progress)  # private
     count, mean, covariance = read_moments(total, d, queries[0].noise_multiplier)
-    centres = first_centres(mean, covariance, components, workspace.generator("centres"))
+    inner, n = space, n_leading(d)
+    axes = torch.eye(d)
+    if n < d:  # weak directions are in the covariance alone
+        axes = leading_axes(count, mean, covariance, n)
+        inner = replace(space, basis=space.basis @ axes)
+    own = mean @ axes
+    centres = first_centres(own, axes.T @ covariance @ axes, components, workspace.generator("centres"))
     weights = torch.ones(centres.shape[:2])
     for query in queries[1:]:
         with workspace.passing(f"private pass over the records: {query.name}") as progress:
             fixed = centres  # the record function must not change under the loop
 
             def nearest(x: Tensor, y: Tensor, fixed: Tensor = fixed) -> Tensor:
-                return local_means(space, fixed, x, y)
+                return local_means(inner, fixed, x, y)
 
             total = private.release(query, nearest, progress=progress)  # private
-        centres, weights = refine_centres(total, centres, mean, query.noise_multiplier)
+        centres, weights = refine_centres(total, centres, own, query.noise_multiplier)
+    if n < d:
+        centres = lifted(centres, mean, covariance, axes)
     return mixture(count, mean, covariance, centres, weights)
 
 
