@@ -57,7 +57,7 @@ class Config(DenoiserConfig, DistillationConfig):
         weighs little against the expected records (60,000 at ε = 4 and more), else 0.
       share_tones: of the rest, for the tones. The embedding needs none, nor a guide: it has all of the rest.
       share_guide: of the rest of that, for the guide; what then remains is the mixture's.
-      pixel_dims: of the mixture; "auto" is 64, or 128 where each class has many records for a sum's noise (6,000 at ε = 10).
+      pixel_dims: of the mixture; "auto" is 64, or 256 where each class has many records for a sum's noise (6,000 at ε = 10).
       components: of the mixture; the one that is fitted to a generator's images has five times as many.
       embedding_batch: images of each class and step that the generator of an embedding is fitted by.
       seed_images: samples of the teacher that the student starts from, in all.
