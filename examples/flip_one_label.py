@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dpdistill.data import load_images, procedural_images, to_unit
-from dpdistill.methods.model import opaque, teacher
+from dpdistill.methods.model import opaque
+from dpdistill.methods.shared import linear
 from dpdistill.models.linear import LinearTeacher
 from dpdistill.privacy import epsilon, gaussian_multiplier
 
@@ -69,7 +70,7 @@ def paper(phi: torch.Tensor, labels: list[torch.Tensor], queries: torch.Tensor, 
 
 def private_teacher(phi: torch.Tensor, labels: list[torch.Tensor], g: torch.Generator) -> list[float]:
     """Way 1: noisy sums of clipped gradients; conversion afterwards adds nothing to see."""
-    config = teacher.Config()
+    config = linear.Training()
     steps, clip = config.teacher_steps, config.clip_norm
     std = gaussian_multiplier(EPSILON, DELTA) * math.sqrt(steps) * clip
     ratios = []
@@ -78,7 +79,7 @@ def private_teacher(phi: torch.Tensor, labels: list[torch.Tensor], g: torch.Gene
         for _ in range(steps):
             clean = []
             for y in labels:
-                left = teacher.residuals(weights)(phi, y)
+                left = linear.residuals(weights)(phi, y)
                 left = left * (clip / left.norm(dim=1, keepdim=True)).clamp_max(1)
                 clean.append(left.T @ phi)
             seen = clean[0] + torch.randn(clean[0].shape, generator=g) * std

@@ -1,0 +1,66 @@
+"""The examples that the README names: the scripts run, at a small size, and show what they say; the settings files are read."""
+
+import importlib.util
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dpdistill import cli
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_flipped_label_shows_by_the_papers_way_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = loaded("flip_one_label")
+    found: dict[str, list[float]] = {}
+    for way in ("paper", "private_teacher", "votes"):
+        inner = getattr(example, way)
+        monkeypatch.setattr(example, way, lambda *args, way=way, inner=inner: found.setdefault(way, inner(*args)))
+    for name, value in (("TRIALS", 5), ("STEPS", 40), ("SHARDS", 10), ("QUERIES", 20)):
+        monkeypatch.setattr(example, name, value)
+    example.main()
+    assert "private teacher" in capsys.readouterr().out
+    assert min(found["paper"]) > 50
+    assert statistics.median(map(abs, found["private_teacher"])) < 3
+    assert statistics.median(map(abs, found["votes"])) < 3
+
+
+def test_the_row_space_of_an_update_shows_its_members(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = loaded("row_space")
+    monkeypatch.setattr(example, "SHADOW", 12)
+    monkeypatch.setattr(example, "TRIALS", 20)
+    example.main()
+    lines = capsys.readouterr().out.splitlines()
+    right = [int(line.split("of 20")[0].split("│")[-1]) for line in lines if "of 20" in line]
+    assert len(right) == 7
+    assert right[:2] == [20, 20]  # one step of the paper, whatever σ is
+    assert right[3] < 18  # the same attack at the door
+
+
+@pytest.mark.parametrize("verb", ["dataset", "model", "diffusion"])
+def test_the_settings_files_are_read(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dpdistill", verb, "--config", str(EXAMPLES / f"{verb}.toml"), "--dry-run"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert "planned: ε = " in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
