@@ -253,7 +253,7 @@ def estimate(serial: dict[str, float]) -> str:
     full = N_RECORDS / GPUS
     gradients = next(p for p in teacher if p.count > 1).count
     sums = len(joint)
-    n_features = 501
+    n_features = MODEL_METHODS["teacher"].Config().dims(facts) + 1  # and the constant
     rows = [
         row("`joint`", joint, f"{sums} · N/(W·r), r = {rate['joint']:,.0f}", sums * full / rate["joint"]),
         row(
