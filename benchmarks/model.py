@@ -130,7 +130,7 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
                     rows.append(done(accuracy=float((chosen == test.labels).mean()), note=note) | {"seed": seed})
                     continue
                 made = method.run(settings, public, private, plan, workspace)
-        student = f"ConvNet-{settings.depth} width {settings.width}, {settings.steps} steps of {settings.batch}"
+        student = f"WaveletNet-{settings.depth} width {settings.width}, {settings.steps} steps of {settings.batch}"
         if setting == "private-teacher" and settings.share_prior:
             student += "; mixture among its images" + (", in the records' tones" if records.image_shape[0] == 1 else "")
         if setting == "private-teacher":
@@ -199,7 +199,7 @@ def opaque(
         else:
             settings = build(method.Config, given)
             made = method.run(settings, public, teacher, workspace, True)
-    note = f"ConvNet-{settings.depth} width {settings.width}, {settings.steps} steps of {settings.batch}"
+    note = f"WaveletNet-{settings.depth} width {settings.width}, {settings.steps} steps of {settings.batch}"
     return {"accuracy": score(made.model), "teacher_accuracy": score(teacher), "note": note}
 
 
@@ -223,7 +223,9 @@ def runs() -> list[dict[str, Any]]:
 
 
 def of_today(run: dict[str, Any], args: argparse.Namespace) -> bool:
-    """Whether a run was made by the settings of now, as far as its teacher's recipe says: older ones stay in the table as they are."""
+    """Whether a run was made by the settings of now, as far as its note says: older ones stay in the table as they are."""
+    if run["setting"] != "teacher" and not str(run["note"]).startswith("WaveletNet"):
+        return False
     if run["setting"] not in ("teacher", "private-teacher"):
         return True
     given = dict(item.partition("=")[::2] for item in args.set)

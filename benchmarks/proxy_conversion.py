@@ -2,10 +2,12 @@
 
   .venv/bin/python benchmarks/proxy_conversion.py --data DIR --proxy letters --set steps=500
   .venv/bin/python benchmarks/proxy_conversion.py --data DIR --proxy objects --teacher convnet --differentiable
+  .venv/bin/python benchmarks/proxy_conversion.py --data DIR --proxy letters-five --teacher private --epsilon 10 --set steps=1000
 
-Proxies as in proxy.py; the teacher sees their training images, the student sees none. Teachers: `linear`, softmax regression on 500
-public principal components of scattering features, with normal noise of `--noise` times the weights' spread, as a private one would
-have; `convnet`, without noise. Prints one JSON line: settings, accuracies on the proxy's test images, agreement, core seconds.
+Proxies as in proxy.py and proxy_teacher.py; the teacher sees their training images, the student sees none. Teachers: `linear`, softmax
+regression on 500 public principal components of scattering features, with normal noise of `--noise` times the weights' spread; `convnet`,
+without noise; `private`, the method whole, its mixture too, through the door, noise as large against the proxy's records as it would be
+against --records of them. Prints one JSON line: settings, accuracies on the proxy's test images, agreement, core seconds of the conversion.
 DIR: see common.py.
 """
 
@@ -18,15 +20,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from proxy import letters, objects
+from proxy_teacher import PROXIES
 from torch import Tensor
 
 from dpdistill.config import build
-from dpdistill.data import procedural_images, to_unit
+from dpdistill.data import LabelledImages, procedural_images, to_unit
 from dpdistill.evaluation import Training, train_classifier
+from dpdistill.mechanisms import PrivateData, Vault
 from dpdistill.methods.base import Public, Synthetic
+from dpdistill.methods.model import teacher as private_teacher
 from dpdistill.methods.model.conversion import Conversion, convert
+from dpdistill.methods.shared import linear as linear_teacher
 from dpdistill.models.scattering import Scattering
+from dpdistill.privacy import Ledger, gaussian_multiplier
 from dpdistill.workspace import FolderWorkspace
 
 
@@ -66,6 +72,21 @@ def convnet(x: Tensor, y: Tensor, flip: bool, seed: int) -> Callable[[Tensor], T
     return model.requires_grad_(False)
 
 
+def private(
+    x: Tensor, y: Tensor, public: Public, config: private_teacher.Config, sigma: float, seed: int
+) -> tuple[Callable[[Tensor], Tensor], Public]:
+    """The default way's teacher, and the public facts with images of its mixture."""
+    records = LabelledImages(
+        images=x.numpy(), labels=y.numpy(), class_names=public.class_names, value_range=(-1, 1), source="proxy"
+    )
+    plan = private_teacher.plan(config, public, sigma)
+    with tempfile.TemporaryDirectory() as scratch, Ledger.open(Path(scratch) / "ledger", cap=(1e12, 1e-5)) as ledger:
+        handle = PrivateData(records, ledger, Vault.open(Path(scratch) / "vault"))
+        workspace = FolderWorkspace(Path(scratch) / "work", seed=seed, quiet=True)
+        made = linear_teacher.train(config, public, handle, plan[:2], workspace)
+        return made, private_teacher.with_mixture(config, public, handle, plan[2:], workspace)
+
+
 @torch.no_grad()
 def logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([model(batch) for batch in x.split(250)])
@@ -74,23 +95,30 @@ def logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--proxy", choices=("letters", "objects"), required=True)
-    parser.add_argument("--teacher", choices=("linear", "convnet"), default="linear")
+    parser.add_argument("--proxy", choices=tuple(PROXIES), required=True)
+    parser.add_argument("--teacher", choices=("linear", "convnet", "private"), default="linear")
     parser.add_argument("--noise", type=float, default=0.0, help="of the linear teacher's weights")
+    parser.add_argument("--epsilon", type=float, default=10.0, help="of the private teacher")
+    parser.add_argument("--records", type=int, default=60_000, help="that its noise is as large against")
     parser.add_argument("--differentiable", action="store_true", help="the generator may use the teacher's gradient")
     parser.add_argument("--set", action="append", default=[], help="name=value for Conversion")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    config = build(Conversion, dict(item.split("=") for item in args.set))
-    x, y, xt, yt, _, _ = (letters if args.proxy == "letters" else objects)(args.data)
-    teacher = (
-        linear(x, y, args.noise, args.seed)
-        if args.teacher == "linear"
-        else convnet(x, y, args.proxy == "objects", args.seed)
-    )
-    shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
-    public = Public(image_shape=shape, class_names=tuple(str(k) for k in range(10)), auxiliary=torch.empty(0, *shape))
+    given = dict(item.split("=") for item in args.set)
+    config = build(private_teacher.Config, given) if args.teacher == "private" else build(Conversion, given)
+    x, y, xt, yt, _, _ = PROXIES[args.proxy](args.data)
+    shape, names = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3])), tuple(str(k) for k in range(10))
+    made_up = torch.from_numpy(to_unit(procedural_images(4000, *shape, args.seed)))
+    public = Public(image_shape=shape, class_names=names, auxiliary=made_up)
+    teacher: Callable[[Tensor], Tensor]
+    if isinstance(config, private_teacher.Config):
+        sigma = gaussian_multiplier(args.epsilon, 1e-5) * len(x) / args.records
+        teacher, public = private(x, y, public, config, sigma, args.seed)
+    elif args.teacher == "linear":
+        teacher = linear(x, y, args.noise, args.seed)
+    else:
+        teacher = convnet(x, y, shape[0] == 3, args.seed)
     started = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         workspace = FolderWorkspace(Path(scratch), seed=args.seed)

@@ -23,6 +23,7 @@ from dpdistill.data import load_images, to_unit
 from dpdistill.errors import ConfigError, DpdistillError, InputError, LedgerError
 from dpdistill.models import ConvNet
 from dpdistill.models.teachers import from_callable
+from dpdistill.models.wavelet_net import WaveletNet
 from dpdistill.privacy import gaussian_multiplier
 from dpdistill.privacy import ledger as ledgers
 
@@ -51,7 +52,7 @@ def save(path: Path, n: int = 60) -> Path:
 
 
 def onnx_teacher(path: Path, seed: int = 0) -> Path:
-    model = ConvNet((1, 8, 8), 3, width=8, groups=4, generator=torch.Generator().manual_seed(seed))
+    model = WaveletNet((1, 8, 8), 3, width=8, groups=4, generator=torch.Generator().manual_seed(seed))
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(student_onnx(weights, model.config))
@@ -135,6 +136,17 @@ def test_a_changed_student_is_caught(tmp_path: Path, run: Callable[..., ModelCon
         assert any("missing" in problem for problem in verify(out).problems)
         (out / name).write_bytes(raw)
     assert verify(out).ok
+
+
+def test_another_architecture_is_refused_by_name(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    from dpdistill.bundle.verification import checksums
+
+    out = convert(run(), quiet=True)
+    path = out / "model" / "config.json"
+    path.write_text(path.read_text().replace('"wavelet-net"', '"convnet"'))
+    files = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    (out / "SHA256SUMS").write_bytes(checksums(files))
+    assert any("not a wavelet-net" in problem for problem in verify(out).problems)
 
 
 def test_an_onnx_file_of_other_weights_is_caught_though_all_hashes_hold(

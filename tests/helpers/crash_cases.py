@@ -25,7 +25,7 @@ from dpdistill.methods import METHODS, Synthetic, joint
 from dpdistill.methods.diffusion import dpsad
 from dpdistill.methods.shared import linear
 from dpdistill.methods.shared.embedding import EmbeddingConfig
-from dpdistill.models import ConvNet
+from dpdistill.models.wavelet_net import WaveletNet
 from dpdistill.pipeline import distil
 from dpdistill.privacy import GaussianSum, Planned
 
@@ -134,7 +134,7 @@ def make_inputs(folder: Path) -> None:
     np.savez(folder / "private.npz", images=images, labels=labels, **facts)
     (folder / "owners").mkdir()
     for owner in range(3):
-        model = ConvNet((1, 8, 8), 2, width=4, groups=4, generator=torch.Generator().manual_seed(owner))
+        model = WaveletNet((1, 8, 8), 2, width=4, groups=4, generator=torch.Generator().manual_seed(owner))
         weights = {name: value.numpy() for name, value in model.state_dict().items()}
         (folder / "owners" / f"{owner}.onnx").write_bytes(student_onnx(weights, model.config))
 

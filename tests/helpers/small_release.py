@@ -15,7 +15,7 @@ from dpdistill.bundle.product import ModelProduct
 from dpdistill.bundle.release import BundleFacts, write_bundle
 from dpdistill.methods.base import Synthetic
 from dpdistill.models import few_step
-from dpdistill.models.convnet import ConvNet
+from dpdistill.models.wavelet_net import WaveletNet
 from dpdistill.privacy import GaussianSum, Ledger
 from dpdistill.privacy import ledger as ledgers
 
@@ -110,7 +110,7 @@ def write(folder: Path, kind: str = "dataset", **changes: Any) -> Path:
 def _product(kind: str) -> Any:
     generator, names = torch.Generator().manual_seed(0), NAMES[:2]
     if kind == "model":
-        student = ConvNet((1, 8, 8), 2, width=4, groups=2, generator=generator)
+        student = WaveletNet((1, 8, 8), 2, width=4, groups=2, generator=generator)
         arrays = {name: value.numpy() for name, value in student.state_dict().items()}
         settings = {"architecture": "none", "latent": 2}
         return ModelProduct(

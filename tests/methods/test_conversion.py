@@ -179,20 +179,24 @@ def test_settings_are_checked() -> None:
         {"lr": 0.0},
         {"prior": "none"},
         {"figures": 2.0},
+        {"given": -0.1},
         {"temperature": float("nan")},
     ):
         with pytest.raises(ConfigError):
             Conversion(**wrong)  # type: ignore[arg-type]
 
 
-def test_public_images_that_a_person_gave_are_half_of_what_is_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("channels", "given_share", "wanted"), [(1, "auto", 48), (3, "auto", 32), (1, 0.25, 16)])
+def test_public_images_that_a_person_gave_are_a_share_of_what_is_asked(
+    tmp_path: Path, channels: int, given_share: Any, wanted: int
+) -> None:
     workspace = FolderWorkspace(tmp_path, quiet=True)
-    given = torch.full((3, 1, 8, 8), 0.125)
-    made_up = torch.zeros(5, 1, 8, 8)
-    config = Conversion(pool=64, vary=0.0)
+    given = torch.full((3, channels, 8, 8), 0.125)
+    made_up = torch.zeros(5, channels, 8, 8)
+    config = Conversion(pool=64, vary=0.0, given=given_share)
     names = ("a", "b")
-    public = Public(image_shape=(1, 8, 8), class_names=names, auxiliary=given, procedural=made_up)
+    public = Public(image_shape=(channels, 8, 8), class_names=names, auxiliary=given, procedural=made_up)
     pool = Prior(config, public, workspace).first(64)
-    assert int((pool == 0.125).flatten(1).all(dim=1).sum()) == 32
-    none = Public(image_shape=(1, 8, 8), class_names=names, auxiliary=given)
+    assert int((pool == 0.125).flatten(1).all(dim=1).sum()) == wanted
+    none = Public(image_shape=(channels, 8, 8), class_names=names, auxiliary=given)
     assert not (Prior(config, none, workspace).first(64) == 0.125).flatten(1).all(dim=1).any()

@@ -14,17 +14,17 @@ import torch
 
 from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.errors import ReleaseError
-from dpdistill.models import ConvNet
+from dpdistill.models.wavelet_net import WaveletNet
 
-SHAPES = [(1, 28, 28), (1, 8, 8), (3, 32, 32), (3, 9, 20)]
+SHAPES = [(1, 28, 28), (1, 8, 8), (3, 32, 32), (3, 15, 20), (3, 9, 20)]
 
 
-def student(shape: tuple[int, int, int] = (1, 8, 8), groups: int | None = None, **changes: Any) -> tuple[Any, ...]:
-    """A ConvNet with no weight left at 0 or 1, its arrays and its config."""
+def student(shape: tuple[int, int, int] = (1, 8, 8), groups: int = 4, **changes: Any) -> tuple[Any, ...]:
+    """A student with no weight left at 0 or 1, its arrays and its config."""
     config = {"image_shape": list(shape), "n_classes": 5, "width": 8, "depth": 3, "groups": groups} | changes
     k, width, depth = config["n_classes"], config["width"], config["depth"]
     generator = torch.Generator().manual_seed(3)
-    model = ConvNet(shape, k, width=width, depth=depth, groups=groups, generator=generator)
+    model = WaveletNet(shape, k, width=width, depth=depth, groups=groups, generator=generator)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
@@ -39,9 +39,9 @@ def run(raw: bytes, images: np.ndarray) -> np.ndarray:
     return logits
 
 
-@pytest.mark.parametrize("groups", [None, 4, 1])
+@pytest.mark.parametrize("groups", [8, 4, 1])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_torch(shape: tuple[int, int, int], groups: int | None) -> None:
+def test_equals_torch(shape: tuple[int, int, int], groups: int) -> None:
     model, weights, config = student(shape, groups)
     raw = student_onnx(weights, config)
     onnx.checker.check_model(onnx.load_from_string(raw), full_check=True)
@@ -72,7 +72,7 @@ def test_holds_the_weights_and_says_what_it_takes() -> None:
         if name in held:
             np.testing.assert_array_equal(held[name], array)
     assert sum(array.size for array in held.values() if array.dtype == np.float32) == (
-        sum(array.size for array in weights.values()) + 2 * 4
+        sum(array.size for array in weights.values()) + 2 * 4 + 3
     )
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     assert metadata["input_range"] == "-1 to 1"
@@ -88,8 +88,9 @@ import hashlib, sys
 import numpy as np
 from dpdistill.bundle.onnx_file import student_onnx
 assert "torch" not in sys.modules
-shapes = {"features.0.weight": (4, 1, 3, 3), "features.0.bias": (4,), "features.1.weight": (4,), "features.1.bias": (4,),
-          "head.weight": (2, 64), "head.bias": (2,)}
+shapes = {"real": (16, 1, 11, 11), "imaginary": (16, 1, 11, 11),
+          "features.0.weight": (4, 17, 3, 3), "features.0.bias": (4,), "features.1.weight": (4,), "features.1.bias": (4,),
+          "head.weight": (2, 256), "head.bias": (2,)}
 weights = {name: np.arange(np.prod(shape), dtype=np.float32).reshape(shape) / 64 for name, shape in shapes.items()}
 if sys.argv[1] == "reversed":
     weights = dict(reversed(weights.items()))
@@ -110,7 +111,7 @@ def test_same_bytes_in_every_process_without_torch() -> None:
         )
         assert done.returncode == 0, done.stderr
         found.add(done.stdout.strip())
-    assert found == {"c52b9e3aece341bfa2b1b6935531f0cada6b8b9dee1054284b3f89d37780f499"}
+    assert found == {"3589136410c618709a8ed0107d37764f88e7374ebf8338947d3483c0a70a9736"}
 
 
 def test_same_bytes_again_other_bytes_for_another_weight() -> None:
@@ -149,11 +150,12 @@ def test_other_weights_are_refused(changes: dict[str, Any], message: str) -> Non
         {"depth": 2.0},
         {"groups": 3},
         {"groups": 0},
+        {"groups": None},
         {"n_classes": -1},
         {"image_shape": [2, 8, 8]},
         {"image_shape": [1, 8]},
         {"image_shape": "188"},
-        {"image_shape": [1, 1, 8]},
+        {"image_shape": [1, 5, 8]},
         {"image_shape": [1, 8, 2**40]},
         {"unknown": 1},
         {"class_names": ["a"]},

@@ -34,7 +34,7 @@ from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.bundle.verification import verify
 from dpdistill.config import ModelConfig, RunConfig
 from dpdistill.conversion import convert
-from dpdistill.models import ConvNet
+from dpdistill.models.wavelet_net import WaveletNet
 from dpdistill.privacy import GaussianSum, NoisyVotes, ShardSum, accounting
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def runs(folder: Path) -> Iterator[tuple[str, Path, bool]]:
     images[labels == 0, :4] += 150
     ids = {"classes": np.array(["top", "left", "none"]), "person": np.arange(60) // 3}
     np.savez(folder / "p.npz", images=images, labels=labels.astype(np.int64), **ids)
-    model = ConvNet((1, 8, 8), 3, width=8, groups=4, generator=torch.Generator().manual_seed(0))
+    model = WaveletNet((1, 8, 8), 3, width=8, groups=4, generator=torch.Generator().manual_seed(0))
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
     (folder / "t.onnx").write_bytes(student_onnx(weights, model.config))
 

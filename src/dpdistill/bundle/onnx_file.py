@@ -1,7 +1,7 @@
 """The student as an ONNX graph, written byte for byte the same every time. Needs numpy and onnx only.
 
 A verifier rebuilds the bytes from the weights and compares, so everything in the file follows from the arguments: no date, no
-version of a library, no order of a dictionary. The graph is `models.convnet.ConvNet`, in operations every runtime has (opset 17).
+version of a library, no order of a dictionary. The graph is `models.wavelet_net.WaveletNet`, in operations every runtime has (opset 17).
 
 N images, C channels, H, W size, D features, G groups, K classes.
 """
@@ -18,6 +18,8 @@ from ..errors import ReleaseError
 
 IR_VERSION, OPSET = 8, 17
 EPSILON = 1e-5  # of torch.nn.GroupNorm
+# As `models.wavelet_net` has them, which needs torch.
+WAVELETS, REACH, ROOM, GAIN, FLOOR = 16, 5, 14, 3.0, 1e-4
 MAX_SIDE, MAX_WIDTH, MAX_DEPTH, MAX_CLASSES = 1024, 4096, 16, 10_000
 MAX_WEIGHTS = 2**27  # elements in all: protobuf ends at 2 GiB
 
@@ -25,21 +27,21 @@ Array = NDArray[Any]
 
 
 def student_onnx(weights: dict[str, Array], config: dict[str, Any]) -> bytes:
-    """Returns an ONNX file that computes what `ConvNet` computes: `images` float32 [N, C, H, W] in [-1, 1] to `logits` [N, K].
+    """Returns an ONNX file that computes what `WaveletNet` computes: `images` float32 [N, C, H, W] in [-1, 1] to `logits` [N, K].
 
     The same arguments give the same bytes, in any process. N is free.
 
     Args:
-      weights: the float32 arrays of `ConvNet.state_dict()`, by name.
-      config: `image_shape` [C, H, W], `n_classes`, `width`, `depth`, `groups` (None is `width` groups), as `ConvNet` takes them;
+      weights: the float32 arrays of `WaveletNet.state_dict()`, by name.
+      config: `image_shape` [C, H, W], `n_classes`, `width`, `depth`, `groups`, as `WaveletNet` takes them;
         and `class_names`, K strings, if they shall be in the metadata.
 
     Raises:
       ReleaseError: a setting out of range, or weights that are not this network's: a name, a shape, a type, a value not finite.
     """
     image_shape, n_classes, width, depth, groups, names = _settings(config)
-    layers, features = _layers(image_shape, width, depth)
-    wanted = {name: shape for layer in layers for name, shape in layer["weights"].items()}
+    front, layers, features = _front(image_shape[0]), *_layers(image_shape, width, depth)
+    wanted = front | {name: shape for layer in layers for name, shape in layer["weights"].items()}
     wanted |= {"head.weight": (n_classes, features), "head.bias": (n_classes,)}
     _check_weights(weights, wanted)
 
@@ -47,39 +49,37 @@ def student_onnx(weights: dict[str, Array], config: dict[str, Any]) -> bytes:
     model.opset_import.add(domain="", version=OPSET)
     graph = model.graph
     graph.name = "student"
-    grouped = groups != width
     norms = {f"{layer['norm']}.{part}" for layer in layers for part in ("weight", "bias")}
-    for name in sorted(set(wanted) - (norms if grouped else set())):
+    for name in sorted(set(wanted) - norms):
         graph.initializer.append(_tensor(name, weights[name]))
-    if grouped:  # InstanceNormalization without a scale of its own; GroupNorm's scale is per channel and comes after
-        graph.initializer.append(_tensor("norm.ones", np.ones(groups, np.float32)))
-        graph.initializer.append(_tensor("norm.zeros", np.zeros(groups, np.float32)))
-        graph.initializer.append(_tensor("norm.grouped", np.array([0, groups, -1], np.int64)))  # 0 keeps N
+    for name, value in (("floor", FLOOR), ("gain", GAIN), ("one", 1.0)):
+        graph.initializer.append(_tensor(f"front.{name}", np.array(value, np.float32)))
+    graph.initializer.append(_tensor("front.pads", np.array([0, 0, REACH, REACH] * 2, np.int64)))
+    # InstanceNormalization without a scale of its own; GroupNorm's scale is per channel and comes after
+    graph.initializer.append(_tensor("norm.ones", np.ones(groups, np.float32)))
+    graph.initializer.append(_tensor("norm.zeros", np.zeros(groups, np.float32)))
+    graph.initializer.append(_tensor("norm.grouped", np.array([0, groups, -1], np.int64)))  # 0 keeps N
 
-    x = "images"
+    x = _moduli(graph, "images", image_shape)
     for number, layer in enumerate(layers):
-        conv, norm = layer["conv"], layer["norm"]
+        conv, norm, channels = layer["conv"], layer["norm"], layer["channels"]
         x = _node(
             graph, "Conv", f"block{number}.conv", x, f"{conv}.weight", f"{conv}.bias",
-            kernel_shape=[3, 3], pads=[layer["padding"]] * 4, strides=[1, 1], dilations=[1, 1], group=1,
+            kernel_shape=[3, 3], pads=[1] * 4, strides=[1, 1], dilations=[1, 1], group=1,
         )  # fmt: skip
-        if not grouped:
-            scale, shift = f"{norm}.weight", f"{norm}.bias"
-            x = _node(graph, "InstanceNormalization", f"block{number}.norm", x, scale, shift, epsilon=EPSILON)
-        else:
-            shape, scale, shift = f"{norm}.shape", f"{norm}.scale", f"{norm}.shift"
-            graph.initializer.append(_tensor(shape, np.array([0, width, *layer["size"]], np.int64)))
-            graph.initializer.append(_tensor(scale, weights[f"{norm}.weight"].reshape(width, 1, 1)))
-            graph.initializer.append(_tensor(shift, weights[f"{norm}.bias"].reshape(width, 1, 1)))
-            x = _node(graph, "Reshape", f"block{number}.group", x, "norm.grouped")
-            ones, zeros = "norm.ones", "norm.zeros"
-            x = _node(graph, "InstanceNormalization", f"block{number}.norm", x, ones, zeros, epsilon=EPSILON)
-            x = _node(graph, "Reshape", f"block{number}.ungroup", x, shape)
-            x = _node(graph, "Mul", f"block{number}.scale", x, scale)
-            x = _node(graph, "Add", f"block{number}.shift", x, shift)
+        shape, scale, shift = f"{norm}.shape", f"{norm}.scale", f"{norm}.shift"
+        graph.initializer.append(_tensor(shape, np.array([0, channels, *layer["size"]], np.int64)))
+        graph.initializer.append(_tensor(scale, weights[f"{norm}.weight"].reshape(channels, 1, 1)))
+        graph.initializer.append(_tensor(shift, weights[f"{norm}.bias"].reshape(channels, 1, 1)))
+        x = _node(graph, "Reshape", f"block{number}.group", x, "norm.grouped")
+        ones, zeros = "norm.ones", "norm.zeros"
+        x = _node(graph, "InstanceNormalization", f"block{number}.norm", x, ones, zeros, epsilon=EPSILON)
+        x = _node(graph, "Reshape", f"block{number}.ungroup", x, shape)
+        x = _node(graph, "Mul", f"block{number}.scale", x, scale)
+        x = _node(graph, "Add", f"block{number}.shift", x, shift)
         x = _node(graph, "Relu", f"block{number}.relu", x)
         if layer["pooled"]:
-            x = _node(graph, "AveragePool", f"block{number}.pool", x, kernel_shape=[2, 2], strides=[2, 2])
+            x = _halved(graph, f"block{number}.pool", x)
     x = _node(graph, "Flatten", "flatten", x, axis=1)
     _node(graph, "Gemm", "logits", x, "head.weight", "head.bias", transB=1)
 
@@ -102,12 +102,11 @@ def _settings(config: dict[str, Any]) -> tuple[tuple[int, int, int], int, int, i
     known = {"image_shape", "n_classes", "width", "depth", "groups"}
     if not known <= set(config) or set(config) - known - {"class_names"}:
         raise ReleaseError(f"the student's settings are not {', '.join(sorted(known))}")
-    shape, k, width, depth = (config[name] for name in ("image_shape", "n_classes", "width", "depth"))
-    groups = width if config["groups"] is None else config["groups"]
+    shape, k, width, depth, groups = (config[name] for name in ("image_shape", "n_classes", "width", "depth", "groups"))
     if not (isinstance(shape, list | tuple) and len(shape) == 3 and shape[0] in (1, 3)):
         raise ReleaseError("the student's image_shape is not [1 or 3, H, W]")
-    if not all(_whole(side, low, MAX_SIDE) for side, low in zip(shape, (1, 2, 2), strict=True)):
-        raise ReleaseError(f"the student's image_shape is not of sides 2 to {MAX_SIDE}")
+    if not all(_whole(side, low, MAX_SIDE) for side, low in zip(shape, (1, REACH + 1, REACH + 1), strict=True)):
+        raise ReleaseError(f"the student's image_shape is not of sides {REACH + 1} to {MAX_SIDE}")
     limits = {"n_classes": (k, MAX_CLASSES), "width": (width, MAX_WIDTH), "depth": (depth, MAX_DEPTH)}
     for name, (value, most) in limits.items():
         if not _whole(value, 1, most):
@@ -124,25 +123,59 @@ def _settings(config: dict[str, Any]) -> tuple[tuple[int, int, int], int, int, i
     return (shape[0], shape[1], shape[2]), k, width, depth, groups, names
 
 
-def _layers(image_shape: tuple[int, int, int], width: int, depth: int) -> tuple[list[dict[str, Any]], int]:
-    """Returns the blocks as `ConvNet` lays them out, and the number of features D."""
+def _front(channels: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the fixed filters."""
+    filters = (channels * WAVELETS, 1, 2 * REACH + 1, 2 * REACH + 1)
+    colours: dict[str, tuple[int, ...]] = {"colours": (3, 3, 1, 1)} if channels == 3 else {}
+    return colours | {"real": filters, "imaginary": filters}
+
+
+def _moduli(graph: onnx.GraphProto, x: str, image_shape: tuple[int, int, int]) -> str:
+    """Adds `WaveletNet.moduli`, and returns the name of what it gives."""
+
     channels, *size = image_shape
+
+    def conv(name: str, x: str, weight: str, side: int) -> str:
+        plain = {"pads": [0] * 4, "strides": [1, 1], "dilations": [1, 1]}
+        group = 1 if weight == "colours" else channels
+        return _node(graph, "Conv", f"front.{name}", x, weight, kernel_shape=[side, side], group=group, **plain)
+
+    if channels == 3:
+        x = conv("opponent", x, "colours", 1)
+    mirrored = _node(graph, "Pad", "front.mirrored", x, "front.pads", mode="reflect")
+    squares = []
+    for part in ("real", "imaginary"):
+        found = conv(part, mirrored, part, 2 * REACH + 1)
+        squares.append(_node(graph, "Mul", f"front.{part}.squared", found, found))
+    power = _node(graph, "Add", "front.power", *squares)
+    modulus = _node(graph, "Sqrt", "front.modulus", _node(graph, "Add", "front.floored", power, "front.floor"))
+    raised = _node(
+        graph, "Add", "front.raised", _node(graph, "Mul", "front.scaled", modulus, "front.gain"), "front.one"
+    )
+    both = _node(graph, "Concat", "front.both", x, _node(graph, "Log", "front.log", raised), axis=1)
+    return _halved(graph, "front.pool", both) if min(size) >= ROOM else both
+
+
+def _halved(graph: onnx.GraphProto, name: str, x: str) -> str:
+    return _node(graph, "AveragePool", name, x, kernel_shape=[2, 2], strides=[2, 2])
+
+
+def _layers(image_shape: tuple[int, int, int], width: int, depth: int) -> tuple[list[dict[str, Any]], int]:
+    """Returns the convolutions as `WaveletNet` lays them out, and the number of features D."""
+    size = [side // 2 if min(image_shape[1:]) >= ROOM else side for side in image_shape[1:]]
+    n_in, index = image_shape[0] * (1 + WAVELETS), 0  # index in WaveletNet.features
     layers: list[dict[str, Any]] = []
-    index = 0  # in ConvNet.features
-    for block in range(depth):
-        if block and max(size) == 1:
-            break
-        padding = 3 if block == 0 and image_shape == (1, 28, 28) else 1
-        size = [side + 2 * padding - 2 for side in size]
-        conv, norm, pooled = f"features.{index}", f"features.{index + 1}", min(size) >= 2
-        shapes: dict[str, tuple[int, ...]] = {f"{conv}.weight": (width, channels, 3, 3)}
-        shapes |= dict.fromkeys((f"{conv}.bias", f"{norm}.weight", f"{norm}.bias"), (width,))
-        layer = {"conv": conv, "norm": norm, "padding": padding, "size": tuple(size), "pooled": pooled}
+    for number in range(depth):
+        n_out, pooled = (width, min(size) >= ROOM) if number == 0 else (2 * width, False)
+        conv, norm = f"features.{index}", f"features.{index + 1}"
+        shapes: dict[str, tuple[int, ...]] = {f"{conv}.weight": (n_out, n_in, 3, 3)}
+        shapes |= dict.fromkeys((f"{conv}.bias", f"{norm}.weight", f"{norm}.bias"), (n_out,))
+        layer = {"conv": conv, "norm": norm, "channels": n_out, "size": tuple(size), "pooled": pooled}
         layers.append({**layer, "weights": shapes})
-        index += 3 + pooled
+        index += 3 + (number == 0)  # the first has a layer that halves, or does nothing
         size = [side // 2 for side in size] if pooled else size
-        channels = width
-    return layers, width * size[0] * size[1]
+        n_in = n_out
+    return layers, n_in * size[0] * size[1]
 
 
 def _check_weights(weights: dict[str, Array], wanted: dict[str, tuple[int, ...]]) -> None:
@@ -183,6 +216,8 @@ def _attributes(values: dict[str, Any]) -> Iterator[onnx.AttributeProto]:
             yield onnx.AttributeProto(name=name, type=onnx.AttributeProto.FLOAT, f=value)
         elif isinstance(value, int):
             yield onnx.AttributeProto(name=name, type=onnx.AttributeProto.INT, i=value)
+        elif isinstance(value, str):
+            yield onnx.AttributeProto(name=name, type=onnx.AttributeProto.STRING, s=value.encode())
         else:
             yield onnx.AttributeProto(name=name, type=onnx.AttributeProto.INTS, ints=value)
 

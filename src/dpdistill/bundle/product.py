@@ -15,6 +15,8 @@ from . import tensors
 from .diffusion_product import DiffusionProduct
 from .onnx_file import student_onnx
 
+ARCHITECTURE = "wavelet-net"
+
 Weights = dict[str, NDArray[np.float32]]
 
 
@@ -36,8 +38,8 @@ class ModelProduct:
     """A classifier, as weights and as ONNX, and its generator.
 
     Attributes:
-      student: the ConvNet's arrays, by their names in PyTorch.
-      config: image_shape, n_classes, width, depth and groups of the ConvNet.
+      student: the arrays of `models.wavelet_net.WaveletNet`, by their names in PyTorch.
+      config: image_shape, n_classes, width, depth and groups of it.
       generator: arrays of the image generator, and `generator_config` its settings.
     """
 
@@ -58,7 +60,7 @@ class ModelProduct:
     def files(self) -> dict[str, bytes]:
         """The four files. Raises ReleaseError where weights and config do not fit each other."""
         config = {
-            "architecture": "convnet",
+            "architecture": ARCHITECTURE,
             **self.config,
             "class_names": list(self.class_names),
             "input": "float32 [N, C, H, W] in [-1, 1]: pixel / 127.5 - 1",
@@ -91,6 +93,10 @@ class ModelProduct:
         """Returns what `files` wrote. Raises ReleaseError on anything else."""
         try:
             config = tensors.parse_json(files["model/config.json"])
+            if config["architecture"] != ARCHITECTURE:  # "convnet" until November 2026
+                raise ReleaseError(
+                    f"model/config.json: not a {ARCHITECTURE}, the one architecture that this version reads"
+                )
             product = cls(
                 student=tensors.unpack(files["model/student.safetensors"], "model/student.safetensors")[0],
                 config={name: config[name] for name in ("image_shape", "n_classes", "width", "depth", "groups")},

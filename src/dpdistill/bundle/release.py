@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..methods.base import Sampler, Student, Synthetic
-    from ..models.convnet import ConvNet
+    from ..models.wavelet_net import WaveletNet
 
 __all__ = ["BundleFacts", "load_student", "product_of", "product_of_sampler", "read_bundle", "write_bundle"]
 
@@ -190,7 +190,7 @@ def product_of_sampler(sampler: "Sampler", class_names: tuple[str, ...]) -> Diff
     return DiffusionProduct.of(few_step.pipeline(sampler.model), printable_names(class_names))
 
 
-def load_student(path: str | os.PathLike[str]) -> "ConvNet":
+def load_student(path: str | os.PathLike[str]) -> "WaveletNet":
     """Returns the student of a release as a torch module: images [B, C, H, W] in [-1, 1] to logits [B, K].
 
     Raises:
@@ -202,15 +202,15 @@ def load_student(path: str | os.PathLike[str]) -> "ConvNet":
     return student_of(product)
 
 
-def student_of(product: ModelProduct) -> "ConvNet":
+def student_of(product: ModelProduct) -> "WaveletNet":
     """The network of checked arrays."""
     import torch
 
-    from ..models.convnet import ConvNet
+    from ..models.wavelet_net import WaveletNet
 
     config = product.config
     channels, height, width = config["image_shape"]
-    model = ConvNet(
+    model = WaveletNet(
         (channels, height, width),
         config["n_classes"],
         width=config["width"],

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..mechanisms import PrivateData
 from ..models.augment import expand
-from ..models.convnet import ConvNet
 from ..models.student_generator import StudentGenerator
+from ..models.wavelet_net import WaveletNet
 from ..privacy import Planned
 
 
@@ -75,7 +75,7 @@ class Student:
       figures: numbers from public or released things only, such as how often teacher and student agree.
     """
 
-    model: ConvNet
+    model: WaveletNet
     generator: StudentGenerator
     images: Synthetic
     figures: dict[str, float]

@@ -1,4 +1,4 @@
-"""Data-free distillation: a student ConvNet that answers as a teacher does, trained on no private image.
+"""Data-free distillation: a student network that answers as a teacher does, trained on no private image.
 
 Source: knowledge distillation (Hinton et al. 2015) on logits (Ba & Caruana 2014); procedural images as transfer set; the generator's
 losses after DAFL (Chen et al. 2019: one-hot and information entropy) and DFAD (Fang et al. 2019: disagreement).
@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...models import ConvNet
-from ...models.convnet import quick_pooling
 from ...models.muon import Muon
 from ...models.student_generator import StudentGenerator
+from ...models.wavelet_net import WaveletNet
 from ..base import Public, Workspace
 from .prior import Prior, vary
 
@@ -35,7 +34,7 @@ class Conversion:
     """Public settings.
 
     Attributes:
-      width, depth, groups: of the student ConvNet.
+      width, depth, groups: of the student, see `WaveletNet`.
       steps, batch: of the student's training.
       matrix_lr, lr, weight_decay: of Muon on the convolutions, and of AdamW on the rest; the rates warm up over `warmup` steps, then
         fall to 0 by a cosine.
@@ -43,7 +42,9 @@ class Conversion:
       loss: between centred logits in units of their spread over prior images ("l1", "l2", "smooth"), or "kl" at `temperature`.
       temperature: of softmax in the generator's losses and in "kl", in the same unit.
       generated: share of a batch that the generator makes; 0 leaves it out.
-      prior: "procedural" (half of it public images, if some were given), "noise", or "none": what the rest of the batch is made of.
+      prior: "procedural", "noise", or "none": what the rest of the batch is made of.
+      given: share of a procedural prior that is images from outside, where there are some: public ones, or drawn from a released
+        mixture; "auto" is three quarters for grey images and a half for colour.
       figures: share of the procedural images that are strokes and silhouettes only, beside those in the usual mix; "auto" is a
         half for grey images and 0 for colour.
       vary: share of images that are moved, mixed or recoloured at random.
@@ -57,7 +58,7 @@ class Conversion:
     """
 
     width: int = 64
-    depth: int = 2
+    depth: int = 3
     groups: int = 4
     steps: int = 6000
     batch: int = 64
@@ -70,6 +71,7 @@ class Conversion:
     temperature: float = 0.5
     generated: float = 0.125
     prior: Literal["procedural", "noise", "none"] = "procedural"
+    given: float | Literal["auto"] = "auto"
     figures: float | Literal["auto"] = "auto"
     vary: float = 0.7
     pool: int = 4096
@@ -110,8 +112,10 @@ class Conversion:
         for name in ("matrix_lr", "lr", "generator_lr", "temperature"):
             if not (0 < getattr(self, name) < math.inf):
                 raise ConfigError(f"Expected a finite {name} > 0, got {getattr(self, name)}.")
-        if self.figures != "auto" and not (0 <= self.figures <= 1):
-            raise ConfigError(f"Expected figures of auto or in [0, 1], got {self.figures}.")
+        for name in ("given", "figures"):
+            share = getattr(self, name)
+            if share != "auto" and not (0 <= share <= 1):
+                raise ConfigError(f"Expected {name} of auto or in [0, 1], got {share}.")
         if self.prior == "none" and round(self.generated * self.batch) < self.batch:
             raise ConfigError(f"Expected generated of 1 where there is no prior, got {self.generated}.")
 
@@ -125,7 +129,7 @@ class Conversion:
 class Converted:
     """A student, and the generator that was trained against it. Both derive from the teacher's answers alone."""
 
-    student: ConvNet
+    student: WaveletNet
     generator: StudentGenerator
 
 
@@ -142,7 +146,7 @@ def convert(
       The student (its weights averaged; its logits are centred) and the generator.
     """
     device, k = workspace.device, public.n_classes
-    student = ConvNet(
+    student = WaveletNet(
         public.image_shape,
         k,
         width=config.width,
@@ -151,7 +155,6 @@ def convert(
         generator=workspace.generator("conversion-student"),
     ).to(device)
     average = _copy(student)
-    quick_pooling(student)
     past = _copy(student)
     images = StudentGenerator(
         public.image_shape,
@@ -255,7 +258,7 @@ def _rate(config: Conversion, step: int) -> float:
     return min(1.0, (step + 1) / max(1, config.warmup)) * (1 + math.cos(math.pi * step / config.steps)) / 2
 
 
-def _copy(model: ConvNet) -> ConvNet:
+def _copy(model: WaveletNet) -> WaveletNet:
     return copy.deepcopy(model).requires_grad_(False)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...models import ConvNet
 from ...models.student_generator import StudentGenerator
+from ...models.wavelet_net import WaveletNet
 from ..base import Public, Student, Synthetic, Workspace
 
 OVERSAMPLE = 16  # images drawn for one that is kept
@@ -17,7 +17,7 @@ CHUNK = 512
 
 
 def finish(
-    model: ConvNet,
+    model: WaveletNet,
     generator: StudentGenerator,
     public: Public,
     workspace: Workspace,
@@ -45,7 +45,7 @@ def finish(
 
 
 def probe_agreement(
-    teacher: Callable[[Tensor], Tensor], student: ConvNet, public: Public, workspace: Workspace
+    teacher: Callable[[Tensor], Tensor], student: WaveletNet, public: Public, workspace: Workspace
 ) -> dict[str, float]:
     """How often teacher and student agree on public made-up images: free to show where the teacher's answers are."""
     made_up = public.procedural if public.procedural is not None else public.auxiliary

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...mechanisms import Vault, noisy_rows
-from ...models import ConvNet
 from ...models.muon import Muon
 from ...models.student_generator import StudentGenerator
+from ...models.wavelet_net import WaveletNet
 from ...privacy import gaussian_multiplier
 from ..base import Public, Student, Workspace
 from .conversion import Conversion, Teacher, restore, saved
@@ -63,7 +63,7 @@ def normalised(gradient_BK: Tensor, stability: float) -> Tensor:
 def run(config: Config, public: Public, teacher: Teacher, sigma: float, vault: Vault, workspace: Workspace) -> Student:
     """Returns the student. The teacher is asked for its answers and nothing flows back into it."""
     device = workspace.device
-    student = ConvNet(
+    student = WaveletNet(
         public.image_shape,
         public.n_classes,
         width=config.width,

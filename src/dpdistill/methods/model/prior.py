@@ -3,7 +3,7 @@
 B images, C channels, H, W size.
 """
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from ...data import procedural, procedural_images, to_unit
 from ..base import Public, Workspace
 
+Share = float | Literal["auto"]
+
 
 class PriorSettings(Protocol):
     """What of `Conversion` is about the prior."""
@@ -20,7 +22,9 @@ class PriorSettings(Protocol):
     @property
     def prior(self) -> str: ...
     @property
-    def figures(self) -> object: ...
+    def given(self) -> Share: ...
+    @property
+    def figures(self) -> Share: ...
     @property
     def vary(self) -> float: ...
     @property
@@ -34,7 +38,7 @@ class Prior:
 
     def __init__(self, config: PriorSettings, public: Public, workspace: Workspace) -> None:
         self.config, self.shape, self.workspace = config, public.image_shape, workspace
-        # Public images that a person gave: half of every pool. Without them `auxiliary` is made up, and so is the whole pool.
+        # Images from outside: a share of every pool. Without them `auxiliary` is made up, and so is the whole pool.
         self.given = public.auxiliary if public.procedural is not None else public.auxiliary[:0]
         self.number, self.images = -1, torch.empty(0)
 
@@ -43,11 +47,9 @@ class Prior:
             g = self.workspace.generator("conversion-pool", number)
             if self.config.prior == "procedural":
                 seed = int(torch.randint(2**31, (), generator=g))
-                share = self.config.figures
-                if share == "auto":
-                    share = 0.5 if self.shape[0] == 1 else 0.0
-                n_given = self.config.pool // 2 if len(self.given) else 0
-                n_figures = round(share * (self.config.pool - n_given))
+                grey = self.shape[0] == 1
+                n_given = _share(self.config.given, 0.75 if grey else 0.5, self.config.pool) if len(self.given) else 0
+                n_figures = _share(self.config.figures, 0.5 if grey else 0.0, self.config.pool - n_given)
                 others = procedural_images(self.config.pool - n_given - n_figures, *self.shape, seed)
                 made_up = np.concatenate([to_unit(others), figures(n_figures, self.shape, seed + 1)])
                 self.images = torch.from_numpy(made_up)
@@ -72,6 +74,10 @@ class Prior:
         per_pool = max(1, self.config.pool * self.config.reuse // n)
         pool = self._pool(step // per_pool)
         return pool[torch.randint(len(pool), (n,), generator=self.workspace.generator("conversion-rows", step))]
+
+
+def _share(setting: Share, default: float, n: int) -> int:
+    return round((default if setting == "auto" else setting) * n)
 
 
 def figures(n: int, image_shape: tuple[int, int, int], seed: int) -> np.ndarray:

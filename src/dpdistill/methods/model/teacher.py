@@ -1,7 +1,7 @@
 r"""A private teacher, trained through the door at the asked ε, then converted: the default way to a student model.
 
 The teacher is the linear classifier of `methods.shared.linear`. A part of the budget buys a mixture of Gaussians for each class as well:
-half of the images that the student is taught with are drawn from it, since they look more like the teacher's own than made-up ones do,
+most of the images that the student is taught with are drawn from it, since they look more like the teacher's own than made-up ones do,
 most so once they have the records' tones, where images are grey.
 Proof: docs/privacy/teacher.md. The features are fixed and public; conversion is post-processing.
 """
