@@ -84,6 +84,8 @@ def private(
         handle = PrivateData(records, ledger, Vault.open(Path(scratch) / "vault"))
         workspace = FolderWorkspace(Path(scratch) / "work", seed=seed, quiet=True)
         made = linear_teacher.train(config, public, handle, plan[:2], workspace)
+        if not config.share_prior:
+            return made, public
         return made, private_teacher.with_mixture(config, public, handle, plan[2:], workspace)
 
 

@@ -87,6 +87,18 @@ def the_ledger(tmp_path: Path) -> list[ledgers.Line]:
 
 
 @pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"width": 10}, "groups do not divide"), ({"depth": 17}, "depth is not"), ({"width": 4000, "groups": 4}, "MiB")],
+)
+def test_a_student_that_cannot_be_is_refused_before_anything_is_charged(
+    settings: dict[str, int], words: str, tmp_path: Path, run: Callable[..., ModelConfig]
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        convert(run(settings=settings), quiet=True)
+    assert not list((tmp_path / "home").rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
     "more", [{}, {"shards": 5}, {"shards": 5, "id_column": "person"}], ids=["teacher", "votes", "by id"]
 )
 def test_from_records_to_a_student(more: dict[str, Any], tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
@@ -98,6 +110,8 @@ def test_from_records_to_a_student(more: dict[str, Any], tmp_path: Path, run: Ca
     assert verdict.guarantee.basis == "proved"
     assert 0.998 < verdict.guarantee.epsilon <= 1.001
     assert verdict.guarantee.unit == ("id" if "id_column" in more else "record")
+    told = "images drawn from a mixture" in (out / "README.md").read_text()
+    assert told == ("images drawn from a mixture" in (out / "report.html").read_text()) == (not more)
     # An id is exchanged at the cost of adding it: one shard changes. A record without an id is not.
     same = verdict.guarantee.epsilon_replace_one == pytest.approx(verdict.guarantee.epsilon)
     assert same == ("id_column" in more)

@@ -32,6 +32,7 @@ from .pipeline import (
     check_alone,
     check_device,
     check_same_run,
+    check_student,
     check_target,
     distil,
     forget,
@@ -92,6 +93,7 @@ def convert(
     brought = bring(config, teacher)
     method: Any = MODEL_METHODS[config.method]
     settings = build(method.Config, {"per_class": config.per_class, **config.settings}, "settings.")
+    check_student(settings, brought.image_shape, len(brought.class_names))
     sigma = settings.sigma(config.epsilon, config.delta) if config.method == "opaque" else 0.0
     toml = f"# teacher: {brought.sha256}\n" + public_toml(config, settings, sigma)
     if os.path.lexists(out):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .bundle import BundleFacts, product_of, product_of_sampler, write_bundle
+from .bundle.onnx_file import student_shapes
 from .bundle.tensors import MAX_ARRAYS
 from .config import DiffusionConfig, ModelConfig, RunConfig, build, config_hash, public_toml
 from .data import LabelledImages, Limits, load_images, procedural_images, to_unit
@@ -116,6 +117,8 @@ def make_plan(
     others = [item.name for item in dataclasses.fields(type(config))]
     settings = build(method.Config, {**given, **config.settings}, "settings.", others)
     check_size(config, image_shape, len(class_names))
+    if isinstance(config, ModelConfig):
+        check_student(settings, image_shape, len(class_names))
     public = public_facts(config, image_shape, class_names)
     sigma = calibrate(lambda value: method.plan(settings, public, value), config.epsilon, config.delta)
     releases = method.plan(settings, public, sigma)
@@ -143,6 +146,21 @@ def check_size(config: RunConfig, image_shape: tuple[int, int, int], n_classes: 
         raise ConfigError(
             f"{n_images:,} images of {'x'.join(map(str, image_shape))} are more than the {MAX_ARRAYS >> 20} MiB that a release may "
             "hold; choose a smaller --per-class or --resize"
+        )
+
+
+def check_student(settings: Any, image_shape: tuple[int, int, int], n_classes: int) -> None:
+    """Raises ConfigError where the student that a `Conversion` asks for cannot be made, or is more than a release may hold."""
+    config = {name: getattr(settings, name) for name in ("width", "depth", "groups")}
+    try:
+        shapes = student_shapes({"image_shape": list(image_shape), "n_classes": n_classes, **config})
+    except ReleaseError as error:
+        raise ConfigError(str(error)) from None
+    size = 4 * sum(math.prod(shape) for shape in shapes.values())
+    if size > MAX_ARRAYS:
+        raise ConfigError(
+            f"a student of {size >> 20:,} MiB is more than the {MAX_ARRAYS >> 20} MiB that a release may hold; choose a smaller "
+            "--set width= or --resize"
         )
 
 

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from dpdistill.bundle import onnx_file
+from dpdistill.models import wavelet_net
 from dpdistill.models.wavelet_net import ANGLES, SCALES, WaveletNet, wavelets
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("side", "map_side"), [(6, 6), (8, 8), (15, 7), (28, 7), (32, 8), (64, 16)])
+@pytest.mark.parametrize(("side", "map_side"), [(6, 6), (8, 8), (11, 11), (12, 6), (15, 7), (28, 7), (32, 8), (64, 16)])
 def test_sizes(channels: int, side: int, map_side: int) -> None:
     model = WaveletNet((channels, side, side), 5, width=4)
     x = torch.randn(3, channels, side, side)
@@ -20,7 +22,13 @@ def test_sizes(channels: int, side: int, map_side: int) -> None:
 def test_oblong_and_any_depth(depth: int) -> None:
     model = WaveletNet((1, 8, 20), 2, width=4, depth=depth)
     assert model(torch.randn(2, 1, 8, 20)).isfinite().all()
-    assert model.embed_dim == (4 if depth == 1 else 8) * 8 * 20
+    assert model.embed_dim == (4 if depth == 1 else 8) * 4 * 10
+
+
+def test_the_onnx_twin_has_the_same_constants() -> None:
+    for name in ("REACH", "ROOM", "LEAST", "GAIN", "FLOOR"):
+        assert getattr(onnx_file, name) == getattr(wavelet_net, name)
+    assert onnx_file.WAVELETS == SCALES * ANGLES
 
 
 def test_wavelets_have_no_mean_and_norm_one() -> None:
@@ -36,10 +44,12 @@ def test_moduli_answer_to_the_stripes_of_their_own_angle_wherever_they_begin() -
     y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     for k in range(ANGLES):
         angle = torch.tensor(torch.pi * k / ANGLES)
-        phase = 0.75 * torch.pi / 2 * (x * angle.cos() + y * angle.sin())
-        seen = torch.stack([model.moduli((phase + start).cos()[None, None])[0, 1:, 4:12, 4:12] for start in (0.0, 1.0)])
-        assert seen.mean(dim=(0, 2, 3)).argmax() == ANGLES + k  # the coarser scale
-        torch.testing.assert_close(seen[0, ANGLES + k], seen[1, ANGLES + k], rtol=0.05, atol=0.05)
+        for j in range(SCALES):
+            phase = 0.75 * torch.pi / 2**j * (x * angle.cos() + y * angle.sin())
+            waves = [(phase + start).cos()[None, None] for start in (0.0, 1.0)]
+            seen = torch.stack([model.moduli(wave)[0, 1:, 4:12, 4:12] for wave in waves])
+            assert seen.mean(dim=(0, 2, 3)).argmax() == j * ANGLES + k
+            torch.testing.assert_close(seen[0, j * ANGLES + k], seen[1, j * ANGLES + k], rtol=0.05, atol=0.05)
 
 
 def test_flat_images_move_nothing_but_their_own_map() -> None:
@@ -60,8 +70,8 @@ def test_rows_are_independent() -> None:
 def test_weights_come_from_the_generator_alone() -> None:
     before = torch.random.get_rng_state()
     first = WaveletNet((1, 8, 8), 3, width=8, generator=torch.Generator().manual_seed(5))
-    again = WaveletNet((1, 8, 8), 3, width=8).init_(torch.Generator().manual_seed(5))
-    other = WaveletNet((1, 8, 8), 3, width=8).init_(torch.Generator().manual_seed(6))
+    again = WaveletNet((1, 8, 8), 3, width=8, generator=torch.Generator().manual_seed(5))
+    other = WaveletNet((1, 8, 8), 3, width=8, generator=torch.Generator().manual_seed(6))
     assert torch.equal(torch.random.get_rng_state(), before)
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -16,7 +16,7 @@ from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.errors import ReleaseError
 from dpdistill.models.wavelet_net import WaveletNet
 
-SHAPES = [(1, 28, 28), (1, 8, 8), (3, 32, 32), (3, 15, 20), (3, 9, 20)]
+SHAPES = [(1, 28, 28), (1, 8, 8), (3, 32, 32), (1, 11, 11), (1, 12, 27), (3, 26, 23), (3, 9, 20), (1, 7, 30)]
 
 
 def student(shape: tuple[int, int, int] = (1, 8, 8), groups: int = 4, **changes: Any) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from ..errors import ReleaseError
 IR_VERSION, OPSET = 8, 17
 EPSILON = 1e-5  # of torch.nn.GroupNorm
 # As `models.wavelet_net` has them, which needs torch.
-WAVELETS, REACH, ROOM, GAIN, FLOOR = 16, 5, 14, 3.0, 1e-4
+WAVELETS, REACH, ROOM, LEAST, GAIN, FLOOR = 16, 5, 12, 8, 3.0, 1e-4
 MAX_SIDE, MAX_WIDTH, MAX_DEPTH, MAX_CLASSES = 1024, 4096, 16, 10_000
 MAX_WEIGHTS = 2**27  # elements in all: protobuf ends at 2 GiB
 
@@ -40,9 +40,7 @@ def student_onnx(weights: dict[str, Array], config: dict[str, Any]) -> bytes:
       ReleaseError: a setting out of range, or weights that are not this network's: a name, a shape, a type, a value not finite.
     """
     image_shape, n_classes, width, depth, groups, names = _settings(config)
-    front, layers, features = _front(image_shape[0]), *_layers(image_shape, width, depth)
-    wanted = front | {name: shape for layer in layers for name, shape in layer["weights"].items()}
-    wanted |= {"head.weight": (n_classes, features), "head.bias": (n_classes,)}
+    layers, wanted = _layers(image_shape, width, depth)[0], student_shapes(config)
     _check_weights(weights, wanted)
 
     model = onnx.ModelProto(ir_version=IR_VERSION, producer_name="dpdistill")
@@ -93,6 +91,14 @@ def student_onnx(weights: dict[str, Array], config: dict[str, Any]) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
+def student_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all arrays of a student, by name. `config` and errors as `student_onnx` has them."""
+    image_shape, n_classes, width, depth, _, _ = _settings(config)
+    layers, features = _layers(image_shape, width, depth)
+    shapes = _front(image_shape[0]) | {name: shape for layer in layers for name, shape in layer["weights"].items()}
+    return shapes | {"head.weight": (n_classes, features), "head.bias": (n_classes,)}
+
+
 def _whole(value: Any, low: int, high: int) -> bool:
     return type(value) is int and low <= value <= high
 
@@ -132,7 +138,6 @@ def _front(channels: int) -> dict[str, tuple[int, ...]]:
 
 def _moduli(graph: onnx.GraphProto, x: str, image_shape: tuple[int, int, int]) -> str:
     """Adds `WaveletNet.moduli`, and returns the name of what it gives."""
-
     channels, *size = image_shape
 
     def conv(name: str, x: str, weight: str, side: int) -> str:
@@ -153,7 +158,12 @@ def _moduli(graph: onnx.GraphProto, x: str, image_shape: tuple[int, int, int]) -
         graph, "Add", "front.raised", _node(graph, "Mul", "front.scaled", modulus, "front.gain"), "front.one"
     )
     both = _node(graph, "Concat", "front.both", x, _node(graph, "Log", "front.log", raised), axis=1)
-    return _halved(graph, "front.pool", both) if min(size) >= ROOM else both
+    return _halved(graph, "front.pool", both) if _has_room(size) else both
+
+
+def _has_room(size: list[int]) -> bool:
+    """Whether a map of this size is halved."""
+    return min(size) >= LEAST and max(size) >= ROOM
 
 
 def _halved(graph: onnx.GraphProto, name: str, x: str) -> str:
@@ -162,11 +172,12 @@ def _halved(graph: onnx.GraphProto, name: str, x: str) -> str:
 
 def _layers(image_shape: tuple[int, int, int], width: int, depth: int) -> tuple[list[dict[str, Any]], int]:
     """Returns the convolutions as `WaveletNet` lays them out, and the number of features D."""
-    size = [side // 2 if min(image_shape[1:]) >= ROOM else side for side in image_shape[1:]]
+    size = list(image_shape[1:])
+    size = [side // 2 for side in size] if _has_room(size) else size
     n_in, index = image_shape[0] * (1 + WAVELETS), 0  # index in WaveletNet.features
     layers: list[dict[str, Any]] = []
     for number in range(depth):
-        n_out, pooled = (width, min(size) >= ROOM) if number == 0 else (2 * width, False)
+        n_out, pooled = (width, _has_room(size)) if number == 0 else (2 * width, False)
         conv, norm = f"features.{index}", f"features.{index + 1}"
         shapes: dict[str, tuple[int, ...]] = {f"{conv}.weight": (n_out, n_in, 3, 3)}
         shapes |= dict.fromkeys((f"{conv}.bias", f"{norm}.weight", f"{norm}.bias"), (n_out,))

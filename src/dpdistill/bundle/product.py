@@ -93,7 +93,7 @@ class ModelProduct:
         """Returns what `files` wrote. Raises ReleaseError on anything else."""
         try:
             config = tensors.parse_json(files["model/config.json"])
-            if config["architecture"] != ARCHITECTURE:  # "convnet" until November 2026
+            if config["architecture"] != ARCHITECTURE:
                 raise ReleaseError(
                     f"model/config.json: not a {ARCHITECTURE}, the one architecture that this version reads"
                 )
@@ -104,9 +104,10 @@ class ModelProduct:
                 generator_config=config["generator"],
                 class_names=class_names,
             )
+            written = product.files()
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ReleaseError("model/config.json: not readable, or a field is missing") from None
-        for name, raw in product.files().items():
+        for name, raw in written.items():
             if raw != files[name]:
                 raise ReleaseError(f"{name}: not what the weights, the config and the certificate give")
         return product

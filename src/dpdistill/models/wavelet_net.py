@@ -19,18 +19,19 @@ from .scattering import FREQUENCY, WIDTH
 SCALES, ANGLES, REACH = 2, 8, 5  # J, L, and the half width of a wavelet in pixels
 GAIN, FLOOR = 3.0, 1e-4  # log(1 + GAIN · sqrt(|x * ψ|² + FLOOR))
 MIN_SIDE = REACH + 1  # what can be mirrored
-ROOM = 14  # the least side of a map that is halved
+ROOM, LEAST = 12, 8  # of a map that is halved: the least longer and shorter side
 
 
 class WaveletNet(nn.Module):
     """Wavelet moduli at half size, a convolution, half of that size again, then more convolutions, and a linear head.
 
-    Maps with a side below 14 are not halved: 8x8 images keep their size.
+    Maps that are small already are not halved: 8x8 images keep their size.
 
     A convolution is 3x3, GroupNorm, ReLU. The first has `width` channels, the others twice as many.
 
     Args:
       image_shape: (C, H, W) of 1 or 3 channels, sides of at least 6; three channels are made brightness and two colour differences first.
+      n_classes: K.
       depth: convolutions, at least 1.
       groups: of GroupNorm; divides `width`.
       generator: for the weights; None is one of seed 0. The global random state is left alone.
@@ -39,6 +40,10 @@ class WaveletNet(nn.Module):
       config: what it was made with, for a file.
       embed_dim: length of what the head reads.
     """
+
+    colours: Tensor
+    real: Tensor
+    imaginary: Tensor
 
     def __init__(
         self,
@@ -83,20 +88,19 @@ class WaveletNet(nn.Module):
         self.features = nn.Sequential(*layers)
         self.embed_dim: int = n_in * math.prod(size)
         self.head = nn.utils.skip_init(nn.Linear, self.embed_dim, n_classes)
-        self.init_(generator or torch.Generator().manual_seed(0))
+        self._draw(generator or torch.Generator().manual_seed(0))
 
     @torch.no_grad()
-    def init_(self, generator: torch.Generator) -> "WaveletNet":
-        """Draws all learned weights anew from PyTorch's default distributions, U(±1/sqrt(fan_in)), and returns the network."""
+    def _draw(self, generator: torch.Generator) -> None:
+        """Weights from PyTorch's default distributions, U(±1/sqrt(fan_in)); norms begin with 1 and 0 as they are."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 bound = module.weight[0].numel() ** -0.5
                 for parameter in (module.weight, module.bias):
                     parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
-        return self
 
     def moduli(self, x_BCHW: Tensor) -> Tensor:
-        """Returns the image and logarithms of its wavelet moduli, [B, C · (1 + J L), H / 2, W / 2]."""
+        """Returns the image and logarithms of its wavelet moduli, [B, C · (1 + J L), H / 2, W / 2], where there is room to halve."""
         x = x_BCHW if self.image_shape[0] == 1 else F.conv2d(x_BCHW, self.colours)
         mirrored = F.pad(x, [REACH] * 4, mode="reflect")
         real, imaginary = (F.conv2d(mirrored, w, groups=x.shape[1]) for w in (self.real, self.imaginary))
@@ -114,7 +118,11 @@ class WaveletNet(nn.Module):
 
 def _halved(size: list[int]) -> tuple[nn.Module, list[int]]:
     """Returns a layer that halves maps of a size, and what it leaves."""
-    return (HalfSize(), [side // 2 for side in size]) if min(size) >= ROOM else (nn.Identity(), size)
+    return (
+        (HalfSize(), [side // 2 for side in size])
+        if min(size) >= LEAST and max(size) >= ROOM
+        else (nn.Identity(), size)
+    )
 
 
 def wavelets() -> tuple[Tensor, Tensor]:
