@@ -1148,7 +1148,7 @@ MUTANTS = [
     bug(
         "M6 NaN lost in a maximum",
         check_recordwise,
-        (RECORDWISE, "mixing = apart if not (apart <= mixing) else mixing", "mixing = max(mixing, apart)"),
+        (RECORDWISE, "mixing = float(torch.stack(apart).max())", "mixing = max(0.0, *map(float, apart))"),
     ),
     bug(
         "M19 checked after the charge",
