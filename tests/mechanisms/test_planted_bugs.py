@@ -1247,8 +1247,8 @@ MUTANTS = [
         check_sampler,
         (
             NOISE,
-            "(self.words(n) >> np.uint64(11)).astype(np.float64) * 2.0**-53",
-            "((self.words(n) >> np.uint64(40)).astype(np.float64) * 2.0**-24)",
+            "(self.words(n) >> np.uint64(11)) * 2.0**-53",
+            "(self.words(n) >> np.uint64(40)) * 2.0**-24",
         ),
     ),
     bug(
