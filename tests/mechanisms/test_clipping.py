@@ -231,3 +231,40 @@ def test_a_row_wider_than_the_cache_and_others_of_any_length() -> None:
     for clip_norm in (1e-205, 1.0, 1e205):
         alone = [clip_left(rows[i : i + 1], right[i : i + 1], clip_norm, 28) for i in range(4)]
         assert torch.equal(clip_left(rows, right, clip_norm, 28), torch.cat(alone))
+
+
+def test_a_long_row_keeps_all_but_the_room_that_the_proof_gives_rounding() -> None:
+    """docs/privacy/gaussian_sum.md, to the step: 2**k - sqrt(D)/2 - 1. A resumed run has to find the sum that it bound."""
+    for dim in (4, 16, 256):
+        row = torch.zeros(1, dim)
+        row[0, dim // 2] = -1e9
+        for k in (8, 20, 24):
+            assert clip_to_grid(row, 1.0, k).sum() == -(2**k - math.isqrt(dim) // 2 - 1)
+        for k in (24, 30):
+            left = clip_left(row, torch.tensor([[0.0, 2.0**14]]).double(), 1.0, k)
+            assert left.sum() == -(2 ** (k - 14) - math.isqrt(dim) // 2 - 1)
+
+
+def test_a_left_factor_is_bounded_by_itself_too() -> None:
+    """At most 2**(k - 13), as the proof says, also beside a right factor of zeros, whose product is never too long."""
+    rows = torch.tensor([[2.0, -2.0], [2 + 2**-10, 0.0], [0.0, -2.5], [-3.0, 1.0], [1.0, 1.9]])
+    left = clip_left(rows, torch.zeros(5, 3).double(), 1.0, 24)
+    assert left.tolist() == [[2048, -2048], [0, 0], [0, 0], [0, 0], [1024, 1946]]
+
+
+def test_rows_are_clipped_a_few_at_a_time_where_caches_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor in parts of at most CACHED numbers, as few as may be. On any other device all at once, and there."""
+    parts: list[int] = []
+    monkeypatch.setattr(clipping, "_clip_rows", lambda v, *_: (parts.append(len(v)), v.double())[1])
+    assert 2**15 <= clipping.CACHED <= 2**20  # fewer, and the calls count; more, and no cache holds them
+    monkeypatch.setattr(clipping, "CACHED", 12)
+    sizes = {1: [7], 2: [6, 1], 3: [4, 3], 6: [2, 2, 2, 1], 7: [1] * 7, 13: [1] * 7}
+    for width, expected in sizes.items():
+        parts.clear()
+        rows = torch.arange(7.0 * width).view(7, width)
+        assert torch.equal(clip_to_grid(rows, 1.0, 20), rows.long())
+        assert parts == expected
+        parts.clear()
+        grid = clip_to_grid(torch.ones(7, width, device="meta"), 1.0, 20)
+        assert (grid.device.type, grid.dtype, parts) == ("meta", torch.int64, [7])
+    assert clip_to_grid(torch.ones(0, 3, device="meta"), 1.0, 20).shape == (0, 3)

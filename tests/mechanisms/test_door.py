@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dpdistill.data import stored
 from dpdistill.data.images import LabelledImages
 from dpdistill.errors import BudgetError, ConfigError, InputError, LedgerError, RecordwiseError
-from dpdistill.mechanisms import PrivateData, Vault, per_record_gradient, private
+from dpdistill.mechanisms import PrivateData, Vault, per_record_gradient, private, recordwise
 from dpdistill.mechanisms.noise import Stream, derive, rounded_gaussian
 from dpdistill.mechanisms.private import Reservation
 from dpdistill.mechanisms.recordwise import check_recordwise, probe
@@ -382,12 +382,87 @@ def test_the_made_up_images_are_the_same_for_all() -> None:
     assert len(probe((1, 4, 4), 2, 12)[1]) == 12
     step = (images[..., 1:] - images[..., :-1]).abs().mean(dim=(1, 2, 3))
     assert step[::2].max() < step[1::2].min()  # smooth and rough
+    assert images.std(dim=(1, 2, 3)).min() > 0.3  # the smooth ones are not nearly grey, nor cut off at white and black
+    assert (images.abs() == 1).float().mean(dim=(1, 2, 3)).max() < 0.03
+
+
+def lighter_half(axis: int) -> Callable[[Tensor], Tensor]:
+    """Of each image [B, C, H, W], whether its first half along an axis is lighter: 1 or 0."""
+
+    def of(x: Tensor) -> Tensor:
+        first, second = (half.flatten(1).mean(1) for half in x.chunk(2, axis))
+        return (first > second).double()
+
+    return of
+
+
+LOOKED_AT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "channels": lambda x, y: lighter_half(1)(x),
+    "top and bottom": lambda x, y: lighter_half(2)(x),
+    "left and right": lambda x, y: lighter_half(3)(x),
+    "contrast": lambda x, y: x.flatten(1).double().norm(dim=1),
+    "labels": lambda x, y: y.double(),
+}
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize("name", LOOKED_AT)
+def test_whatever_of_the_other_rows_is_looked_at_is_seen(name: str, n_classes: int) -> None:
+    """The other rows differ in each of these. All that the function was tried on were images and labels that may be."""
+
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        assert (x.abs() <= 1).all()
+        assert (y >= 0).all()
+        assert (y < n_classes).all()
+        trace = LOOKED_AT[name](x, y) * 2.0 ** torch.arange(len(x))  # each row by itself: in a mean two may cancel
+        return x.flatten(1).double() + 1e-4 * trace.mean()
+
+    # In this shape it does not help to exchange rows: the lighter channel is that of the row at the other end.
+    with pytest.raises(RecordwiseError, match="other rows"):
+        check_recordwise(fn, (2, 6, 6), n_classes, 72, 1.0)
+
+
+@pytest.mark.parametrize(("off", "passes"), [(1.0, True), (1.001, False), (math.nan, False)])
+def test_a_difference_at_the_tolerance_passes_and_none_above(
+    off: float, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release may show what the door lets pass, so a verifier takes the tolerance itself, too (docs/bundle.md)."""
+    monkeypatch.setattr(recordwise, "TOLERANCE", 2.0**-6)
+    monkeypatch.setattr(recordwise, "MIXING_TOLERANCE", 2.0**-6)
+    whole = probe((1, 4, 4), K)[0]
+
+    def in_batches(x: Tensor) -> bool:
+        return len(x) > 1
+
+    def among_others(at: int) -> Callable[[Tensor], bool]:
+        return lambda x: len(x) > 1 and torch.equal(x[at], whole[at]) and not torch.equal(x[2], whole[2])
+
+    for other in (in_batches, among_others(0), among_others(-1)):
+
+        def fn(x: Tensor, y: Tensor, other: Callable[[Tensor], bool] = other) -> Tensor:
+            v = torch.zeros(len(x), 16, dtype=torch.float64)
+            v[:, 0] = 64 + (off if other(x) else 0)
+            return v
+
+        if passes:
+            assert check_recordwise(fn, (1, 4, 4), K, 16, 1.0) == (2.0**-6 if other is in_batches else 0)
+        else:
+            with pytest.raises(RecordwiseError, match="other rows"):
+                check_recordwise(fn, (1, 4, 4), K, 16, 1.0)
 
 
 def test_another_shape_only_in_large_batches_is_refused(open_door: Door, toy_records: Records) -> None:
     door = open_door(toy_records(8, K), micro_batch=8)
     with pytest.raises(RecordwiseError, match="shape"):
         door.release(query(), lambda x, y: x.flatten(1) if len(x) < 6 else x.flatten(1)[:, :-1])
+
+
+def test_a_pass_over_all_records_tosses_no_coin(
+    open_door: Door, toy_records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = open_door(toy_records(8, K))
+    monkeypatch.setattr(private.Door, "_coins", lambda *_: pytest.fail("tossed"))
+    assert door.release(query(), pixels).count_nonzero()
 
 
 def test_of_two_checks_the_larger_difference_is_kept(open_door: Door, toy_records: Records) -> None:
@@ -858,6 +933,7 @@ def test_a_charge_is_not_changed_and_coins_are_packed_by_eight(open_door: Door, 
         with pytest.raises(FrozenInstanceError):
             setattr(held, name, getattr(held, name))
     assert private.FEW_COINS % 8 == 0
+    assert 2**16 <= private.FEW_COINS <= 2**24  # eight bytes each on their way: neither many calls nor much memory
 
 
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 401])

@@ -340,6 +340,21 @@ def test_features_are_taken_once_of_images_without_the_malformed(open_door: Door
     assert ((y >= 0) & (y < K)).all()
 
 
+def test_a_pass_over_all_records_tosses_no_coin(toy_records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private.Door, "_coins", lambda *_: pytest.fail("tossed"))
+    assert total(toy_records(8, K), short).any()
+
+
+def test_features_by_themselves_are_checked_once(toy_records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function of the features may be a large network; the left factor is another one at each check."""
+    dims: list[int] = []
+    monkeypatch.setattr(features_module, "check_recordwise", lambda *facts: (dims.append(facts[3]), 0.0)[1])
+    handle = PrivateFeatures(unledgered(toy_records(4, K)), pixels, D)
+    for _ in range(3):
+        handle.check(query(), short)
+    assert dims == [D, K * D, K * D, K * D]
+
+
 def test_nobody_hears_that_there_are_no_records(toy_records: Records) -> None:
     told: list[float] = []
     PrivateFeatures(unledgered(toy_records(0, K)), pixels, D, progress=told.append)._features()
@@ -361,6 +376,44 @@ def test_features_are_computed_on_the_device_that_was_named(toy_records: Records
     handle = PrivateFeatures(unledgered(toy_records(20, K), device="meta"), fn, D)
     handle.check(query(), left)
     handle._features()
+    assert set(places) == {"meta"}
+
+
+def test_sums_are_computed_on_the_device_that_was_named(toy_records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above: all is sent there, and the sum cannot be brought back."""
+    places: list[str] = []
+
+    def left(features: Tensor, y: Tensor) -> Tensor:
+        places.extend((features.device.type, y.device.type))
+        return torch.empty(len(y), K, device="meta")
+
+    class Sum:
+        """Stands for what is computed there: to import the arithmetic of "meta" takes seconds."""
+
+        @property
+        def T(self) -> "Sum":
+            return self
+
+        def to(self, _: torch.dtype) -> "Sum":
+            return self
+
+        def __rmul__(self, grid: Tensor) -> Tensor:
+            return grid.float()
+
+        def __matmul__(self, right: Tensor) -> "Sum":
+            places.append(right.device.type)
+            return self
+
+        def __radd__(self, total: Tensor) -> Tensor:
+            return total
+
+    monkeypatch.setattr(features_module, "clip_left", lambda *_: Sum())
+    monkeypatch.setattr(features_module, "STEP", Sum())
+    records = toy_records(20, K)
+    handle, on_cpu = (PrivateFeatures(unledgered(records, device=name), pixels, D) for name in ("meta", "cpu"))
+    handle._rows, handle._labels, handle._own = on_cpu._features(), on_cpu._labels, on_cpu._own
+    with pytest.raises(NotImplementedError, match="meta"):
+        handle._exact_sum(query(), left, "name")
     assert set(places) == {"meta"}
 
 

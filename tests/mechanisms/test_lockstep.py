@@ -252,6 +252,7 @@ def test_an_error_of_one_is_an_error_of_all(
             mine.lead(lambda: 3)
         return "told" if mine.over else "not over"
 
+    assert issubclass(getattr(errors, json.loads(ranks._describe(error, 1))[0]), DpdistillError)  # a name that there is
     first, second, third = together(3, work)
     assert second == "told"
     for found in (first, third):
@@ -312,7 +313,9 @@ def test_after_the_end_nothing_is_exchanged(together: Callable[..., list[Any]]) 
         words = len(ranks.dist.words)  # type: ignore[attr-defined]
         mine.tell(LedgerError("too late"))
         assert len(ranks.dist.words) == words  # type: ignore[attr-defined]
-        with pytest.raises(RanksError, match="goes on from here"):
+        with pytest.raises(
+            RanksError, match=r"^another process of this run ended; the same command, .* goes on from here$"
+        ):
             mine.agree(lambda: b"")
         return mine.over and not mine.lost
 

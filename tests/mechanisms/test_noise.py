@@ -9,6 +9,7 @@ import hmac
 import math
 import os
 import random
+from types import SimpleNamespace
 
 import mpmath
 import numpy as np
@@ -230,6 +231,63 @@ def test_a_quantile_that_does_not_converge_is_no_noise() -> None:
             noise._half_normal(mpmath.mpf(2) ** -1100)
 
 
+def test_a_quantile_that_stays_away_is_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpmath, "erfc", lambda _: mpmath.mpf(1))
+    monkeypatch.setattr(mpmath, "npdf", lambda _: mpmath.mpf(1))
+    with pytest.raises(RuntimeError, match="no noise"):
+        noise._half_normal(mpmath.mpf("0.3"))
+
+
+# How far a draw reads is promised too: the words that follow belong to later draws, and a resumed run has to draw the same noise.
+
+IN_THE_MIDDLE = [int(p * 2**64) for p in (0.5 - 4e-11, 0.496, 0.38, 0.2, 0.07, 0.001)]
+IN_THE_TAIL = [2**20 + 1, 2**21 + 1, 2**24 + 3, 2**31 + 1, 2**38 + 1]
+
+
+@pytest.mark.parametrize("lead", IN_THE_MIDDLE + IN_THE_TAIL)
+def test_a_draw_reads_on_exactly_within_the_margin(lead: int) -> None:
+    """m as in docs/privacy/gaussian_sum.md: a step nearer than that is left to the next word, one further away is not."""
+    p = (lead + 0.5) * 2.0**-64
+    z = -float(ndtri(p))
+    margin = 1e-12 * (1 + z) + (2.0**-63 / (z * p) if z > 1 else 0.0)
+    for share in (-1.02, -0.98, 0.98, 1.02):
+        sigma = 0.5 / (z + share * margin)  # so the step from 0 to 1 is there
+        words = Words(lead, *[2**63] * 3)
+        assert abs(int(rounded_gaussian(1, sigma, words)[0])) <= 1  # type: ignore[arg-type]
+        assert len(words.left) == (2 if abs(share) < 1 else 3), share
+
+
+@pytest.mark.parametrize(
+    ("lead", "reads"), [(0, 1), (40, 1), (2**19, 1), (2**20 - 1, 1), (2**20, 0), (2**20 + 1, 0), (2**21, 0), (2**32, 0)]
+)
+def test_in_the_far_tail_every_draw_reads_on(lead: int, reads: int) -> None:
+    words = Words(lead, 2**63, 2**63)
+    assert not rounded_gaussian(1, 0.01, words).any()  # type: ignore[arg-type]
+    assert len(words.left) == 2 - reads
+
+
+@pytest.mark.parametrize(("share", "reads"), [(-1.02, 1), (-0.98, 2), (0.98, 2), (1.02, 1)])
+@pytest.mark.parametrize("sigma", [0.25, 1.0, 8.0])
+def test_high_precision_reads_on_within_its_guard(share: float, reads: int, sigma: float) -> None:
+    """At 127 known bits 2**-103 to either side of a step, far more than a unit of the 127th bit moves."""
+    with mpmath.workprec(400):
+        p = mpmath.erfc((mpmath.mpf(0.5 / sigma) + share * mpmath.mpf(2) ** -103) / mpmath.sqrt(2)) / 2
+        bits = int(mpmath.floor(p * mpmath.mpf(2) ** 128))
+    words = Words(bits & (2**64 - 1), 2**63, 2**63)
+    assert noise._decide(bits >> 64, sigma, words) == (share > 0)  # type: ignore[arg-type]
+    assert len(words.left) == 3 - reads
+
+
+@pytest.mark.parametrize(("offset", "reads"), [(-0.5, 1), (0.5, 2), (1.5, 1)])
+def test_high_precision_reads_on_where_the_word_holds_a_step(offset: float, reads: int) -> None:
+    """In the far tail, where a word's two ends lie far apart: the step may be at any place between them and at no other."""
+    word = 2**20 + 1
+    step = float(noise._half_normal((word + mpmath.mpf(offset)) * mpmath.mpf(2) ** -128))
+    words = Words(word, 2**62, 2**62)
+    assert noise._decide(0, 0.5 / step, words) == (offset > 0.25)  # type: ignore[arg-type]
+    assert len(words.left) == 3 - reads
+
+
 def test_decide_against_float64_in_the_clear() -> None:
     rng = random.Random(3)
     for _ in range(50):
@@ -266,6 +324,18 @@ def test_any_length_and_every_coordinate(n: int) -> None:
     assert (draws != 0).mean() > 0.999 if n else True
     if n > 2**20:  # the last chunk is noise as well, and not the first one again
         assert not np.array_equal(draws[:3], draws[2**20 :])
+
+
+def test_noise_is_drawn_in_pieces_that_fit_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same noise, whatever the pieces."""
+    assert 2**16 <= noise._CHUNK <= 2**24  # a temporary is 128 MiB at most
+    whole = rounded_gaussian(10, 64.0, stream("pieces"))
+    monkeypatch.setattr(noise, "_CHUNK", 4)
+    asked: list[int] = []
+    source = stream("pieces")
+    watched = SimpleNamespace(words=lambda n: (asked.append(n), source.words(n))[1])
+    assert np.array_equal(rounded_gaussian(10, 64.0, watched), whole)  # type: ignore[arg-type]
+    assert asked == [4, 4, 2]
 
 
 def test_sigma_at_the_limits() -> None:

@@ -990,7 +990,7 @@ DRAW = "rounded_gaussian(total.size, sigma, stream).reshape(total.shape)"
 COINS = "np.flatnonzero(self._coins(name, len(labels), query.sampling_prob))"
 CLIP = "clip_to_grid(v, query.clip_norm, query.grid_bits)"
 FITS = "fits = (grid.abs() <= limit)"
-PRODUCT = "fits &= (own.to(torch.float64) * squares < 2.0**62) & (own * wide <= limit * limit)"
+PRODUCT = "fits &= (own * squares < 2.0**62) & (own * wide <= limit * limit)"
 REACH = "limit / squares.sqrt().clamp_min(1.0) - v.shape[1] ** 0.5 / 2 - 1"
 STEPS = "steps = torch.minimum(largest * (2.0 ** (grid_bits - UNIT_BITS) / clip_norm), reach / norm).clamp_min(0.0)"
 WINDOW = "fits = (grid.abs() <= 2.0 ** (grid_bits - UNIT_BITS) * 2).all(dim=1, keepdim=True)"
@@ -1148,7 +1148,7 @@ MUTANTS = [
     bug(
         "M6 NaN lost in a maximum",
         check_recordwise,
-        (RECORDWISE, "mixing = apart if not (apart <= mixing) else mixing", "mixing = max(mixing, apart)"),
+        (RECORDWISE, "mixing = float(torch.stack(apart).max())", "mixing = max(0.0, *map(float, apart))"),
     ),
     bug(
         "M19 checked after the charge",
@@ -1247,8 +1247,8 @@ MUTANTS = [
         check_sampler,
         (
             NOISE,
-            "(self.words(n) >> np.uint64(11)).astype(np.float64) * 2.0**-53",
-            "((self.words(n) >> np.uint64(40)).astype(np.float64) * 2.0**-24)",
+            "(self.words(n) >> np.uint64(11)) * 2.0**-53",
+            "(self.words(n) >> np.uint64(40)) * 2.0**-24",
         ),
     ),
     bug(

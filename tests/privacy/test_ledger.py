@@ -216,6 +216,30 @@ def test_one_holder_at_a_time(path: Path) -> None:
     Ledger.open(path, cap=CAP).close()
 
 
+def test_a_ledger_may_be_descriptor_0(path: Path) -> None:
+    """The first number that is free, where a run was started without a standard input. A program started by the run does not get it."""
+    kept = os.dup(0)
+    try:
+        os.close(0)
+        with Ledger.open(path, cap=CAP) as ledger:
+            assert ledger._descriptor == 0
+            assert not os.get_inheritable(0)
+            ledger.finish("run-9")
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(0)
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+    with Ledger.open(path, cap=CAP) as ledger:
+        assert (ledger.lines[-1]["type"], ledger.lines[-1]["run"]) == ("final", "run-9")
+
+
+def test_a_whole_ledger_is_not_cut(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "ftruncate", lambda *_: pytest.fail("cut"))
+    for _ in range(2):
+        Ledger.open(path, cap=CAP).close()
+
+
 def test_a_closed_ledger_writes_nothing(path: Path) -> None:
     ledger = Ledger.open(path, cap=CAP)
     ledger.close()

@@ -1,7 +1,9 @@
 """Public descriptions: what is refused before anything is charged, one canonical form, and calibration."""
 
 import math
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -450,6 +452,120 @@ def test_the_first_guess_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = [Planned(summed(noise_multiplier=1.0, sampling_prob=0.02), 400)]
     calibrate(lambda s: [Planned(summed(noise_multiplier=s, sampling_prob=0.02), p.count) for p in plan], 1.0, 1e-5)
     assert asked[0] == pytest.approx(math.log1p(mu**2 / (400 * 0.02**2)) ** -0.5)
+
+
+def priced(
+    cost: Callable[[float], float], monkeypatch: pytest.MonkeyPatch, target: float = 1.0, sampling_prob: float = 1.0
+) -> tuple[float, list[float]]:
+    """σ for a plan that costs cost(σ / first guess), and every σ that was asked for. Both in units of the first guess."""
+    asked: list[float] = []
+
+    def priced_cost(parts: list[tuple[float, float, int]], delta: float) -> float:
+        asked.append(parts[0][1])
+        return cost(asked[-1] / asked[0])
+
+    def plan(sigma: float) -> list[Planned]:
+        return [Planned(summed(noise_multiplier=sigma, sampling_prob=sampling_prob), 7)]
+
+    monkeypatch.setattr(queries, "epsilon", priced_cost)
+    sigma = calibrate(plan, target, 1e-5)
+    return sigma / asked[0], [one / asked[0] for one in asked]
+
+
+ENOUGH = (1 - WASTE) * 1.0
+
+
+@pytest.mark.parametrize(
+    ("dearest", "dear", "cheap", "found", "asks"),
+    [
+        (ENOUGH, ENOUGH, ENOUGH, 0, 1),
+        (1.0, 1.0, 1.0, 0, 1),
+        (2.0, 2.0, ENOUGH, 1, 2),
+        (2.0, 2.0, 1.0, 1, 2),
+        (1.0, 0.5, 0.5, 1, 2),
+        (ENOUGH, 0.5, 0.5, 1, 2),
+    ],
+)
+def test_a_cost_of_just_the_target_or_just_enough_ends_the_search(
+    dearest: float, dear: float, cheap: float, found: int, asks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target itself may be spent, and 99.9 % of it is near enough."""
+    steps = [(1.0, dearest), (1.0002, dear), (math.inf, cheap)]  # up to which σ, what it costs
+    sigma, asked = priced(lambda at: next(c for end, c in steps if at < end), monkeypatch)
+    assert sigma == asked[found]
+    assert len(asked) == asks
+
+
+def test_between_too_dear_and_too_cheap_the_target_itself_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    sigma, _ = priced(lambda at: 2.0 if at < 1.3 else 1.0 if at < 1.35 else 0.5, monkeypatch)
+    assert 1.3 <= sigma < 1.35
+
+
+@pytest.mark.parametrize("sampling_prob", [1.0, 0.05])
+@pytest.mark.parametrize("away", [1.0003, 1.003, 1.0055, 1.02, 1.3, 2.2, 4.5, 9.0, 40.0])
+@pytest.mark.parametrize("up", [True, False])
+def test_the_search_goes_little_further_than_it_must(
+    up: bool, away: float, sampling_prob: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PLD of far too small a σ takes minutes and gigabytes. No more than as far again as the way so far, nor than twice σ."""
+    answer, first = away if up else 1 / away, 1.0004 if sampling_prob == 1 else 1.1
+    sigma, asked = priced(lambda at: answer / at, monkeypatch, sampling_prob=sampling_prob)
+    assert ENOUGH <= answer / sigma <= 1.0
+    beyond = max(asked) / answer if up else answer / min(asked)
+    assert beyond <= min(away * first, 2.0) * 1.001
+    # Where log cost is linear in log σ, one more is asked for than the steps there, each of which is as long as all before.
+    steps = math.ceil(math.log2(math.log(away) / math.log(first) + 1))
+    if 1.0003 < away < 2:  # nearer, and interpolation is held to a fiftieth of the way
+        assert len(asked) <= 1 + steps + 1
+
+
+@pytest.mark.parametrize("target", [0.3, 3.0])
+def test_a_cost_that_bends_takes_two_more(target: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second interpolation is from the first one's place, and near enough."""
+
+    def cost(at: float) -> float:
+        way = math.log(at / 1.9)
+        return target * 0.9995 * math.exp(-way - 0.1 * way**2)
+
+    _, asked = priced(cost, monkeypatch, target)
+    assert [cost(one) <= target for one in asked].index(True) == len(asked) - 3
+
+
+@pytest.mark.parametrize(("dear", "cheap"), [(1.5, 0.5), (1.001, 0.9), (1.5, 0.9985), (math.inf, 0.5)])
+def test_every_step_of_the_search_takes_something_off_and_each_third_a_half(
+    dear: float, cheap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a cost that jumps could hold up the search for ever."""
+    _, asked = priced(lambda at: dear if at < 1.3 else cheap, monkeypatch)
+    rising = [one >= 1.3 for one in asked].index(True)
+    low, high, left = asked[rising - 1], asked[rising], []
+    for one in asked[rising + 1 :]:
+        left.append(math.log(high / low))
+        low, high = (one, high) if one < 1.3 else (low, one)
+        assert math.log(high / low) <= left[-1] * 0.9801
+    assert all(later <= earlier * 0.5001 for earlier, later in zip(left, left[3:], strict=False))
+
+
+def test_noise_of_up_to_a_million_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for highest, found in ((1e6 - 0.01, True), (1e6 + 0.01, False)):
+        monkeypatch.setattr(queries, "gaussian_multiplier", lambda *_, at=highest: at / 1.0004)
+        prices = iter([2.0, 1.0])
+        monkeypatch.setattr(queries, "epsilon", lambda parts, delta, prices=prices: next(prices))
+        plan = lambda sigma: [Planned(summed(noise_multiplier=min(sigma, 1.0)))]  # noqa: E731
+        if found:
+            assert calibrate(plan, 1.0, 1e-5) == pytest.approx(highest, rel=1e-12)
+        else:
+            with pytest.raises(ConfigError, match="fewer steps"):
+                calibrate(plan, 1.0, 1e-5)
+
+
+def test_every_kind_of_query_is_read_back() -> None:
+    kinds = {type(query) for query in (summed(), votes(), shards())}
+    assert (
+        set(get_args(queries.Query))
+        == kinds
+        == {type(parse_query(x.describe())) for x in (summed(), votes(), shards())}
+    )
 
 
 def test_a_plan_that_no_noise_makes_cheap_or_dear(monkeypatch: pytest.MonkeyPatch) -> None:

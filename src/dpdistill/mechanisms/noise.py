@@ -46,7 +46,7 @@ class Stream:
 
     def bernoulli(self, n: int, prob: float) -> NDArray[np.bool_]:
         """n independent draws, each True with probability `prob` to within 2⁻⁵³ (a float32 uniform would quantise it to 2⁻²⁴)."""
-        return (self.words(n) >> np.uint64(11)).astype(np.float64) * 2.0**-53 < prob
+        return (self.words(n) >> np.uint64(11)) * 2.0**-53 < prob
 
 
 def self_test() -> None:
@@ -105,16 +105,16 @@ def rounded_gaussian(n: int, sigma: float, stream: Stream) -> NDArray[np.int64]:
     result = np.empty(n, np.int64)
     for start in range(0, n, _CHUNK):
         words = stream.words(min(_CHUNK, n - start))
-        negative = (words >> np.uint64(63)).astype(bool)
+        negative = words >= np.uint64(2**63)
         leading = words & np.uint64(2**63 - 1)
-        p = (leading.astype(np.float64) + 0.5) * 2.0**-64
+        p = (leading + 0.5) * 2.0**-64  # float64
         z = np.maximum(-ndtri(p), 0.0)
         # What the unread bits can move: dz = dp/φ(z), and φ(z) >= z·p in the tail, >= 0.24 below z = 1.
         margin = 1e-12 * (1 + z) + 2.0**-64 / np.maximum(z * p, 1e-300) * (z > 1) * 2 + 2.0**-61
         lower, upper = np.floor(sigma * (z - margin) + 0.5), np.floor(sigma * (z + margin) + 0.5)
         draws = np.maximum(lower, 0).astype(np.int64)
         # Below 2²⁰ the leading bits are too few for that bound (the far tail, one draw in 2⁴³).
-        for index in np.flatnonzero(((lower != upper) & (upper > 0)) | (leading < 2**20)):
+        for index in np.flatnonzero((lower != upper) | (leading < 2**20)):
             draws[index] = _decide(int(words[index]), sigma, stream)
         result[start : start + len(words)] = np.where(negative, -draws, draws)
     return result

@@ -12,6 +12,7 @@ W processes.
 import atexit
 import hashlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -73,7 +74,7 @@ class Distributed(Ranks):
 
     def __init__(self, device: str) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self._device, self._step = device, 0
+        self._device, self._steps = device, itertools.count()
         self.over = False  # the end, or an error, was told to all: there is nothing more to exchange
         self.lost = False  # a process is gone
 
@@ -95,7 +96,7 @@ class Distributed(Ranks):
         return tensor.cpu().numpy() if self.first else part[:0]
 
     def agree(self, what: Callable[[], bytes]) -> None:
-        self._meet("agree " + hashlib.sha256(what()).hexdigest())
+        self._meet(hashlib.sha256(what()).hexdigest())
 
     def end(self) -> None:
         """Waits until all are done, or one says that it failed."""
@@ -112,9 +113,8 @@ class Distributed(Ranks):
         if self.over or self.lost:
             raise RanksError(LOST)
         failure = b"" if error is None else _describe(error, self.rank)
-        self._step += 1
-        at = hashlib.sha256(f"{self._step} {step}".encode()).digest()[:8]
-        word = torch.tensor([len(failure), n_bytes, int.from_bytes(at, "big", signed=True)], device=self._device)
+        at = hashlib.sha256(f"{next(self._steps)} {step}".encode()).digest()[:8]
+        word = torch.tensor([len(failure), n_bytes, int.from_bytes(at, signed=True)], device=self._device)
         with self._connected():
             gathered = [torch.empty_like(word) for _ in range(self.world)]
             dist.all_gather(gathered, word)

@@ -60,12 +60,12 @@ def check_recordwise(
     single = torch.cat([fn(x[i : i + 1].clone(), y[i : i + 1].clone()) for i in range(len(x))]).detach().double().cpu()
     scale = single.norm(dim=1).clamp_min(clip_norm)
     worst = float(((batch - single).norm(dim=1) / scale).max())
-    mixing = 0.0
+    apart = []
     for kept in (0, len(x) - 1):
         x_other, y_other = x.flip(1, 2, 3) * 0.5, (y + 1) % n_classes
         x_other[kept], y_other[kept] = x[kept], y[kept]
-        apart = float((fn(x_other, y_other).detach().double().cpu()[kept] - batch[kept]).norm() / scale[kept])
-        mixing = apart if not (apart <= mixing) else mixing  # keeps NaN, where max() may lose it
+        apart.append((fn(x_other, y_other).detach().double().cpu()[kept] - batch[kept]).norm() / scale[kept])
+    mixing = float(torch.stack(apart).max())  # NaN where one is, which Python's max() may lose
     if not (worst <= TOLERANCE and mixing <= (MIXING_TOLERANCE if device == "cpu" else MIXING_TOLERANCE_GPU)):
         raise RecordwiseError(
             f"a record function gives other rows in a batch than one record at a time (relative difference {worst:.1e}, "

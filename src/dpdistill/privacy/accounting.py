@@ -4,7 +4,6 @@ q sampling_prob, σ noise_multiplier. A *part* is (q, σ, count): `count` Gaussi
 Source: PLD (Koskela et al. 2020; Doroshenko et al. 2022); analytic Gaussian (Balle & Wang 2018).
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
@@ -74,9 +73,8 @@ def event(parts: Iterable[Part]) -> dp_accounting.DpEvent:
     return dp_accounting.ComposedDpEvent(events)
 
 
-@lru_cache(maxsize=256)
+@lru_cache
 def _pld_epsilon(parts: tuple[Part, ...], delta: float, relation: Relation) -> float:
-    value = math.nan
     for interval in (COARSE_DISCRETISATION, DISCRETISATION):
         accountant = pld.PLDAccountant(_RELATIONS[relation], value_discretization_interval=interval)
         value = float(accountant.compose(event(parts)).get_epsilon(delta))

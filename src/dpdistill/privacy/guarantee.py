@@ -16,7 +16,7 @@ def round_up(value: float, digits: int = 3) -> float:
     if not math.isfinite(value):
         return value
     exact = Decimal(repr(float(value)))  # the shortest decimal that reads back as `value`: 0.3 stays 0.3
-    return float(exact.quantize(Decimal(1).scaleb(-digits), rounding=ROUND_CEILING))
+    return float(exact.quantize(Decimal(f"1e{-digits}"), rounding=ROUND_CEILING))
 
 
 def shown(value: float) -> str:

@@ -40,7 +40,7 @@ class GaussianSum:
     grid_bits: int = 20
 
     def __post_init__(self) -> None:
-        check_part(self.sampling_prob, self.noise_multiplier, 1)
+        check_part(*self.part())
         if not (self.clip_norm > 0 and math.isfinite(self.clip_norm)):
             raise ConfigError(f"Expected a finite clip_norm > 0, got {self.clip_norm}.")
         if not all(type(value) is int for value in (self.dim, self.n_classes, self.grid_bits)):
@@ -376,7 +376,7 @@ def calibrate(plan: Callable[[float], Sequence[Planned]], target_epsilon: float,
     rounds = 0
     while spent < enough and high / low > 1 + 1e-6:  # between: log ε is nearly linear in log σ
         share = 0.5
-        if rounds % 3 < 2 and 0 < spent < over < math.inf:
+        if rounds % 3 < 2 and 0 < spent and over < math.inf:
             share = min(max(math.log(2 * over / (enough + target_epsilon)) / math.log(over / spent), 0.02), 0.98)
         middle = low * (high / low) ** share
         value, rounds = cost(middle), rounds + 1
