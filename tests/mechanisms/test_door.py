@@ -422,6 +422,18 @@ def test_whatever_of_the_other_rows_is_looked_at_is_seen(name: str, n_classes: i
         check_recordwise(fn, (2, 6, 6), n_classes, 72, 1.0)
 
 
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize("row", [0, -1])
+def test_how_often_a_class_occurs_among_the_other_rows_is_seen(n_classes: int, row: int) -> None:
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        rows = x.flatten(1).double()
+        rows[row] += 1e-4 * y.double().mean()
+        return rows
+
+    with pytest.raises(RecordwiseError, match="other rows"):
+        check_recordwise(fn, (1, 6, 6), n_classes, 36, 1.0)
+
+
 @pytest.mark.parametrize(("off", "passes"), [(1.0, True), (1.001, False), (math.nan, False)])
 def test_a_difference_at_the_tolerance_passes_and_none_above(
     off: float, passes: bool, monkeypatch: pytest.MonkeyPatch
