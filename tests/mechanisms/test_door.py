@@ -423,6 +423,18 @@ def test_whatever_of_the_other_rows_is_looked_at_is_seen(name: str, n_classes: i
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize(("row", "other"), [(0, 1), (0, 2), (0, 3), (0, 4), (-1, 0), (-1, 1), (-1, 2), (-1, 3)])
+def test_the_label_of_any_other_row_is_seen(n_classes: int, row: int, other: int) -> None:
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        rows = x.flatten(1).double()
+        rows[row] += 1e-4 * y[min(other, len(y) - 1)].double()
+        return rows
+
+    with pytest.raises(RecordwiseError, match="other rows"):
+        check_recordwise(fn, (1, 6, 6), n_classes, 36, 1.0)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
 @pytest.mark.parametrize("row", [0, -1])
 def test_how_often_a_class_occurs_among_the_other_rows_is_seen(n_classes: int, row: int) -> None:
     def fn(x: Tensor, y: Tensor) -> Tensor:
