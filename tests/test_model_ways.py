@@ -192,6 +192,12 @@ def test_a_teacher_with_our_certificate_hands_its_guarantee_on(tmp_path: Path, r
     first = convert(run(out=str(tmp_path / "first")), quiet=True)
     spent = len(the_ledger(tmp_path))
     out = convert(run(teacher=str(first), settings={"width": 4}), quiet=True)
+    for page in (
+        "README.md",
+        "report.html",
+    ):  # the first student was shown images of its teacher's mixture; the second one was not
+        assert "images drawn from a mixture" in (first / page).read_text()
+        assert "images drawn from a mixture" not in (out / page).read_text()
     one, other = verify(first), verify(out)
     assert other.ok, other.problems
     assert one.guarantee == other.guarantee

@@ -8,6 +8,8 @@ B images, C channels, H, W size, D features, K classes.
 import torch
 from torch import Tensor, nn
 
+from .default_weights import draw_weights
+
 
 class ConvNet(nn.Module):
     """`depth` blocks of [3x3 convolution, GroupNorm, ReLU, 2x2 average pooling], then a linear head.
@@ -76,13 +78,9 @@ class ConvNet(nn.Module):
         Args:
           generator: a CPU generator: the same numbers whatever device the network is on.
         """
+        draw_weights(self, generator)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                bound = module.weight[0].numel() ** -0.5
-                for parameter in (module.weight, module.bias):
-                    if parameter is not None:
-                        parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
-            elif isinstance(module, nn.GroupNorm):
+            if isinstance(module, nn.GroupNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         return self

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .default_weights import draw_weights
+
 
 class Generator(nn.Module):
     """Maps latents [B, latent] and one-hot classes [B, K] to images [B, C, H, W] in (-1, 1).
@@ -35,11 +37,7 @@ class Generator(nn.Module):
         self.second = nn.utils.skip_init(nn.Linear, hidden, n_seed)
         self.third = nn.utils.skip_init(nn.Conv2d, width, width // 2 or 1, 5, padding=2)
         self.fourth = nn.utils.skip_init(nn.Conv2d, width // 2 or 1, channels, 5, padding=2)
-        with torch.no_grad():
-            for module in (self.first, self.second, self.third, self.fourth):
-                bound = module.weight[0].numel() ** -0.5
-                for parameter in (module.weight, module.bias):
-                    parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
+        draw_weights(self, generator)
 
     def forward(self, z: Tensor, classes: Tensor) -> Tensor:
         hidden = F.relu(self.first(torch.cat([z, classes], dim=1)))

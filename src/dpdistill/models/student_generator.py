@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .default_weights import draw_weights
+
 
 class StudentGenerator(nn.Module):
     """Maps latents [B, latent] and class numbers [B] to images [B, C, H, W] in (-1, 1).
@@ -39,11 +41,7 @@ class StudentGenerator(nn.Module):
         self.third = nn.utils.skip_init(nn.Conv2d, 2 * width, width, 3, padding=1)
         self.fourth = nn.utils.skip_init(nn.Conv2d, width, channels, 3, padding=1)
         self.norms = nn.ModuleList(nn.GroupNorm(1, n) for n in (2 * width, 2 * width, width))
-        with torch.no_grad():
-            for module in (self.first, self.second, self.third, self.fourth):
-                bound = module.weight[0].numel() ** -0.5
-                for parameter in (module.weight, module.bias):
-                    parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
+        draw_weights(self, generator)
 
     def forward(self, z: Tensor, classes: Tensor) -> Tensor:
         one_hot = F.one_hot(classes, self.n_classes).to(z.dtype)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .convnet import HalfSize
+from .default_weights import draw_weights
 from .linear import OPPONENT
 from .scattering import FREQUENCY, WIDTH
 
@@ -25,9 +26,8 @@ ROOM, LEAST = 12, 8  # of a map that is halved: the least longer and shorter sid
 class WaveletNet(nn.Module):
     """Wavelet moduli at half size, a convolution, half of that size again, then more convolutions, and a linear head.
 
-    Maps that are small already are not halved: 8x8 images keep their size.
-
-    A convolution is 3x3, GroupNorm, ReLU. The first has `width` channels, the others twice as many.
+    Maps that are small already are not halved: 8x8 images keep their size. A convolution is 3x3,
+    GroupNorm, ReLU. The first has `width` channels, the others twice as many.
 
     Args:
       image_shape: (C, H, W) of 1 or 3 channels, sides of at least 6; three channels are made brightness and two colour differences first.
@@ -88,16 +88,7 @@ class WaveletNet(nn.Module):
         self.features = nn.Sequential(*layers)
         self.embed_dim: int = n_in * math.prod(size)
         self.head = nn.utils.skip_init(nn.Linear, self.embed_dim, n_classes)
-        self._draw(generator or torch.Generator().manual_seed(0))
-
-    @torch.no_grad()
-    def _draw(self, generator: torch.Generator) -> None:
-        """Weights from PyTorch's default distributions, U(±1/sqrt(fan_in)); norms begin with 1 and 0 as they are."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                bound = module.weight[0].numel() ** -0.5
-                for parameter in (module.weight, module.bias):
-                    parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
+        draw_weights(self, generator or torch.Generator().manual_seed(0))
 
     def moduli(self, x_BCHW: Tensor) -> Tensor:
         """Returns the image and logarithms of its wavelet moduli, [B, C · (1 + J L), H / 2, W / 2], where there is room to halve."""
@@ -118,11 +109,9 @@ class WaveletNet(nn.Module):
 
 def _halved(size: list[int]) -> tuple[nn.Module, list[int]]:
     """Returns a layer that halves maps of a size, and what it leaves."""
-    return (
-        (HalfSize(), [side // 2 for side in size])
-        if min(size) >= LEAST and max(size) >= ROOM
-        else (nn.Identity(), size)
-    )
+    if min(size) < LEAST or max(size) < ROOM:
+        return nn.Identity(), size
+    return HalfSize(), [side // 2 for side in size]
 
 
 def wavelets() -> tuple[Tensor, Tensor]:
