@@ -9,6 +9,7 @@ import torch
 
 from behind_the_door import Stop, Stopping, made_up_public, made_up_records, run_method
 from dpdistill.data.images import LabelledImages
+from dpdistill.errors import ConfigError
 from dpdistill.methods import dpmerf
 from dpdistill.methods.base import Public
 from dpdistill.methods.shared import embedding
@@ -55,6 +56,42 @@ def test_classes_are_told_apart_with_little_noise(tmp_path: Path, records: Label
     top, bottom = result.images[:3].mean(dim=(0, 1)), result.images[3:6].mean(dim=(0, 1))
     assert top[:6].mean() - top[6:].mean() > 0.3
     assert bottom[6:].mean() - bottom[:6].mean() > 0.3
+
+
+@pytest.mark.parametrize("at_once", [60, 200])
+def test_classes_are_told_apart_by_a_part_of_the_frequencies_a_step(
+    tmp_path: Path, records: LabelledImages, public: Public, at_once: int
+) -> None:
+    config = replace(CONFIG, steps=150, lr=5e-3, at_once=at_once, bf16=True)
+    result, _ = go(tmp_path, records, public, config, sigma=0.01)
+    top, bottom = result.images[:3].mean(dim=(0, 1)), result.images[3:6].mean(dim=(0, 1))
+    assert top[:6].mean() - top[6:].mean() > 0.3
+    assert bottom[6:].mean() - bottom[:6].mean() > 0.3
+
+
+def test_all_frequencies_at_once_is_the_same_said_twice(
+    tmp_path: Path, records: LabelledImages, public: Public
+) -> None:
+    whole, _ = go(tmp_path / "whole", records, public, CONFIG)
+    named, _ = go(tmp_path / "named", records, public, replace(CONFIG, at_once=200))
+    part, _ = go(tmp_path / "part", records, public, replace(CONFIG, at_once=60))
+    assert torch.equal(named.images, whole.images)
+    assert not torch.equal(part.images, whole.images)
+
+
+def test_a_part_of_an_embedding_is_an_embedding_by_those_frequencies() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, frequencies = torch.rand(3, 1, 3, 3, generator=generator), torch.randn(9, 10, generator=generator)
+    parts = embedding.parted(embedding.embedding(x, frequencies), frequencies, 4)
+    assert [some.shape[1] for _, some in parts] == [4, 4, 2]
+    for wanted, some in parts:
+        torch.testing.assert_close(wanted, embedding.embedding(x, some))
+    assert torch.equal(torch.cat([some for _, some in parts], dim=1), frequencies)
+
+
+def test_a_negative_part_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at_once"):
+        replace(CONFIG, at_once=-1)
 
 
 def test_embedding_has_norm_one_and_approximates_the_kernel() -> None:

@@ -35,7 +35,7 @@ from .private_denoiser import DenoiserConfig
 from .student import finish
 
 GUIDE = linear.Training(teacher_steps=25, teacher_dims=500)
-EMBEDDING = EmbeddingConfig()
+EMBEDDING = EmbeddingConfig(at_once=1000, bf16=True)
 N_GENERATED = 2000  # images of each class that the finer mixture is fitted to; of many classes, fewer of each
 MOST_GENERATED, MOST_AT_ONCE = 50_000, 5_000  # of all classes: that, and images for one step of the generator
 FINER = 5  # its components, in those of the noisy one

@@ -83,6 +83,12 @@ def run(config: Config, public: Public, teacher: Teacher, sigma: float, vault: V
     parts = {"student": student, "images": images}
     optimizers = {"student": optimizer, "images": image_optimizer}
     prior = Prior(config, public, workspace)
+
+    def answer(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bf16):
+            outputs: Tensor = student(x)
+        return outputs.float()
+
     start = restore(workspace.load("opaque"), parts, optimizers)
     for step in workspace.track(range(start, config.steps), "asking the teacher"):
         g = workspace.generator("opaque-step", step)
@@ -91,7 +97,7 @@ def run(config: Config, public: Public, teacher: Teacher, sigma: float, vault: V
         if config.n_generated and step % config.generator_every == 0:
             z, classes = images.draw(config.n_generated, g)
             student.requires_grad_(False)
-            outputs = student(images(z, classes))
+            outputs = answer(images(z, classes))
             mean = outputs.softmax(dim=1).mean(dim=0)
             loss = config.one_hot * F.cross_entropy(outputs, classes)
             loss = loss + config.entropy * (mean * mean.clamp_min(1e-9).log()).sum()
@@ -109,7 +115,7 @@ def run(config: Config, public: Public, teacher: Teacher, sigma: float, vault: V
             answers = teacher(x).detach()
 
         # Gradient of KL(teacher || student) with respect to the student's outputs, normalised, with noise; then the chain rule.
-        outputs = student(x)
+        outputs = answer(x)
         with torch.no_grad():
             gradient = normalised(outputs.softmax(dim=1) - answers.softmax(dim=1), config.stability)
             noisy = noisy_rows(gradient, sigma / config.batch, vault, f"step-{step}")

@@ -35,8 +35,11 @@ class EmbeddingConfig:
         auxiliary images.
       count_share: coordinate that counts records; the embedding is scaled to keep the vector's norm 1.
       steps: of Adam on the generator.
+      at_once: frequencies that a step of the fit looks at, in turn; 0 is all of them. Each is as random as any other, so a part of them
+        says the same of a generator, with more spread, at a part of the cost.
       batch: B, generated images per class and step.
       latent, width: of the generator.
+      bf16: autocast the generator to bfloat16 while it is fitted.
       checkpoint_steps: steps between checkpoints; does not change the result.
     """
 
@@ -44,16 +47,20 @@ class EmbeddingConfig:
     length_scale: float | None = None
     count_share: float = 0.2
     steps: int = 2000
+    at_once: int = 0
     batch: int = 50
     lr: float = 1e-3
     latent: int = 10
     width: int = 64
+    bf16: bool = False
     checkpoint_steps: int = 200
 
     def __post_init__(self) -> None:
         for name in ("n_frequencies", "steps", "batch", "latent", "width", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
+        if self.at_once < 0:
+            raise ConfigError(f"Expected at_once of 0 (all frequencies) or more, got {self.at_once}.")
         if not (0 < self.count_share < 1):
             raise ConfigError(f"Expected count_share in (0, 1), got {self.count_share}.")
         if self.length_scale is not None and not (0 < self.length_scale < math.inf):
@@ -81,6 +88,17 @@ def embedding(x_BCHW: Tensor, frequencies_DF: Tensor) -> Tensor:
     """Returns sqrt(1/F)·[cos(xw), sin(xw)], [B, 2F], of norm exactly 1: an approximate Gaussian kernel mean map."""
     phase = x_BCHW.flatten(1) @ frequencies_DF
     return torch.cat([phase.cos(), phase.sin()], dim=1) / frequencies_DF.shape[1] ** 0.5
+
+
+def parted(embedding_BD: Tensor, frequencies_DF: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Returns embeddings by `size` frequencies each, with those frequencies: all of F, once."""
+    f = frequencies_DF.shape[1]
+    halves = (half.split(size, dim=1) for half in embedding_BD.split(f, dim=1))
+    some = frequencies_DF.split(size, dim=1)
+    return [
+        (torch.cat(both, dim=1) * math.sqrt(f / w.shape[1]), w.contiguous())
+        for *both, w in zip(*halves, some, strict=True)
+    ]
 
 
 def fit(
@@ -141,10 +159,14 @@ def _matched(
                 moments = {"exp_avg": state["m." + key], "exp_avg_sq": state["v." + key]}
                 optimizer.state[value] = {"step": torch.tensor(float(start)), **moments}
     classes = F.one_hot(torch.arange(k).repeat_interleave(config.batch), k).float().to(device)
+    parts = parted(target_KD, frequencies, config.at_once or config.n_frequencies)
     for step in workspace.track(range(start, config.steps), "fitting the generator"):
         z = torch.randn(len(classes), config.latent, generator=workspace.generator(f"{name}-step", step)).to(device)
-        mean = embedding(model(z, classes), frequencies).view(k, config.batch, -1).mean(dim=1)
-        loss = (weight_K1 * (target_KD - mean).square()).sum()
+        wanted, some = parts[step % len(parts)]
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=config.bf16):
+            made = model(z, classes)
+        mean = embedding(made.float(), some).view(k, config.batch, -1).mean(dim=1)
+        loss = (weight_K1 * (wanted - mean).square()).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
