@@ -1,21 +1,25 @@
 """Votes of shard teachers on public stand-ins for private data: how many shards and queries, and what to expect, without private data.
 
   .venv/bin/python benchmarks/proxy_votes.py --data DIR --proxy letters --per-shard 60 --queries 8000
+  .venv/bin/python benchmarks/proxy_votes.py --data DIR --proxy letters --per-shard 60 --queries 8000 --skew 0.2
 
 Proxies as in proxy.py. Shards hold --per-shard of the proxy's records; the noise is that of a data set of --records of them, cut into as
-large shards. Prints one JSON line for each ε: accuracy on the proxy's test images of the classifier fitted to the noisy votes (the
-student's teacher), and of a single shard's. DIR: see common.py.
+large shards. With --skew, a shard's classes are as uneven as a person's records: their shares are drawn from a Dirichlet distribution of
+that concentration, and shards are made while records last. Prints one JSON line for each ε: accuracy on the proxy's test images of the
+classifier fitted to the noisy votes (the student's teacher), and of a single shard's. DIR: see common.py.
 """
 
 import argparse
 import json
 import math
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from proxy import letters, objects
+from torch import Tensor
 
 from dpdistill.data import procedural_images, to_unit
 from dpdistill.methods.base import Public
@@ -28,6 +32,25 @@ from dpdistill.workspace import FolderWorkspace
 DELTA = 1e-5
 
 
+def even(n: int, per_shard: int, g: torch.Generator) -> Iterator[Tensor]:
+    """Rows of shards as they come."""
+    n_shards = n // per_shard
+    yield from torch.randperm(n, generator=g)[: n_shards * per_shard].view(n_shards, -1)
+
+
+def skewed(y: Tensor, per_shard: int, concentration: float, g: torch.Generator) -> Iterator[Tensor]:
+    """Rows of shards whose classes are uneven, until a class has too few records left."""
+    k = int(y.max()) + 1
+    left = [rows[torch.randperm(len(rows), generator=g)] for rows in ((y == c).nonzero().flatten() for c in range(k))]
+    while True:
+        gamma = torch._standard_gamma(torch.full((k,), concentration, dtype=torch.float64), generator=g)
+        wanted = torch.multinomial(gamma, per_shard, replacement=True, generator=g).bincount(minlength=k).tolist()
+        if any(n > len(rows) for n, rows in zip(wanted, left, strict=True)):
+            return
+        yield torch.cat([rows[:n] for n, rows in zip(wanted, left, strict=True)])
+        left = [rows[n:] for n, rows in zip(wanted, left, strict=True)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of the data sets (see common.py)")
@@ -37,6 +60,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=Config(models=1).queries)
     parser.add_argument("--ridge", type=float, default=Config(models=1).ridge)
     parser.add_argument("--epsilon", type=float, nargs="*", default=[1.0, 3.0, 10.0])
+    parser.add_argument("--skew", type=float, default=0.0, help="concentration of a shard's classes; 0: as they come")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -52,10 +76,11 @@ def main() -> None:
         asked = embed(model, queries(config, Prior(config, public, workspace), None, workspace, 0), "cpu")
     train = ShardTrainer(model, args.ridge, 10)
     g = torch.Generator().manual_seed(args.seed)
-    n_shards = len(x) // args.per_shard
+    shards = list(even(len(x), args.per_shard, g) if not args.skew else skewed(y, args.per_shard, args.skew, g))
+    n_shards = len(shards)
     votes, alone = torch.zeros(len(asked), 10), []
     phi_test = embed(model, x_test, "cpu")
-    for rows in torch.randperm(len(x), generator=g)[: n_shards * args.per_shard].view(n_shards, -1):
+    for rows in shards:
         shard = train(x[rows], y[rows], g)
         votes += F.one_hot(shard(asked).argmax(dim=1), 10)
         alone.append(float((shard(phi_test).argmax(dim=1) == y_test).double().mean()))
@@ -70,6 +95,7 @@ def main() -> None:
             "models": models,
             "std": round(std, 4),
             "accuracy": right,
+            "shards": n_shards,
             "one_shard": sum(alone) / len(alone),
         }
         print(json.dumps({**vars(args), **facts}))

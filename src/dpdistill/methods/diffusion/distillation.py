@@ -164,7 +164,9 @@ def distil(
         width=config.critic_width,
         generator=workspace.generator("distillation-critic"),
     ).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), config.student_lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.student_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99))
     modules: dict[str, nn.Module] = {"student": model, "average": average, "critic": critic}
     optimizers: dict[str, torch.optim.Optimizer] = {"student": optimizer, "critic": critic_optimizer}
@@ -399,7 +401,9 @@ def restore(
         part, _, key = name.rpartition(":")
         if name in weights:
             weights[name].copy_(value)
-        elif part in weights:  # a step count stays on the CPU, where the optimiser put it
-            kept = value.clone() if key == "step" else value.to(weights[part].device)
-            optimizers[part.split(":")[0]].state[weights[part]][key] = kept
+        elif part in weights:
+            optimizer = optimizers[part.split(":")[0]]
+            # A step count stays on the CPU, where the optimiser put it, but for a fused one.
+            there = key != "step" or optimizer.defaults["fused"]
+            optimizer.state[weights[part]][key] = value.to(weights[part].device) if there else value.clone()
     return int(state["step"])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...mechanisms import Ensemble, PrivateData
-from ...mechanisms.ensemble import Model
+from ...mechanisms.ensemble import Model, round_robin
 from ...models.linear import LinearTeacher
 from ...privacy import NoisyVotes, Planned, gaussian_multiplier
 from ..base import Public, Student, Workspace
@@ -106,6 +106,7 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
     return lines
 
 
+ABSENT = -1.0  # score of a class that a shard lacks: below those of the others, which lie between -1/C and 1
 FREEDOM = 650  # numbers that a linear classifier of small images has to learn
 
 # Units of information, and the share of a private teacher's accuracy that the classifier of the votes had on the public stand-in `letters`
@@ -171,6 +172,10 @@ def embed(model: LinearTeacher, x: Tensor, device: str) -> Tensor:
 class ShardTrainer:
     """Ridge regression on fixed public features: a classifier from a handful of records, in closed form.
 
+    A person's records are often mostly of one class, and a classifier that fits them votes for that class whatever it is shown. So each
+    class's score is shifted until its mean over the shard's classes is 0, each record scored by the others alone (leave-one-out).
+    A shard of one class knows of no border: its votes go round the classes. One that lacks a class does not vote for it.
+
     A model maps features [Q, D] (not images: they are computed once for all models) to scores [Q, C].
     """
 
@@ -178,13 +183,36 @@ class ShardTrainer:
         self.features, self.ridge, self.n_classes = features, ridge, n_classes
 
     def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Model:
+        member_NC = torch.nn.functional.one_hot(labels.cpu(), self.n_classes).double()
+        counts = member_NC.sum(dim=0)
+        present = counts > 0
+        if present.sum() < min(2, self.n_classes):
+            first = int(torch.randint(self.n_classes, (), generator=generator))
+            return lambda queries: round_robin(len(queries), self.n_classes, first)
         with torch.no_grad():
             phi = torch.cat([self.features.features(part) for part in images.split(256)]).double().cpu()
-        targets = torch.nn.functional.one_hot(labels.cpu(), self.n_classes).double() - 1 / self.n_classes
+        targets = member_NC - 1 / self.n_classes
         gram = phi @ phi.T
         gram.diagonal().add_(self.ridge)
-        weights = (phi.T @ torch.linalg.solve(gram, targets)).float()
-        return lambda queries: queries @ weights
+        inverse = torch.linalg.inv(gram)
+        dual = inverse @ targets
+        left_out = targets - dual / inverse.diagonal()[:, None]  # each record's scores by a fit to the others
+        shift = torch.where(present, _shift(left_out, member_NC[:, present]), ABSENT).float()
+        weights = (phi.T @ dual).float()
+        return lambda queries: queries @ weights + shift
+
+
+def _shift(scores_NC: Tensor, member_NP: Tensor) -> Tensor:
+    """Returns what brings the classes' mean scores to 0, [C], less what chance explains of it (positive-part James-Stein)."""
+    counts = member_NP.sum(dim=0)
+    means_PC = (member_NP / counts).T @ scores_NC
+    wanted = means_PC.mean(dim=0)
+    free = len(scores_NC) - len(counts)
+    if free < 1:
+        return torch.zeros_like(wanted)
+    spread = (scores_NC - member_NP @ means_PC).square().sum() / free  # within a class, of all scores together
+    chance = spread * (1 / counts).sum() / len(counts) ** 2
+    return -wanted * (1 - chance / wanted.square().sum().clamp_min(1e-300)).clamp_min(0)
 
 
 def fit_votes(phi_QD: Tensor, shares_QC: Tensor) -> Tensor:
