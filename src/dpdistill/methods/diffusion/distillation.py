@@ -27,6 +27,7 @@ REACH = 0.05  # black and white are clipped from answers beyond: an answer that 
 PUSH = 0.2  # of L_dis's gradient, the length of L_adv's at λ = 1; five times as long, it costs points of accuracy
 CLASS_GAP = 20.0  # between two classes, in units of pixels: images of 28×28 lie 10 to 20 apart
 TRIES = 1.5  # answers to pure noise for one that is kept, where a guide chooses
+SMALL = 16  # side up to which a student is narrower and is done sooner
 CHUNK = 512  # pool images that the teacher denoises at once
 
 
@@ -55,7 +56,7 @@ class DistillationConfig:
 
     Attributes:
       student_width: of a token, see `models.few_step`; "auto" is 96 for sides up to 16, else 192.
-      student_steps, student_batch: of its training.
+      student_steps, student_batch: of its training; "auto" is 1,000 steps for sides up to 16, else 2,000.
       student_lr: of AdamW; warms up over `student_warmup` steps, then falls to 0 by a cosine.
       student_ema: decay of the average of the weights that is returned.
       from_noise: share of samples that start from pure noise; the others from noisy samples of the teacher, for more steps than one.
@@ -70,7 +71,7 @@ class DistillationConfig:
     """
 
     student_width: int | Literal["auto"] = "auto"
-    student_steps: int = 2000
+    student_steps: int | Literal["auto"] = "auto"
     student_batch: int = 128
     student_lr: float = 2e-3
     student_warmup: int = 100
@@ -89,19 +90,13 @@ class DistillationConfig:
     checkpoint_steps: int = 200
 
     def __post_init__(self) -> None:
-        for name in (
-            "student_steps",
-            "student_batch",
-            "answer_steps",
-            "pool",
-            "reuse",
-            "critic_width",
-            "checkpoint_steps",
-        ):
+        for name in ("student_batch", "answer_steps", "pool", "reuse", "critic_width", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
-        if self.student_width != "auto" and self.student_width < 1:
-            raise ConfigError(f"Expected student_width of auto or at least 1, got {self.student_width}.")
+        for name in ("student_width", "student_steps"):
+            value = getattr(self, name)
+            if value != "auto" and value < 1:
+                raise ConfigError(f"Expected {name} of auto or at least 1, got {value}.")
         if self.pool < self.student_batch:
             raise ConfigError(f"Expected a pool of at least student_batch={self.student_batch}, got {self.pool}.")
         for name in ("student_ema", "from_noise"):
@@ -147,13 +142,12 @@ def distil(
     Raises:
       ConfigError: a shape that the student cannot have, or diffusers is missing.
     """
-    device = workspace.device
+    device, small = workspace.device, max(public.image_shape) <= SMALL
+    steps = (1000 if small else 2000) if config.student_steps == "auto" else config.student_steps
     model = student(
         public.image_shape,
         public.n_classes,
-        width=(96 if max(public.image_shape) <= 16 else 192)
-        if config.student_width == "auto"
-        else config.student_width,
+        width=(96 if small else 192) if config.student_width == "auto" else config.student_width,
         images=encoded(teacher.shown(seeds.images)),
         generator=workspace.generator("distillation-student"),
     ).to(device)
@@ -173,8 +167,8 @@ def distil(
 
     start = restore(workspace.load("distillation"), modules, optimizers)
     pools = Pools(teacher, seeds, public, config, workspace)
-    for step in workspace.track(range(start, config.student_steps), "distilling the teacher"):
-        pool, share = pools.batch(step), _rate(config, step)
+    for step in workspace.track(range(start, steps), "distilling the teacher"):
+        pool, share = pools.batch(step), _rate(config, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = config.student_lr * share
 
@@ -210,7 +204,7 @@ def distil(
         with torch.no_grad():
             for mine, new in zip(average.parameters(), model.parameters(), strict=True):
                 mine.lerp_(new, 1 - decay)
-        if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.student_steps:
+        if (step + 1) % config.checkpoint_steps == 0 or step + 1 == steps:
             workspace.save("distillation", saved(step + 1, modules, optimizers))
     return average.cpu().eval()
 
@@ -371,11 +365,9 @@ class Critic(nn.Module):
         return (features_BD * (self.classes[-1] + self.classes[y])).sum(dim=1)
 
 
-def _rate(config: DistillationConfig, step: int) -> float:
+def _rate(config: DistillationConfig, step: int, steps: int) -> float:
     """Share of the learning rates: linear warm-up, then a cosine to 0."""
-    return (
-        min(1.0, (step + 1) / max(1, config.student_warmup)) * (1 + math.cos(math.pi * step / config.student_steps)) / 2
-    )
+    return min(1.0, (step + 1) / max(1, config.student_warmup)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def saved(step: int, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:

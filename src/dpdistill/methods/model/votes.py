@@ -183,14 +183,13 @@ class ShardTrainer:
         self.features, self.ridge, self.n_classes = features, ridge, n_classes
 
     def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Model:
+        with torch.no_grad():
+            phi = torch.cat([self.features.features(part) for part in images.split(256)]).double().cpu()
         member_NC = torch.nn.functional.one_hot(labels.cpu(), self.n_classes).double()
-        counts = member_NC.sum(dim=0)
-        present = counts > 0
+        present = member_NC.any(dim=0)
         if present.sum() < min(2, self.n_classes):
             first = int(torch.randint(self.n_classes, (), generator=generator))
             return lambda queries: round_robin(len(queries), self.n_classes, first)
-        with torch.no_grad():
-            phi = torch.cat([self.features.features(part) for part in images.split(256)]).double().cpu()
         targets = member_NC - 1 / self.n_classes
         gram = phi @ phi.T
         gram.diagonal().add_(self.ridge)
