@@ -93,6 +93,8 @@ def main() -> None:
     g = torch.Generator().manual_seed(args.seed)
     shards = list(even(len(x), args.per_shard, g) if not args.skew else skewed(y, args.per_shard, args.skew, g))
     n_shards = len(shards)
+    if not shards:
+        raise SystemExit("a class has too few records for one shard: give a smaller --per-shard, or larger --skew")
     votes, alone = torch.zeros(len(asked), n_classes), []
     phi_test = embed(model, x_test, "cpu")
     for rows in shards:

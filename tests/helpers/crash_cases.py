@@ -169,7 +169,7 @@ def cases(folder: Path) -> Iterator[Callable[[str], Case]]:
         stack.enter_context(mock.patch.object(pipeline, "N_PROCEDURAL", 40))
         stack.enter_context(mock.patch.object(joint, "match_pool", partial(joint.match_pool, save_every=2)))
         stack.enter_context(mock.patch.object(dpsad, "GUIDE", linear.Training(teacher_steps=2, teacher_dims=4)))
-        small = EmbeddingConfig(n_frequencies=8, steps=4, latent=2, width=2, checkpoint_steps=2)
+        small = EmbeddingConfig(n_frequencies=8, steps=4, at_once=3, latent=2, width=2, bf16=True, checkpoint_steps=2)
         stack.enter_context(mock.patch.object(dpsad, "EMBEDDING", small))
         stack.enter_context(mock.patch.object(dpsad, "N_GENERATED", 12))
         yield lambda name: case(name, folder)

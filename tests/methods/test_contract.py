@@ -129,7 +129,7 @@ def public(shape: tuple[int, int, int] = (1, 8, 8), k: int = 3) -> Public:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = EmbeddingConfig(n_frequencies=20, steps=5, latent=2, width=4, checkpoint_steps=2)
+    few = EmbeddingConfig(n_frequencies=20, steps=5, at_once=8, latent=2, width=4, bf16=True, checkpoint_steps=2)
     monkeypatch.setattr(dpsad, "EMBEDDING", few)
     monkeypatch.setattr(dpsad, "N_GENERATED", 20)
 

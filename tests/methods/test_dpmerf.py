@@ -42,12 +42,15 @@ def test_end_to_end(tmp_path: Path, records: LabelledImages, public: Public) -> 
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("n", [0, 5])
-def test_resume_gives_the_same_bytes(tmp_path: Path, records: LabelledImages, public: Public, n: int) -> None:
-    whole, _ = go(tmp_path / "whole", records, public, CONFIG)
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, at_once=60, bf16=True)], ids=["whole", "parts"])
+@pytest.mark.parametrize("n", [0, 3])
+def test_resume_gives_the_same_bytes(
+    tmp_path: Path, records: LabelledImages, public: Public, n: int, config: dpmerf.Config
+) -> None:
+    whole, _ = go(tmp_path / "whole", records, public, config)
     with pytest.raises(Stop):
-        go(tmp_path / "cut", records, public, CONFIG, Stopping(tmp_path / "cut" / "w", n))
-    resumed, _ = go(tmp_path / "cut", records, public, CONFIG)
+        go(tmp_path / "cut", records, public, config, Stopping(tmp_path / "cut" / "w", n))
+    resumed, _ = go(tmp_path / "cut", records, public, config)
     assert torch.equal(resumed.images, whole.images)
 
 
@@ -73,7 +76,7 @@ def test_all_frequencies_at_once_is_the_same_said_twice(
     tmp_path: Path, records: LabelledImages, public: Public
 ) -> None:
     whole, _ = go(tmp_path / "whole", records, public, CONFIG)
-    named, _ = go(tmp_path / "named", records, public, replace(CONFIG, at_once=200))
+    named, _ = go(tmp_path / "named", records, public, replace(CONFIG, at_once=1000))  # more than there are
     part, _ = go(tmp_path / "part", records, public, replace(CONFIG, at_once=60))
     assert torch.equal(named.images, whole.images)
     assert not torch.equal(part.images, whole.images)

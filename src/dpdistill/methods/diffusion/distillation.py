@@ -396,6 +396,6 @@ def restore(
         elif part in weights:
             optimizer = optimizers[part.split(":")[0]]
             # A step count stays on the CPU, where the optimiser put it, but for a fused one.
-            there = key != "step" or optimizer.defaults["fused"]
+            there = key != "step" or optimizer.defaults.get("fused")
             optimizer.state[weights[part]][key] = value.to(weights[part].device) if there else value.clone()
     return int(state["step"])

@@ -51,8 +51,8 @@ class Config(Conversion):
         super().__post_init__()
         if min(self.models, self.rounds, self.queries, self.teacher_dims) < 1:
             raise ConfigError("Expected models, rounds, queries and teacher_dims of at least 1.")
-        if not (0 < self.ridge < math.inf):
-            raise ConfigError(f"Expected a finite ridge > 0, got {self.ridge}.")
+        if not (1e-6 <= self.ridge < math.inf):
+            raise ConfigError(f"Expected a finite ridge of at least 1e-6, got {self.ridge}.")
 
 
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
@@ -106,12 +106,11 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
     return lines
 
 
-ABSENT = -1.0  # score of a class that a shard lacks: below those of the others, which lie between -1/C and 1
 FREEDOM = 650  # numbers that a linear classifier of small images has to learn
 
 # Units of information, and the share of a private teacher's accuracy that the classifier of the votes had on the public stand-in `letters`
 # at 60 records a shard (docs/decisions/model.md).
-EXPECTED = ((0.0, 0.1), (36e3, 0.76), (259e3, 0.89), (2e6, 0.915))
+EXPECTED = ((0.0, 0.1), (36e3, 0.74), (259e3, 0.87), (2e6, 0.90))
 
 
 def expected_share(information: float) -> float:
@@ -173,7 +172,7 @@ class ShardTrainer:
     """Ridge regression on fixed public features: a classifier from a handful of records, in closed form.
 
     A person's records are often mostly of one class, and a classifier that fits them votes for that class whatever it is shown. So each
-    class's score is shifted until its mean over the shard's classes is 0, each record scored by the others alone (leave-one-out).
+    class's score is shifted until its mean over the shard's classes is about 0, each record scored by the others alone (leave-one-out).
     A shard of one class knows of no border: its votes go round the classes. One that lacks a class does not vote for it.
 
     A model maps features [Q, D] (not images: they are computed once for all models) to scores [Q, C].
@@ -191,14 +190,38 @@ class ShardTrainer:
             first = int(torch.randint(self.n_classes, (), generator=generator))
             return lambda queries: round_robin(len(queries), self.n_classes, first)
         targets = member_NC - 1 / self.n_classes
-        gram = phi @ phi.T
-        gram.diagonal().add_(self.ridge)
-        inverse = torch.linalg.inv(gram)
-        dual = inverse @ targets
-        left_out = targets - dual / inverse.diagonal()[:, None]  # each record's scores by a fit to the others
-        shift = torch.where(present, _shift(left_out, member_NC[:, present]), ABSENT).float()
-        weights = (phi.T @ dual).float()
-        return lambda queries: queries @ weights + shift
+        if len(phi) <= phi.shape[1]:
+            dual = _ridged(phi @ phi.T, self.ridge)
+            weights = phi.T @ (dual @ targets)
+            own = 1 - self.ridge * dual.diagonal()[:, None]  # how much of its own target each record's score is
+        else:  # the same, where records outnumber features
+            primal = _ridged(phi.T @ phi, self.ridge)
+            weights = primal @ (phi.T @ targets)
+            own = ((phi @ primal) * phi).sum(dim=1, keepdim=True)
+        left_out = (phi @ weights - own * targets) / (1 - own)  # each record's scores by a fit to the others
+        shift = torch.zeros(self.n_classes, dtype=torch.float64)
+        shift[present] = _shift(left_out[:, present], member_NC[:, present])
+        return _Shifted(weights.float(), shift.float(), ~present)
+
+
+@dataclass(frozen=True)
+class _Shifted:
+    """Scores of a shard's classes, and lower ones of those that it lacks. Weights [D, C], shift [C], lacking bool [C]."""
+
+    weights: Tensor
+    shift: Tensor
+    lacking: Tensor
+
+    def __call__(self, queries: Tensor) -> Tensor:
+        scores = queries @ self.weights + self.shift
+        return torch.where(self.lacking, scores.amin(dim=1, keepdim=True) - 1, scores)
+
+
+def _ridged(gram: Tensor, ridge: float) -> Tensor:
+    """Returns (gram + ridge I)⁻¹. Never an exception: whether there is one would depend on a shard's records."""
+    gram.diagonal().add_(ridge)
+    inverse: Tensor = torch.linalg.inv_ex(gram).inverse
+    return inverse
 
 
 def _shift(scores_NC: Tensor, member_NP: Tensor) -> Tensor:
