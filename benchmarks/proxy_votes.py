@@ -1,13 +1,13 @@
 """Votes of shard teachers on public stand-ins for private data: how many shards and queries, and what to expect, without private data.
 
   .venv/bin/python benchmarks/proxy_votes.py --data DIR --proxy letters --per-shard 60 --queries 8000
-  .venv/bin/python benchmarks/proxy_votes.py --data DIR --pair 0 4 --per-shard 20 --records 1600 --skew 0.8 0.3
+  .venv/bin/python benchmarks/proxy_votes.py --data DIR --proxy objects-hundred --pair 0 4 --per-shard 20 --records 1600 --skew 0.8 0.3
 
-Proxies as in proxy.py. Shards hold --per-shard of the proxy's records; the noise is that of a data set of --records of them, cut into as
-large shards. --pair A B: two groups of `objects-hundred` (proxy_teacher.py), in grey. With --skew, a shard's classes are as uneven as a
-person's records: their shares are drawn from a Dirichlet distribution of those concentrations (one for each class, or one for all), and
-shards are made while records last. Prints one JSON line for each ε: accuracy on the proxy's test images of the
-classifier fitted to the noisy votes (the student's teacher), and of a single shard's. DIR: see common.py.
+Proxies as in proxy.py and proxy_teacher.py; --pair A B: two classes of one in colour alone, in grey. Shards hold --per-shard of the proxy's
+records; the noise is that of a data set of --records of them, cut into as large shards. With --skew, a shard's classes are as uneven as
+a person's records: their shares are drawn from a Dirichlet distribution of those concentrations (one for each class, or one for all), and
+shards are made while records last. Prints one JSON line for each ε: accuracy on the proxy's test images of the classifier fitted to the
+noisy votes (the student's teacher), and of a single shard's. DIR: see common.py.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from proxy import PAIRS, letters, objects
+from proxy_teacher import PROXIES
 from torch import Tensor
 
 from dpdistill.data import procedural_images, to_unit
@@ -32,7 +32,6 @@ from dpdistill.privacy import gaussian_multiplier
 from dpdistill.workspace import FolderWorkspace
 
 DELTA = 1e-5
-PROXIES = {"letters": letters, "objects": objects}
 
 
 def even(n: int, per_shard: int, g: torch.Generator) -> Iterator[Tensor]:
@@ -70,13 +69,12 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=Config(models=1).queries)
     parser.add_argument("--ridge", type=float, default=Config(models=1).ridge)
     parser.add_argument("--epsilon", type=float, nargs="*", default=[1.0, 3.0, 10.0])
-    parser.add_argument("--pair", type=int, nargs=2, help="two classes of objects-hundred, in place of --proxy")
+    parser.add_argument("--pair", type=int, nargs=2, help="two classes of a proxy in colour, in grey")
     parser.add_argument("--skew", type=float, nargs="*", default=[], help="concentrations of a shard's classes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = objects(Path(args.data), PAIRS) if args.pair else PROXIES[args.proxy](Path(args.data))
-    x, y, x_test, y_test = found[:4]
+    x, y, x_test, y_test, _, _ = PROXIES[args.proxy](Path(args.data))
     if args.pair:
         (x, y), (x_test, y_test) = pair(x, y, args.pair), pair(x_test, y_test, args.pair)
     n_classes = int(y.max()) + 1
