@@ -45,7 +45,13 @@ DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
 RUNS = DOCS / "model.runs.jsonl"
 DELTA = 1e-5
 EVENED = " with evened scores"  # rows without it are of before
-PRIVATE = {"teacher": "teacher", "private-teacher": "teacher", "votes": "votes"}
+WAYS = {
+    "teacher": "teacher",
+    "private-teacher": "teacher",
+    "votes": "votes",
+    "opaque": "opaque",
+    "data-free": "conversion",
+}
 
 
 def public_of(records: LabelledImages, seed: int) -> Public:
@@ -85,16 +91,11 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
         }
         return row(args, setting, epsilon, **common, **facts)
 
-    given = dict(item.partition("=")[::2] for item in args.set)
     if setting in ("opaque", "data-free"):
-        return [done(**opaque(args, records, score, given, epsilon, setting))]
-    method: Any = MODEL_METHODS[PRIVATE[setting]]
-    if setting == "votes":
-        records = with_ids(folder, dataset, records) if args.by_id else records
-        given |= {"models": args.shards, "unit_moves": 1 if args.by_id else 2}
-    if setting == "teacher":  # by itself: the whole budget is its own
-        given = {"share_prior": "0", **given}
-    settings = build(method.Config, given)
+        return [done(**opaque(args, records, score, epsilon, setting))]
+    if setting == "votes" and args.by_id:
+        records = with_ids(folder, dataset, records)
+    method, settings = method_of(args, setting)
     asked: dict[str, Any] = {}
     inner = method.convert
 
@@ -147,6 +148,17 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def method_of(args: argparse.Namespace, setting: str, **extra: Any) -> tuple[Any, Any]:
+    """The way behind a setting, and its Config as the command line asks for it."""
+    given: dict[str, Any] = dict(item.partition("=")[::2] for item in args.set)
+    if setting == "votes":
+        extra |= {"models": args.shards, "unit_moves": 1 if args.by_id else 2}
+    if setting == "teacher":  # by itself: the whole budget is its own
+        given = {"share_prior": "0", **given}
+    method: Any = MODEL_METHODS[WAYS[setting]]
+    return method, build(method.Config, given | extra)
+
+
 def described(settings: linear.Training, public: Public) -> str:
     """The private teacher in words."""
     return f"linear on {settings.dims(public)} components, {settings.teacher_steps} steps"
@@ -184,21 +196,17 @@ def share_features(private: PrivateData, shared: dict[Any, Any]) -> None:
     private.features = features  # type: ignore[method-assign]
 
 
-def opaque(
-    args: argparse.Namespace, records: LabelledImages, score: Any, given: dict[str, str], epsilon: str, setting: str
-) -> dict[str, Any]:
+def opaque(args: argparse.Namespace, records: LabelledImages, score: Any, epsilon: str, setting: str) -> dict[str, Any]:
     """A teacher without privacy, converted the paper's way, or freely."""
     public = public_of(records, args.seed)
     teacher = non_private(args, records)
-    method: Any = MODEL_METHODS["opaque" if setting == "opaque" else "conversion"]
+    method, settings = method_of(args, setting, **({"noise": epsilon != "inf"} if setting == "opaque" else {}))
     with tempfile.TemporaryDirectory() as scratch:
         workspace = FolderWorkspace(Path(scratch) / "work", seed=args.seed, device=args.device, quiet=True)
         if setting == "opaque":
-            settings = build(method.Config, {**given, "noise": epsilon != "inf"})
             sigma = settings.sigma(float(epsilon), DELTA)
             made = method.run(settings, public, teacher, sigma, Vault.open(Path(scratch) / "vault"), workspace)
         else:
-            settings = build(method.Config, given)
             made = method.run(settings, public, teacher, workspace, True)
     note = f"WaveletNet-{settings.depth} width {settings.width}, {settings.steps} steps of {settings.batch}"
     return {"accuracy": score(made.model), "teacher_accuracy": score(teacher), "note": note}
@@ -227,13 +235,14 @@ def of_today(run: dict[str, Any], args: argparse.Namespace) -> bool:
     """Whether a run was made by the settings of now, as far as its note says: older ones stay in the table as they are."""
     if run["setting"] != "teacher" and not str(run["note"]).startswith("WaveletNet"):
         return False
+    _, settings = method_of(args, run["setting"])
+    if run["setting"] != "teacher" and f", {settings.steps} steps of {settings.batch}" not in run["note"]:
+        return False
     if run["setting"] == "votes":
         return EVENED in run["note"]
     if run["setting"] not in ("teacher", "private-teacher"):
         return True
-    given = dict(item.partition("=")[::2] for item in args.set)
-    steps = build(MODEL_METHODS["teacher"].Config, given).teacher_steps
-    return str(run["note"]).endswith(f"components, {steps} steps")
+    return str(run["note"]).endswith(f"components, {settings.teacher_steps} steps")
 
 
 def done_before(dataset: str, epsilons: str, args: argparse.Namespace) -> bool:

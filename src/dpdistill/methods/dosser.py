@@ -30,11 +30,11 @@ from ..models.matching import (
     matching_gradient,
     momentum_step,
     random_network,
-    restore,
     start_images,
 )
 from ..privacy import GaussianSum, Planned
 from .base import Public, Synthetic, Workspace
+from .shared.checkpoints import resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +209,7 @@ def optimise(config: Config, public: Public, signals: Tensor, look: Views, works
         k, config.per_class, public.image_shape, workspace.generator("dosser-start"), workspace.device
     )
     fresh = {"images": images, "velocity": torch.zeros_like(images), "mean": images.clone()}
-    start, state = restore(workspace.load("dosser"), fresh)
+    start, state = resume(workspace.load("dosser"), fresh)
     order: Sequence[int] = range(len(signals))  # DOS off: each signal once
     if config.separate:
         generator = workspace.generator("dosser-order")

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..mechanisms import PrivateData, per_record_gradient
 from ..models.convnet import ConvNet
-from ..models.matching import restore
 from ..privacy import GaussianSum, Planned
 from .base import Public, Workspace
+from .shared.checkpoints import resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     model = config.network(public, workspace.generator("dpsgd-model")).to(workspace.device)
     parameters = list(model.parameters())
     flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    start, state = restore(
+    start, state = resume(
         workspace.load("dpsgd"), {"flat": flat, "first": torch.zeros_like(flat), "second": torch.zeros_like(flat)}
     )
     _write(parameters, state["flat"])

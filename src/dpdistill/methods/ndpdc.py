@@ -24,11 +24,11 @@ from ..models.matching import (
     matching_gradient,
     momentum_step,
     random_network,
-    restore,
     start_images,
 )
 from ..privacy import GaussianSum, Planned
 from .base import Public, Synthetic, Workspace
+from .shared.checkpoints import resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     held = private.reserve(plan[0].query, plan[0].count)
     images = start_images(k, config.per_class, public.image_shape, workspace.generator("ndpdc-start"), device)
     fresh = {"images": images, "velocity": torch.zeros_like(images)}
-    start, state = restore(workspace.load("ndpdc"), fresh)
+    start, state = resume(workspace.load("ndpdc"), fresh)
 
     for step in workspace.track(range(start, config.steps), "NDPDC"):
         generator = workspace.generator("ndpdc-network", step)

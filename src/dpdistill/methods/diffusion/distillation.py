@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...models.few_step import LEVELS, SIGMA, clean, encoded, noisy, student
 from ..base import Denoising, Public, Synthetic, Workspace
+from ..shared.checkpoints import restore, saved
 
 RHO = 7.0  # of the teacher's steps
 SIGMA_MIN = 0.002  # where they end
@@ -368,34 +369,3 @@ class Critic(nn.Module):
 def _rate(config: DistillationConfig, step: int, steps: int) -> float:
     """Share of the learning rates: linear warm-up, then a cosine to 0."""
     return min(1.0, (step + 1) / max(1, config.student_warmup)) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def saved(step: int, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """All that a resumed run needs, as tensors: weights as `part:name`, and what an optimiser keeps for each as `part:name:key`."""
-    state = {"step": torch.tensor(step)}
-    for part, module in modules.items():
-        for name, weight in module.named_parameters():
-            state[f"{part}:{name}"] = weight.detach()
-            if part in optimizers:
-                state |= {f"{part}:{name}:{key}": value for key, value in optimizers[part].state[weight].items()}
-    return state
-
-
-@torch.no_grad()
-def restore(
-    state: dict[str, Tensor] | None, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
-) -> int:
-    """Puts a checkpoint back; returns the step to go on from."""
-    if state is None:
-        return 0
-    weights = {f"{part}:{name}": weight for part, m in modules.items() for name, weight in m.named_parameters()}
-    for name, value in state.items():
-        part, _, key = name.rpartition(":")
-        if name in weights:
-            weights[name].copy_(value)
-        elif part in weights:
-            optimizer = optimizers[part.split(":")[0]]
-            # A step count stays on the CPU, where the optimiser put it, but for a fused one.
-            there = key != "step" or optimizer.defaults.get("fused")
-            optimizer.state[weights[part]][key] = value.to(weights[part].device) if there else value.clone()
-    return int(state["step"])

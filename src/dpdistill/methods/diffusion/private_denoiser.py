@@ -25,9 +25,9 @@ from ...errors import ConfigError
 from ...mechanisms import PrivateData
 from ...models import edm
 from ...models.denoiser import Denoiser
-from ...models.matching import restore
 from ...privacy import GaussianSum, Planned
 from ..base import Public, Workspace
+from ..shared.checkpoints import resume
 
 TABLE = 2**18  # normal numbers drawn for a step: two draws of 784 share some with probability 0.6 %
 SMALL_SIDE = 12  # up to here, one patch covers the image
@@ -140,7 +140,7 @@ def train(
 ) -> Denoiser:
     """DP-SGD from the weights that `model` has; returns it with the averaged weights, which are as released as the sums are."""
     fresh = _fresh(model)
-    start, state = restore(workspace.load("denoiser"), {**fresh, "mean": fresh["flat"]})
+    start, state = resume(workspace.load("denoiser"), {**fresh, "mean": fresh["flat"]})
     held = private.reserve(planned.query, planned.count)
     for step in workspace.track(range(start, config.steps), "DP-SGD"):
         _write(model, state["flat"])

@@ -22,6 +22,7 @@ from ...models.muon import Muon
 from ...models.student_generator import StudentGenerator
 from ...models.wavelet_net import WaveletNet
 from ..base import Public, Workspace
+from ..shared.checkpoints import restore, saved
 from .prior import Prior, vary
 
 Teacher = Callable[[Tensor], Tensor]
@@ -260,34 +261,3 @@ def _rate(config: Conversion, step: int) -> float:
 
 def _copy(model: WaveletNet) -> WaveletNet:
     return copy.deepcopy(model).requires_grad_(False)
-
-
-def saved(step: int, parts: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """All that a resumed run needs, as tensors: weights, and what the optimisers keep for each, as `part.name.key`."""
-    state = {"step": torch.tensor(step)}
-    for part, model in parts.items():
-        for name, value in model.named_parameters():
-            state[f"{part}.{name}"] = value.detach()
-            moments = optimizers[part].state.get(value, {}) if part in optimizers else {}
-            state |= {f"{part}.{name}.{key}": moment for key, moment in moments.items()}
-    return state
-
-
-@torch.no_grad()
-def restore(
-    state: dict[str, Tensor] | None, parts: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
-) -> int:
-    """Puts a checkpoint back; returns the step to go on from."""
-    if state is None:
-        return 0
-    for part, model in parts.items():
-        for name, value in model.named_parameters():
-            value.copy_(state[f"{part}.{name}"])
-            if part in optimizers:
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                found = {key: state[f"{part}.{name}.{key}"] for key in keys if f"{part}.{name}.{key}" in state}
-                # A step count stays on the CPU, where the optimiser put it.
-                found = {key: t.clone() if key == "step" else t.to(value.device) for key, t in found.items()}
-                if found:
-                    optimizers[part].state[value] = found
-    return int(state["step"])

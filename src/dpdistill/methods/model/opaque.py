@@ -21,7 +21,8 @@ from ...models.student_generator import StudentGenerator
 from ...models.wavelet_net import WaveletNet
 from ...privacy import gaussian_multiplier
 from ..base import Public, Student, Workspace
-from .conversion import Conversion, Teacher, restore, saved
+from ..shared.checkpoints import restore, saved
+from .conversion import Conversion, Teacher
 from .gallery import finish
 from .prior import Prior, vary
 
