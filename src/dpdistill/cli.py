@@ -439,7 +439,7 @@ def evaluate(
 ) -> None:
     """Tests a release on your images: a student as it is, synthetic images and samples by networks trained on them. It stays outside."""
     from .bundle.release import load_student, read_bundle
-    from .data import load_images
+    from .data import check_public_range, load_images
     from .errors import InputError
     from .evaluation import Training, accuracy, evaluate
     from .files import write_whole
@@ -454,6 +454,7 @@ def evaluate(
         synthetic = draw_set(release, SAMPLES)
     student = load_student(release) if (release / "model").is_dir() else None
     test = load_images(data, n_classes=classes, resize=resize)
+    check_public_range(test)
     if test.images.shape[1:] != synthetic.images.shape[1:] or int(synthetic.labels.max()) >= test.n_classes:
         wanted, k = tuple(synthetic.images.shape[1:]), int(synthetic.labels.max()) + 1
         raise InputError(

@@ -22,7 +22,7 @@ from .bundle import BundleFacts, product_of, product_of_sampler, write_bundle
 from .bundle.onnx_file import student_shapes
 from .bundle.tensors import MAX_ARRAYS
 from .config import DiffusionConfig, ModelConfig, RunConfig, build, config_hash, public_toml
-from .data import LabelledImages, Limits, load_images, procedural_images, to_unit
+from .data import LabelledImages, Limits, check_public_range, load_images, procedural_images, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError, StorageError
 from .files import MAX_TOML, read_small
 from .mechanisms import Door, Vault, joined
@@ -83,11 +83,13 @@ def public_facts(config: RunConfig, image_shape: tuple[int, int, int], class_nam
 
 def _load_auxiliary(spec: str, resize: int | None) -> LabelledImages:
     try:
-        return load_images(spec, resize=resize)
+        found = load_images(spec, resize=resize)
     except InputError as error:
         if error.reason != "does not list its classes":
             raise
-    return load_images(spec, resize=resize, n_classes=Limits().max_classes)  # public labels: any will do
+        found = load_images(spec, resize=resize, n_classes=Limits().max_classes)  # public labels: any will do
+    check_public_range(found)
+    return found
 
 
 def make_plan(
@@ -109,6 +111,7 @@ def make_plan(
         given |= {"target_epsilon": config.epsilon} if config.method == "dpsad" else {}
     elif config.method == "votes" and isinstance(config, ModelConfig):
         given |= {"models": models or config.shards, "unit_moves": 2 if config.data and not config.id_column else 1}
+        given |= {"expected_records": config.expected_records}
     for name in given:
         if name in config.settings:
             raise ConfigError(
@@ -177,7 +180,14 @@ def with_way(config: RunConfig) -> RunConfig:
         return config
     shards = config.shards
     if shards == "auto":
-        shards = MODEL_METHODS["votes"].best_shards(config.expected_records, config.epsilon, config.delta)
+        votes: Any = MODEL_METHODS["votes"]
+        shards = votes.best_shards(config.expected_records, config.epsilon, config.delta)
+        needed = votes.needed_models(config.epsilon, config.delta)
+        if shards < needed:
+            raise ConfigError(
+                f"--shards auto: {config.expected_records:,} records make {shards} shards that can learn, and at ε = {config.epsilon:g} "
+                f"the noise hides fewer than {needed} votes; raise ε, train a private teacher (leave --shards out), or name a number"
+            )
     return dataclasses.replace(config, method=config.way, shards=shards)
 
 

@@ -138,7 +138,7 @@ TINY: dict[
         **SAMPLER,
     },
     "paper": {"steps": 2, "batch": 24, "teacher_steps": 2, "teacher_batch": 24, **DENOISER, **SAMPLER},
-    "opaque": STUDENT,
+    "opaque": {key: value for key, value in STUDENT.items() if key != "bank"},
 }
 
 
@@ -160,6 +160,7 @@ class Pipeline:
     def config(self) -> RunConfig:
         """Paths are relative, so that they are the same in every run: a run is played in a folder of its own."""
         facts = {"data": "private.npz", "out": "out", "ledger": "ledger.jsonl", "epsilon": 2.0, "per_class": 1}
+        facts |= {"value_low": 0.0, "value_high": 1.0}
         return self.kind(**facts | {"method": self.method, "settings": dict(self.settings)} | dict(self.facts))
 
     def start(self, config: RunConfig) -> None:
@@ -613,7 +614,7 @@ def at_the_door(tape: Tape, source: Tape | None, world: World, forced: frozenset
         return recorded
 
     def reserve(real: Any, self: Door, query: Any, count: int = 1) -> Any:
-        tape.note("reserve", query.describe(), count)
+        tape.note("reserve", query.describe(), count, query.name in self.checks)
         held = real(self, query, count)
         tape.note("reserved", held.line)
         return held

@@ -303,6 +303,8 @@ def _claims(certificate: dict[str, Any], files: dict[str, bytes]) -> tuple[Bundl
         names = tuple(expect(name, str, "a class name") for name in expect(release["class_names"], list, "class_names"))
         shape = tuple(expect(side, int, "image_shape") for side in expect(release["image_shape"], list, "image_shape"))
         claim = claims.parse(certificate["claim"])
+        if not claims.belongs(claim, release["method"]):
+            raise ReleaseError("certificate.json: a claim that its method cannot make")
         insecure = {"proved": False, "attested": False, "none": claim is None}[promise["basis"]]
         checks = {name: number(text, "a check") for name, text in expect(certificate["checks"], dict, "checks").items()}
         for name, text in expect(certificate["software"], dict, "software").items():

@@ -18,7 +18,7 @@ from dpdistill.data.digits import NAMES, read_digits
 from dpdistill.data.files import check_name, list_folder, one_error_type
 from dpdistill.data.folder import read_folder
 from dpdistill.data.idx import IMAGES_NAME, first_file, read_idx
-from dpdistill.data.images import LabelledImages, check_value_range, to_unit, valid_ids
+from dpdistill.data.images import LabelledImages, check_public_range, check_value_range, to_unit, valid_ids
 from dpdistill.data.labels import check_labels, resolve_classes
 from dpdistill.data.limits import DEFAULT_LIMITS, Limits
 from dpdistill.data.npz import read_npz, to_nchw, write_npz
@@ -31,6 +31,7 @@ __all__ = [
     "LabelledImages",
     "Limits",
     "StoredArray",
+    "check_public_range",
     "chunks",
     "load_images",
     "procedural_images",

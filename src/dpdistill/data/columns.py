@@ -20,18 +20,20 @@ def check_column_names(path: str, names: Sequence[str], columns: tuple[str, str]
     """Refuses a table that has not exactly one column of each of the two names."""
     for name, argument in zip(columns, ("image_column", "label_column"), strict=True):
         if list(names).count(name) != 1:
-            raise InputError(path, f"has not one column {name!r}", f"columns: {known_columns(names)}; pass {argument}=")
+            raise InputError(
+                path, f"has not one column {name!r}", f"columns: {known_columns(names)}; --set {argument}=NAME"
+            )
 
 
 def no_images(path: str, names: Sequence[str], column: str) -> InputError:
     """Returns the error for an image column of another type."""
     reason = f"column {column!r} does not hold encoded images, as bytes or struct<bytes, path>"
-    return InputError(path, reason, f"columns: {known_columns(names)}; pass image_column=")
+    return InputError(path, reason, f"columns: {known_columns(names)}; --set image_column=NAME")
 
 
 def no_labels(path: str, names: Sequence[str], column: str) -> InputError:
     """Returns the error for a label column of another type."""
-    hint = f"columns: {known_columns(names)}; pass label_column="
+    hint = f"columns: {known_columns(names)}; --set label_column=NAME"
     return InputError(path, f"column {column!r} does not hold labels, as integers or text", hint)
 
 

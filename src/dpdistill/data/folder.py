@@ -83,7 +83,9 @@ def image_files(folder: str, limits: Limits) -> list[str]:
     paths = []
     for entry in list_folder(folder, limits):
         if entry.is_dir(follow_symlinks=False):
-            raise InputError(entry.path, "is a folder inside a class folder", "pass split= if the classes lie deeper")
+            raise InputError(
+                entry.path, "is a folder inside a class folder", "--set split=NAME if the classes lie deeper"
+            )
         if os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
             raise InputError(entry.path, "is not named .png, .jpg, .jpeg, .bmp or .webp", "move it away or convert it")
         paths.append(entry.path)

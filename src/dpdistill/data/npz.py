@@ -153,7 +153,9 @@ def to_nchw(path: object, images: Images, scratch: str | None = None) -> Images:
     """
     if images.dtype.kind not in "uf" or (images.dtype.kind == "u" and images.dtype != np.uint8):
         raise InputError(
-            path, f"has images of dtype {images.dtype}", "use uint8 in 0..255, or float32 with value_range"
+            path,
+            f"has images of dtype {images.dtype}",
+            "use uint8 in 0..255, or float32 with --set value_low=… value_high=…",
         )
     if images.ndim == 3:
         images, first = with_channel(images), True

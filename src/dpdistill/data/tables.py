@@ -141,6 +141,6 @@ def image_name(path: str) -> str:
 def positions(path: object, names_B: Sequence[str], class_names: Sequence[str] | None) -> np.ndarray:
     """Returns the position in the class list of each text label. One that is not in it gets -1, refused later."""
     if class_names is None:
-        raise InputError(path, "has text labels", "pass class_names: the set of labels present is private")
+        raise InputError(path, "has text labels", "--set class_names=A,B,…: the set of labels present is private")
     index = {name: k for k, name in enumerate(class_names)}
     return np.array([index.get(name, -1) for name in names_B], np.int64)

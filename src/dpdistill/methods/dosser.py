@@ -194,11 +194,15 @@ class Views:
 
 def draw_signals(private: PrivateData, planned: Planned, look: Views, workspace: Workspace) -> Tensor:
     """The sampling stage: T_s noisy sums, [T_s, K, p]. A resumed run gets those it drew before from the door."""
+
+    def feature(index: int) -> Callable[[Tensor, Tensor], Tensor]:
+        return class_feature(look.features(index), look.dsa, look.draws(index))
+
+    private.check(planned.query, feature(0))
     held = private.reserve(planned.query, planned.count)
     signals = torch.empty(planned.count, planned.query.n_classes, planned.query.dim)
     for index in workspace.track(range(planned.count), "drawing signals"):
-        fn = class_feature(look.features(index), look.dsa, look.draws(index))
-        signals[index] = private.release_reserved(held, index, fn)  # private
+        signals[index] = private.release_reserved(held, index, feature(index))  # private
     return signals
 
 

@@ -100,8 +100,9 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
         workspace.load("dpsgd"), {"flat": flat, "first": torch.zeros_like(flat), "second": torch.zeros_like(flat)}
     )
     _write(parameters, state["flat"])
-    held = private.reserve(plan[0].query, plan[0].count)
     gradient = per_record_gradient(model, F.cross_entropy)
+    private.check(plan[0].query, gradient)
+    held = private.reserve(plan[0].query, plan[0].count)
     for step in workspace.track(range(start, config.steps), "DP-SGD"):
         total = private.release_reserved(held, step, gradient)  # private
         mean = total[0].to(flat.device) / config.expected_batch  # by a public constant, never by the realised batch

@@ -141,6 +141,7 @@ def train(
     """DP-SGD from the weights that `model` has; returns it with the averaged weights, which are as released as the sums are."""
     fresh = _fresh(model)
     start, state = resume(workspace.load("denoiser"), {**fresh, "mean": fresh["flat"]})
+    private.check(planned.query, record_gradient(model, config, workspace.generator("denoiser-noise", 0)))
     held = private.reserve(planned.query, planned.count)
     for step in workspace.track(range(start, config.steps), "DP-SGD"):
         _write(model, state["flat"])

@@ -101,15 +101,18 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     device, shape = workspace.device, public.image_shape
     student = network(config, shape, public.n_classes, workspace.generator("shards-student")).to(device)
     ensemble = private.shards(config.models, ShardTeacher(config, shape, public.n_classes))
-    held = ensemble.reserve(plan[0].query, plan[0].count)
     asked: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for index in range(config.rounds):
         g = workspace.generator("shards-queries", index)
         x, sigma, y = queries(config, student, shape, public.n_classes, index, device, g)
         with torch.no_grad():
             own = student(x, sigma, y)
+        packed = pack(x, own, sigma, y).cpu()
+        if index == 0:
+            ensemble.check(plan[0].query, packed)
+            held = ensemble.reserve(plan[0].query, plan[0].count)
         with workspace.passing("teachers of the shards") as progress:
-            pulled = ensemble.release_vectors(held, index, pack(x, own, sigma, y).cpu(), progress=progress)  # private
+            pulled = ensemble.release_vectors(held, index, packed, progress=progress)  # private
         # By K, a public constant, though some shards may be empty.
         asked.append((x, sigma, y, own + pulled.to(device).view_as(own) / config.models))
         fit(student, config, [torch.cat(part) for part in zip(*asked, strict=True)], workspace, index)

@@ -22,14 +22,14 @@ from ...models.wavelet_net import WaveletNet
 from ...privacy import gaussian_multiplier
 from ..base import Public, Student, Workspace
 from ..shared.checkpoints import restore, saved
-from .conversion import Conversion, Teacher
+from .conversion import Networks, Teacher
 from .gallery import finish
 from .prior import Prior, vary
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Conversion):
-    """Public settings: those of `Conversion` for the networks and images, and the paper's.
+class Config(Networks):
+    """Public settings: those of `Networks`, and the paper's.
 
     Attributes:
       per_class: images of the generator that are released with the student.
