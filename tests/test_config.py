@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
-from dpdistill.config import RunConfig, build, config_hash, public_toml, read
+from dpdistill.config import ModelConfig, RunConfig, build, config_hash, public_toml, read
 from dpdistill.errors import ConfigError
 from dpdistill.methods import METHODS
 from dpdistill.methods.joint import Config as Joint
@@ -264,3 +265,16 @@ def test_the_hash_is_of_what_shaped_the_result() -> None:
         assert public_toml(dataclasses.replace(base, **change), Joint(), 1.25) != text
     for settings, sigma in ((Joint(steps=399), 1.25), (Joint(), 1.26)):
         assert public_toml(base, settings, sigma) != text
+
+
+def test_every_way_out_that_a_reader_names_exists() -> None:
+    """Where an error says `--set name=…` or `--flag`, that is a setting of a run."""
+    source = Path(__file__).parents[1] / "src" / "dpdistill"
+    text = "".join(path.read_text() for place in ("data", "models/teachers") for path in (source / place).glob("*.py"))
+    named = set(re.findall(r"--set ([a-z_]+)=", text)) | {
+        flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", text)
+    }
+    known = {item.name for item in dataclasses.fields(ModelConfig)}
+    assert {"image_column", "split", "channels", "layout", "value_low"} <= named
+    assert named - {"set"} <= known
+    assert not re.findall(r'"[^"]*\b(?:pass|say) [a-z_]+=', text)  # Python's names, which the command line has not

@@ -144,7 +144,10 @@ def model(
         int | None, typer.Option(help="Public guess of the number of records, for --shards auto.")
     ] = None,
     id_column: Annotated[
-        str | None, typer.Option(help="Array of the .npz that says whose record each is: the guarantee is then per id.")
+        str | None,
+        typer.Option(
+            help="Array of the .npz, or column of Parquet, that says whose record each is: the guarantee is then per id."
+        ),
     ] = None,
     teachers: Annotated[str | None, typer.Option(help="Folder of models of many owners, to vote.")] = None,
     teacher: Annotated[

@@ -109,7 +109,7 @@ class ModelConfig(RunConfig):
       per_class: images of the generator to release with the student, per class.
       shards: K, disjoint shards of `data` with one voting teacher each; "auto" lets the planner choose it from `expected_records`.
       expected_records: public guess of how many records there are; never taken from the data.
-      id_column: array of the .npz that says whose record each is; one person is in one shard, and the guarantee is per id.
+      id_column: array of the .npz, or column of Parquet: whose record each is. One person is in one shard, and the guarantee is per id.
       teachers: folder with one model of every owner, to vote.
       teacher: a model (.onnx, .safetensors with `architecture`), or a release folder of ours.
       architecture: module:callable that makes the network of a .safetensors file.

@@ -72,7 +72,7 @@ def load_images(
       n_classes: the number of classes, named '0', '1', …, where the file has no list.
       image_column: of a table.
       label_column: of a table.
-      id_column: array of an npz that says whose record each is, as whole numbers or text.
+      id_column: array of an npz, or column of Parquet, that says whose record each is, as whole numbers or text.
       split: which part, where there are several. Default: `train`, or the only one.
       value_range: of float images. Public; never inferred from the pixels.
       resize: side of the square that every image is cropped and scaled to. Default: sizes stay, and must agree.
@@ -95,10 +95,12 @@ def load_images(
         images: Images
         in_file: Sequence[object] | None = None
         ids: np.ndarray | None = None
-        if id_column is not None and kind != "npz":
-            raise InputError(source, "cannot hold a column of ids", "write images, labels and the ids to an .npz")
-        if id_column in ("images", "labels", "classes"):
-            raise InputError(source, f"'{id_column}' says nothing of whose record each is", "name an array of ids")
+        if id_column is not None and kind not in ("npz", "tables"):
+            raise InputError(
+                source, "cannot hold a column of ids", "write images, labels and ids to an .npz or to Parquet"
+            )
+        if id_column in (("images", "labels", "classes") if kind == "npz" else (image_column, label_column)):
+            raise InputError(source, f"'{id_column}' says nothing of whose record each is", "name the ids")
         if kind == "digits":
             images, labels = read_digits(source, split)
             in_file = NAMES
@@ -108,10 +110,11 @@ def load_images(
         elif kind == "idx":
             images, labels = read_idx(spec, split, limits)
         elif kind == "tables":
-            images, labels, in_file = read_tables(
+            images, labels, in_file, ids = read_tables(
                 find_tables(spec, split, limits),
                 image_column=image_column,
                 label_column=label_column,
+                id_column=id_column,
                 class_names=class_names,
                 resize=resize,
                 channels=channels,
@@ -125,7 +128,9 @@ def load_images(
         labels = check_labels(source, labels, len(images), len(names))
         images = check_images(source, images, resize, channels, limits)
         if ids is not None and not (valid_ids(ids) and ids.shape == (len(images),)):
-            raise InputError(source, f"array {id_column!r} is not one whole number or text for each image")
+            raise InputError(
+                source, f"{id_column!r} is not one whole number or text for each image", "write one id for each"
+            )
         low, high = value_range
         return LabelledImages(
             images=images,
