@@ -225,6 +225,9 @@ def diffusion(
         str | None,
         typer.Option(help="dpsad (ours), dpdm, shards, or paper (with the flag below)."),
     ] = None,
+    unlabelled: Annotated[
+        bool | None, typer.Option("--unlabelled", help="Images without labels: an .npz of them, or one folder.")
+    ] = None,
     accept_no_record_guarantee: Annotated[
         bool | None,
         typer.Option(

@@ -197,11 +197,13 @@ class DiffusionConfig(RunConfig):
       method: a name in DIFFUSION_METHODS.
       per_class: samples to release beside the model, per class.
       expected_records: public guess of how many records there are; never taken from the data.
+      unlabelled: the images are of one class, whatever labels there are.
       accept_no_record_guarantee: with `method` paper: the paper's own form, which has none.
     """
 
     method: str = "dpsad"
     expected_records: int | None = None
+    unlabelled: bool = False
     accept_no_record_guarantee: bool = False
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .config import ModelConfig, RunConfig
+from .config import DiffusionConfig, ModelConfig, RunConfig
 from .data import LabelledImages, Limits, chunks, load_images
 from .errors import ConfigError, InputError, LedgerError
 from .mechanisms import Door, Ensemble, PrivateData, Ranks, Vault
@@ -88,6 +88,7 @@ def _read(config: RunConfig, resize: int | None, channels: int | None) -> Labell
         value_range=(0.0, 1.0) if low is None or high is None else (low, high),
         resize=resize,
         channels=channels,
+        unlabelled=isinstance(config, DiffusionConfig) and config.unlabelled,
         limits=Limits.of_gib(config.max_gib, scratch_of(config)),
     )
 

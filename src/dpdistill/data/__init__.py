@@ -54,6 +54,7 @@ def load_images(
     value_range: tuple[float, float] = (0.0, 1.0),
     resize: int | None = None,
     channels: int | None = None,
+    unlabelled: bool = False,
     limits: Limits = DEFAULT_LIMITS,
 ) -> LabelledImages:
     """Reads labelled images from whatever `spec` is.
@@ -77,6 +78,7 @@ def load_images(
       value_range: of float images. Public; never inferred from the pixels.
       resize: side of the square that every image is cropped and scaled to. Default: sizes stay, and must agree.
       channels: 1 or 3, to convert image files all to grey or all to colour. Default: they must agree.
+      unlabelled: the images of an npz, or of a folder without class folders, are all of one class, `image`.
       limits: caps on what a file may ask for.
 
     Images of more than 256 MiB are not kept in memory: they stay in their file if it holds them as they are (IDX, npz without
@@ -101,11 +103,13 @@ def load_images(
             )
         if id_column in (("images", "labels", "classes") if kind == "npz" else (image_column, label_column)):
             raise InputError(source, f"'{id_column}' says nothing of whose record each is", "name the ids")
+        if unlabelled and kind not in ("npz", "folder"):
+            raise InputError(source, "cannot be read without labels", "write the images to an .npz, or to one folder")
         if kind == "digits":
             images, labels = read_digits(source, split)
             in_file = NAMES
         elif kind == "npz":
-            images, labels, in_file, ids = read_npz(spec, limits, id_column)
+            images, labels, in_file, ids = read_npz(spec, limits, id_column, unlabelled)
             images = to_nchw(source, images, limits.scratch)
         elif kind == "idx":
             images, labels = read_idx(spec, split, limits)
@@ -122,7 +126,13 @@ def load_images(
             )
         else:
             images, labels, in_file = read_folder(
-                spec, split=split, class_names=class_names, resize=resize, channels=channels, limits=limits
+                spec,
+                split=split,
+                class_names=class_names,
+                resize=resize,
+                channels=channels,
+                limits=limits,
+                unlabelled=unlabelled,
             )
         names = resolve_classes(source, in_file, class_names, n_classes, limits)
         labels = check_labels(source, labels, len(images), len(names))

@@ -15,6 +15,8 @@ from dpdistill.errors import InputError
 
 WHY_DECLARED = "the set of labels present is private, so the class list must be public knowledge"
 
+ONE_CLASS = ("image",)  # of images without labels
+
 
 def check_names(path: object, names: Sequence[object], limits: Limits) -> tuple[str, ...]:
     """Returns a class list. Empty, repeated, overlong or unprintable names are refused."""

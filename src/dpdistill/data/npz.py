@@ -17,6 +17,7 @@ import numpy as np
 
 from dpdistill.data.files import one_error_type, open_regular, pieces
 from dpdistill.data.images import LabelledImages
+from dpdistill.data.labels import ONE_CLASS
 from dpdistill.data.limits import Limits
 from dpdistill.data.npy import checked_header, read_array, read_rest
 from dpdistill.data.stored import Images, StoredArray, filled, in_place, mapped, room, too_large, with_channel
@@ -77,9 +78,12 @@ def check_members(archive: zipfile.ZipFile, path: object) -> dict[str, zipfile.Z
 
 
 def read_npz(
-    path: str | Path, limits: Limits, id_column: str | None = None
+    path: str | Path, limits: Limits, id_column: str | None = None, unlabelled: bool = False
 ) -> tuple[Images, np.ndarray, list[str] | None, np.ndarray | None]:
     """Reads `images`, `labels`, `classes` (None if absent) and, if it is named, the array of ids. Other members are not unpacked.
+
+    Args:
+      unlabelled: reads images alone; all are of one class.
 
     Raises:
       InputError: anything wrong with the archive or with an array in it.
@@ -88,13 +92,17 @@ def read_npz(
         check_archive(file, size, path)
         with zipfile.ZipFile(file) as archive:
             members = check_members(archive, path)
-            wanted = {"images", "labels"} | ({id_column} if id_column is not None else set())
+            wanted = ({"images"} if unlabelled else {"images", "labels"}) | (
+                {id_column} if id_column is not None else set()
+            )
             for name in sorted(wanted):
                 if name not in members:
-                    raise InputError(path, f"has no array '{name}'", "save it with numpy.savez(path, images=, labels=)")
+                    hint = "save it with numpy.savez(path, images=, labels=)"
+                    hint += "; for a diffusion model of images without labels, --unlabelled" if name == "labels" else ""
+                    raise InputError(path, f"has no array '{name}'", hint)
             images: Images | None = None
             arrays: dict[str, np.ndarray] = {}
-            for name in sorted((wanted | {"classes"}) & set(members)):
+            for name in sorted((wanted | (set() if unlabelled else {"classes"})) & set(members)):
                 info = members[name]
                 if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
                     raise InputError(path, "declares two sizes for one member", "write it with numpy.savez")
@@ -108,6 +116,8 @@ def read_npz(
                         )
     assert images is not None
     ids = arrays[id_column] if id_column is not None else None
+    if unlabelled:
+        return images, np.zeros(len(images), np.int64), list(ONE_CLASS), ids
     return images, arrays["labels"], as_names(path, arrays.get("classes")), ids
 
 

@@ -2,7 +2,7 @@ r"""`dpsad`, ours: DP-SAD done right. One budget, a few kinds of release, and ev
 
 1. Warm start (private), in one of two ways that both have a denoiser in closed form: there is nothing to train.
    `mixture`: three releases give a mixture of Gaussians for each class; one more its tones, since samples of a mixture are pale; and
-   a guide, a linear classifier on fixed features, says which samples look like their class.
+   a guide, a linear classifier on fixed features, says which samples look like their class, where there is more than one.
    `embedding`, where records are few for the noise: one release and a generator fitted to it, to whose images a finer mixture is fitted.
 2. Teacher (private): a network that corrects that denoiser, trained on the records by DP-SGD with noise multiplicity.
 3. Student (free): stochastic adversarial distillation of the teacher, on inputs that derive from noise and released values only.
@@ -135,12 +135,13 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
     if config.start == "embedding":
         releases = [embedding.planned("dpsad", EMBEDDING, public, sigma / math.sqrt(rest))]
     else:
-        guide = rest * (1 - config.share_tones) * config.share_guide
+        guided = public.n_classes > 1  # of one class, every sample is
+        guide = rest * (1 - config.share_tones) * config.share_guide * guided
         each = (rest * (1 - config.share_tones) - guide) / 3
         dims, rows = config.dims(public), public.n_classes
         releases = mix.planned("dpsad", rows, dims, config.components, sigma, each, each)
         releases.append(tones.planned("dpsad", public, sigma, rest * config.share_tones))
-        releases += linear.plan(GUIDE, public, sigma / math.sqrt(guide))
+        releases += linear.plan(GUIDE, public, sigma / math.sqrt(guide)) if guided else []
     if config.share:
         z = math.log1p(config.share / (sigma**2 * config.steps * config.rate**2)) ** -0.5
         releases.append(private_denoiser.planned(config, public, z))
@@ -221,5 +222,5 @@ def _mixed(config: Config, public: Public, private: PrivateData, plan: list[Plan
     space = mix.pixel_space(linear.public_images(public), config.dims(public))
     fitted = mix.fit(space, config.components, private, queries[:3], workspace)
     wanted = tones.fit(queries[3], private, workspace)
-    guide = linear.train(GUIDE, public, private, plan[4:6], workspace)
+    guide = linear.train(GUIDE, public, private, plan[4:6], workspace) if public.n_classes > 1 else None
     return mix.denoiser(space, fitted).to(workspace.device), guide, wanted
