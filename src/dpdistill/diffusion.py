@@ -14,13 +14,13 @@ from .data import LabelledImages
 from .errors import ReleaseError
 from .mechanisms import Vault
 from .methods import DIFFUSION_METHODS
-from .models import few_step
 from .pipeline import (
     auxiliary_of,
     begin,
     check_alone,
     check_device,
     check_same_run,
+    check_sampler,
     check_target,
     distil,
     forget,
@@ -60,10 +60,10 @@ def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> P
     check_device(config)
     out, state = Path(config.out), Path(f"{Path(config.out)}.state")
     records = load_private(config)
-    few_step.check(records.image_shape)
     method: Any = DIFFUSION_METHODS["paper"]
     given = {"per_class": config.per_class, "expected_records": config.expected_records}
     settings = build(method.Config, {**given, **config.settings}, "settings.")
+    check_sampler(settings, records.image_shape, len(records.class_names))
     sigma = settings.sigma(config.epsilon, config.delta)
     toml = public_toml(config, settings, sigma)
     if os.path.lexists(out):
