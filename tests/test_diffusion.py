@@ -142,6 +142,26 @@ def test_a_student_that_cannot_be_is_refused_before_anything_is_charged(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz"]
 
 
+@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"width": 6, "heads": 4}, "heads=4 to divide width=6"),
+        ({"width": 10**6}, "depth · width²"),
+        ({"width": None, "heads": 10**6}, "depth · width²|expected int|heads=1000000"),
+        ({"depth": 10**9}, "depth · width²"),
+        ({"patch": 100_000}, "patch of at most 8"),
+    ],
+    ids=str,
+)
+def test_a_network_that_cannot_be_is_refused_before_anything_is_charged_or_written(
+    method: str, sizes: dict[str, Any], said: str, config: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        diffuse(config(method, settings={**WAYS[method], **sizes}), quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz"]
+
+
 def test_more_classes_than_a_student_knows_are_refused_before_anything_is_charged(config: Any, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", images=np.zeros((9, 8, 8), np.uint8), labels=np.zeros(9, np.int64))
     with pytest.raises(ConfigError, match="at most 4096 classes"):

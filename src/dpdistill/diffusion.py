@@ -14,6 +14,7 @@ from .data import LabelledImages
 from .errors import ReleaseError
 from .mechanisms import Vault
 from .methods import DIFFUSION_METHODS
+from .models.denoiser import check_patch
 from .pipeline import (
     auxiliary_of,
     begin,
@@ -63,6 +64,7 @@ def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> P
     method: Any = DIFFUSION_METHODS["paper"]
     given = {"per_class": config.per_class, "expected_records": config.expected_records}
     settings = build(method.Config, {**given, **config.settings}, "settings.")
+    check_patch(settings.patch, records.image_shape)
     check_sampler(settings, records.image_shape, len(records.class_names))
     sigma = settings.sigma(config.epsilon, config.delta)
     toml = public_toml(config, settings, sigma)
