@@ -201,10 +201,19 @@ def model(
                 _show_plan(planned, chosen)
                 return
         elif dry_run:
-            found = conversion.bring(chosen)
+            ready = conversion.prepare(chosen)
+            found = ready.brought
+            console.print(ready.toml, markup=False)
             console.print(
                 f"way: {chosen.way}; {len(found.class_names)} classes of {found.image_shape}; nothing will be charged"
             )
+            if not found.differentiable:  # a release of ours knows its own range
+                console.print(
+                    f"pixels: the teacher is fed {chosen.input_low:g} for black and {chosen.input_high:g} for white "
+                    "(--input-low, --input-high); a uint8 model gets 0 to 255"
+                )
+            if ready.nominal:
+                console.print(ready.nominal.statement(), markup=False)
             return
         _tell(conversion.convert(chosen))
 
@@ -260,7 +269,10 @@ def diffusion(
                 _show_plan(planned, chosen)
                 return
         elif dry_run:
+            ready = way.prepare(chosen)
+            console.print(ready.toml, markup=False)
             console.print("way: paper; no guarantee for any record; nothing will be charged")
+            console.print(ready.claim.statement(), markup=False)
             return
         _tell(way.diffuse(chosen))
 
