@@ -154,7 +154,7 @@ def prepare(config: ModelConfig, teacher: Teacher | None = None) -> Prepared:
     """
     config = dataclasses.replace(config, method=config.way)
     check_alone("the conversion of a teacher")
-    check_device(config)
+    check_device(config.device)
     brought = bring(config, teacher)
     method: Any = MODEL_METHODS[config.method]
     settings = build(method.Config, {"per_class": config.per_class, **config.settings}, "settings.")

@@ -82,7 +82,7 @@ def prepare(config: DiffusionConfig) -> Prepared:
       ConfigError, InputError: one line that says the way out.
     """
     check_alone("the paper's own form")
-    check_device(config)
+    check_device(config.device)
     records = load_private(config)
     method: Any = DIFFUSION_METHODS["paper"]
     given = {"per_class": config.per_class, "expected_records": config.expected_records}

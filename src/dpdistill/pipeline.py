@@ -23,7 +23,7 @@ from .bundle.diffusion_product import HEADS, MAX_WIDTH
 from .bundle.diffusion_product import shapes as sampler_shapes
 from .bundle.onnx_file import student_shapes
 from .bundle.tensors import MAX_ARRAYS, MAX_HEADER
-from .config import DiffusionConfig, ModelConfig, RunConfig, build, config_hash, public_toml
+from .config import DiffusionConfig, ModelConfig, RunConfig, build, check_device_name, config_hash, public_toml
 from .data import LabelledImages, Limits, check_public_range, load_images, procedural_images, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError, StorageError
 from .files import MAX_TOML, read_small
@@ -243,7 +243,7 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
     """
     with joined(config.device) as ranks, ExitStack() as stack:
         config = with_way(config)
-        check_device(config)
+        check_device(config.device)
         source = open_source(config)
         plan = make_plan(config, source.image_shape, source.class_names, source.models)
         ranks.agree(plan.toml.encode)
@@ -340,9 +340,10 @@ def check_alone(way: str) -> None:
             )
 
 
-def check_device(config: RunConfig) -> None:
-    """Raises ConfigError where the asked device is not there."""
-    if config.device == "cuda" and not torch.cuda.is_available():
+def check_device(device: str) -> None:
+    """Raises ConfigError where the asked device is none, or not there."""
+    check_device_name(device)
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: this machine or this build of torch has none; leave --device out")
 
 
