@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dpdistill import cli, pipeline
+from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.bundle.verification import verify
+from dpdistill.models.wavelet_net import WaveletNet
 
 TINY = [
     "steps=4",
@@ -123,6 +126,44 @@ def test_a_file_of_settings(dp: Cli, tmp_path: Path) -> None:
     assert dp("dataset", "--config", "c.toml", "--dry-run", *SETTINGS)[0] == 0
 
 
+PAPER = ["diffusion", "--method", "paper", "--accept-no-record-guarantee", "--expected-records", 13, "--dry-run"]
+
+
+def test_a_dry_run_of_the_papers_form_reads_the_data_and_says_both_counts(dp: Cli, tmp_path: Path) -> None:
+    code, out, err = dp(*PAPER, "--data", "private.npz", "--epsilon", 2, "--set", "steps=20")
+    assert (code, err) == (0, "")
+    assert "steps = 20" in out
+    assert "NO differential-privacy guarantee for any record" in out
+    assert "By the paper's own count ε = 2" in out
+    assert "with the noise that was really added" in out
+    for words, said in (
+        (["--data", "none.npz"], "none.npz: does not exist"),
+        (["--data", "private.npz", "--set", "stepz=3"], "did you mean settings.steps?"),
+        (["--data", "private.npz", "--set", "student_width=6"], "student_width"),
+    ):
+        code, out, err = dp(*PAPER, *words)
+        assert (code, out) == (2, "")
+        assert said in err
+    assert names(tmp_path) == ["private.npz", "test.npz"]
+
+
+def test_a_dry_run_with_an_opaque_teacher_says_both_counts_and_what_it_is_fed(dp: Cli, tmp_path: Path) -> None:
+    net = WaveletNet((1, 8, 8), 3, width=8, groups=4, generator=torch.Generator().manual_seed(0))
+    weights = {name: value.numpy() for name, value in net.state_dict().items()}
+    (tmp_path / "t.onnx").write_bytes(student_onnx(weights, net.config))
+    command = ["model", "--teacher", "t.onnx", "--accept-no-record-guarantee", "--dry-run", "--input-high", 255]
+    code, out, err = dp(*command, "--epsilon", 2, "--set", "steps=20")
+    assert (code, err) == (0, "")
+    assert "steps = 20" in out
+    assert "NO differential-privacy guarantee for the teacher's training records" in out
+    assert "by the paper's count 2;" in out
+    assert "fed 0 for black and 255 for white (--input-low, --input-high)" in out
+    code, out, err = dp(*command, "--set", "stepz=3")
+    assert (code, out) == (2, "")
+    assert "did you mean settings.steps?" in err
+    assert names(tmp_path) == ["private.npz", "t.onnx", "test.npz"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -142,6 +183,9 @@ def test_a_file_of_settings(dp: Cli, tmp_path: Path) -> None:
         (["dataset", "--data", "private.npz", "--epsilon", "2", "--budget", "1"], "budget of at least"),
         (["dataset", "--data", "private.npz", "--out", "private.npz"], "choose another --out"),
         (["dataset", "--data", "private.npz", "--out", "private.npz/x", *SETTINGS], "choose another --out"),
+        (["sample", "none", "--out", "x.tar"], "give --out a name ending in .npz or .parquet"),
+        (["sample", "none", "--out", "x.npz", "--device", "tpu"], "cpu or cuda"),
+        (["evaluate", "none", "--data", "test.npz", "--device", "tpu"], "cpu or cuda"),
         (["plan", "--shape", "1,28"], "--shape 1,28: expected channels,height,width"),
         (["plan", "--shape", "a,b,c"], "--shape a,b,c"),
         (["plan", "--shape", "2,28,28"], "1 or 3 channels"),

@@ -161,6 +161,43 @@ def test_a_shape_that_the_student_cannot_have_is_refused_before_anything_is_char
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
+@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize(("width", "said"), [(6, "multiple of 4"), (8192, "up to 4096"), (1024, "MiB that a release")])
+def test_a_student_that_cannot_be_is_refused_before_anything_is_charged(
+    method: str, width: int, said: str, config: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        diffuse(config(method, settings={**WAYS[method], "student_width": width}), quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz"]
+
+
+@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"width": 6, "heads": 4}, "heads=4 to divide width=6"),
+        ({"width": 10**6}, "depth · width²"),
+        ({"width": None, "heads": 10**6}, "depth · width²|expected int|heads=1000000"),
+        ({"depth": 10**9}, "depth · width²"),
+        ({"patch": 100_000}, "patch of at most 8"),
+    ],
+    ids=str,
+)
+def test_a_network_that_cannot_be_is_refused_before_anything_is_charged_or_written(
+    method: str, sizes: dict[str, Any], said: str, config: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        diffuse(config(method, settings={**WAYS[method], **sizes}), quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz"]
+
+
+def test_more_classes_than_a_student_knows_are_refused_before_anything_is_charged(config: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((9, 8, 8), np.uint8), labels=np.zeros(9, np.int64))
+    with pytest.raises(ConfigError, match="at most 4096 classes"):
+        diffuse(config(classes=5000, per_class=1), quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz"]
+
+
 def test_something_else_in_the_way(config: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     for method in ("dpsad", "paper"):

@@ -204,10 +204,19 @@ def model(
                 _show_plan(planned, chosen)
                 return
         elif dry_run:
-            found = conversion.bring(chosen)
+            ready = conversion.prepare(chosen)
+            found = ready.brought
+            console.print(ready.toml, markup=False)
             console.print(
                 f"way: {chosen.way}; {len(found.class_names)} classes of {found.image_shape}; nothing will be charged"
             )
+            if not found.differentiable:  # a release of ours knows its own range
+                console.print(
+                    f"pixels: the teacher is fed {chosen.input_low:g} for black and {chosen.input_high:g} for white "
+                    "(--input-low, --input-high); a uint8 model gets 0 to 255"
+                )
+            if ready.nominal:
+                console.print(ready.nominal.statement(), markup=False)
             return
         _tell(conversion.convert(chosen))
 
@@ -266,7 +275,10 @@ def diffusion(
                 _show_plan(planned, chosen)
                 return
         elif dry_run:
+            ready = way.prepare(chosen)
+            console.print(ready.toml, markup=False)
             console.print("way: paper; no guarantee for any record; nothing will be charged")
+            console.print(ready.claim.statement(), markup=False)
             return
         _tell(way.diffuse(chosen))
 
@@ -276,14 +288,21 @@ def sample(
     release: Release,
     out: Annotated[Path, typer.Option(help="A folder of PNG files by class, or a file: .npz or .parquet.")],
     count: Annotated[int, typer.Option(min=1, help="Images in all.")] = 10_000,
-    classes: Annotated[str | None, typer.Option(help="Names of classes, with commas; all by default.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Names of classes, or their numbers from 0, with commas; all by default.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, max=4, help="Passes of the network for an image: 1, 2 or 4.")] = 2,
     seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    device: Device = None,
 ) -> None:
     """Samples a diffusion release, as many images as you like: the guarantee stays what it is."""
+    from .pipeline import check_device
     from .sampling import sample as run
 
-    run(release, out, count=count, classes=None if classes is None else classes.split(","), steps=steps, seed=seed)
+    device = device or "cpu"
+    check_device(device)
+    wanted = None if classes is None else classes.split(",")
+    run(release, out, count=count, classes=wanted, steps=steps, seed=seed, device=device)
     console.print(f"{count} images: {out}", markup=False)
 
 
@@ -442,6 +461,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, help="Networks to train, each from its own seed.")] = 1,
     classes: Classes = None,
     resize: Resize = None,
+    device: Device = None,
 ) -> None:
     """Tests a release on your images: a student as it is, synthetic images and samples by networks trained on them. It stays outside."""
     from .bundle.release import load_student, read_bundle
@@ -449,16 +469,19 @@ def evaluate(
     from .errors import InputError
     from .evaluation import Training, accuracy, evaluate
     from .files import write_whole
+    from .pipeline import check_device
     from .workspace import passing
 
+    device = device or "cpu"
+    check_device(device)
     _check_outside(out, release)
     synthetic = read_bundle(release)
     drawn = (release / "pipeline").is_dir()
     if drawn:  # of a diffusion model the shown samples are few: draw what a person would
         from .sampling import draw_set
 
-        synthetic = draw_set(release, SAMPLES)
-    student = load_student(release) if (release / "model").is_dir() else None
+        synthetic = draw_set(release, SAMPLES, device=device)
+    student = load_student(release).to(device) if (release / "model").is_dir() else None
     test = load_images(data, n_classes=classes, resize=resize)
     check_public_range(test)
     if test.images.shape[1:] != synthetic.images.shape[1:] or int(synthetic.labels.max()) >= test.n_classes:
@@ -476,7 +499,7 @@ def evaluate(
     epochs = 20 if drawn and epochs is None else epochs
     training = Training() if epochs is None else Training(epochs=epochs)
     with passing("training on the release") as progress:
-        result = evaluate(synthetic, test, training, seeds=range(seeds), progress=progress)
+        result = evaluate(synthetic, test, training, seeds=range(seeds), progress=progress, device=device)
     write_whole(out, json.dumps(result, indent=2) + "\n")
     said = f"accuracy {100 * result['mean']:.2f} % ± {100 * result['std']:.2f} over {seeds} networks"
     console.print(f"{said}; about the test data, so not covered by the guarantee; written to {out}", markup=False)

@@ -90,8 +90,13 @@ class RunConfig:
             raise ConfigError(f"Expected value_low below value_high, both or neither, got {span[0]} and {span[1]}.")
         if not (1 <= self.max_gib <= 2**20):
             raise ConfigError(f"Expected max_gib in 1..{2**20}, got {self.max_gib}.")
-        if self.device not in ("cpu", "cuda"):
-            raise ConfigError(f"Expected a device of cpu or cuda, got {self.device!r}.")
+        check_device_name(self.device)
+
+
+def check_device_name(device: str) -> None:
+    """Raises ConfigError on a device that nothing here runs on."""
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"Expected a device of cpu or cuda, got {device!r}.")
 
 
 NOMINAL = ("opaque", "paper")  # methods whose ε is the papers' own count

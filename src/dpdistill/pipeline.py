@@ -19,14 +19,17 @@ import numpy as np
 import torch
 
 from .bundle import BundleFacts, product_of, product_of_sampler, write_bundle
+from .bundle.diffusion_product import HEADS, MAX_WIDTH
+from .bundle.diffusion_product import shapes as sampler_shapes
 from .bundle.onnx_file import student_shapes
-from .bundle.tensors import MAX_ARRAYS
-from .config import DiffusionConfig, ModelConfig, RunConfig, build, config_hash, public_toml
+from .bundle.tensors import MAX_ARRAYS, MAX_HEADER
+from .config import DiffusionConfig, ModelConfig, RunConfig, build, check_device_name, config_hash, public_toml
 from .data import LabelledImages, Limits, check_public_range, load_images, procedural_images, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError, StorageError
 from .files import MAX_TOML, read_small
 from .mechanisms import Door, Vault, joined
 from .methods import DIFFUSION_METHODS, METHODS, MODEL_METHODS, Method, Public, Sampler, Student, Synthetic
+from .models import few_step
 from .privacy import Ledger, Planned, accounting, calibrate
 from .privacy import ledger as ledgers
 from .privacy.disk import sync_directory, write_atomically
@@ -122,6 +125,8 @@ def make_plan(
     check_size(config, image_shape, len(class_names))
     if isinstance(config, ModelConfig):
         check_student(settings, image_shape, len(class_names))
+    if isinstance(config, DiffusionConfig):
+        check_sampler(settings, image_shape, len(class_names))
     public = public_facts(config, image_shape, class_names)
     sigma = calibrate(lambda value: method.plan(settings, public, value), config.epsilon, config.delta)
     releases = method.plan(settings, public, sigma)
@@ -159,11 +164,28 @@ def check_student(settings: Any, image_shape: tuple[int, int, int], n_classes: i
         shapes = student_shapes({"image_shape": list(image_shape), "n_classes": n_classes, **config})
     except ReleaseError as error:
         raise ConfigError(str(error)) from None
+    _check_held(shapes, "width")
+
+
+def check_sampler(settings: Any, image_shape: tuple[int, int, int], n_classes: int) -> None:
+    """Raises ConfigError where the student that a `DistillationConfig` asks for cannot be made, or is more than a release may hold."""
+    few_step.check(image_shape)
+    channels, side, _ = image_shape
+    width = settings.token_width(image_shape)
+    if width % HEADS or not HEADS <= width <= MAX_WIDTH:
+        raise ConfigError(f"Expected student_width of auto or a multiple of {HEADS} up to {MAX_WIDTH}, got {width}.")
+    if n_classes > MAX_WIDTH:
+        raise ConfigError(f"a diffusion student knows at most {MAX_WIDTH} classes, not {n_classes:,}; merge some")
+    _check_held(sampler_shapes({"channels": channels, "side": side, "width": width}, n_classes), "student_width")
+
+
+def _check_held(shapes: Mapping[str, tuple[int, ...]], setting: str) -> None:
+    """Raises ConfigError where the arrays of a student are more than one file of a release may hold, its header too."""
     size = 4 * sum(math.prod(shape) for shape in shapes.values())
-    if size > MAX_ARRAYS:
+    if size > MAX_ARRAYS - MAX_HEADER:
         raise ConfigError(
-            f"a student of {size >> 20:,} MiB is more than the {MAX_ARRAYS >> 20} MiB that a release may hold; choose a smaller "
-            "--set width= or --resize"
+            f"a student of {-(-size >> 20):,} MiB is more than the {(MAX_ARRAYS - MAX_HEADER) >> 20} MiB that a release may hold; "
+            f"choose a smaller --set {setting}= or --resize"
         )
 
 
@@ -221,7 +243,7 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
     """
     with joined(config.device) as ranks, ExitStack() as stack:
         config = with_way(config)
-        check_device(config)
+        check_device(config.device)
         source = open_source(config)
         plan = make_plan(config, source.image_shape, source.class_names, source.models)
         ranks.agree(plan.toml.encode)
@@ -318,9 +340,10 @@ def check_alone(way: str) -> None:
             )
 
 
-def check_device(config: RunConfig) -> None:
-    """Raises ConfigError where the asked device is not there."""
-    if config.device == "cuda" and not torch.cuda.is_available():
+def check_device(device: str) -> None:
+    """Raises ConfigError where the asked device is none, or not there."""
+    check_device_name(device)
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: this machine or this build of torch has none; leave --device out")
 
 

@@ -102,7 +102,7 @@ def audit_release(
             f"{path}: it rests on no private release of ours (basis {checked.facts.basis!r}): nothing to audit"
         )
     config = configuration(checked.certificate, checked.facts.config_toml, data, auxiliary, device)
-    check_device(config)
+    check_device(config.device)
     if runs and not two_worlds.possible(config):
         raise ConfigError(
             f"{path}: no two-world audit of {with_way(config).method!r}, whose runs take too long to be made thousands of times; "

@@ -112,6 +112,10 @@ class DistillationConfig:
         if not SIGMA_MIN < self.sigma_max < math.inf:
             raise ConfigError(f"Expected a finite sigma_max above {SIGMA_MIN}, got {self.sigma_max}.")
 
+    def token_width(self, image_shape: tuple[int, int, int]) -> int:
+        """Of the student for these images: `student_width`, or what "auto" is."""
+        return (96 if max(image_shape) <= SMALL else 192) if self.student_width == "auto" else self.student_width
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
@@ -148,7 +152,7 @@ def distil(
     model = student(
         public.image_shape,
         public.n_classes,
-        width=(96 if small else 192) if config.student_width == "auto" else config.student_width,
+        width=config.token_width(public.image_shape),
         images=encoded(teacher.shown(seeds.images)),
         generator=workspace.generator("distillation-student"),
     ).to(device)

@@ -24,7 +24,7 @@ from torch.func import functional_call, grad, vmap
 from ...errors import ConfigError
 from ...mechanisms import PrivateData
 from ...models import edm
-from ...models.denoiser import Denoiser
+from ...models.denoiser import Denoiser, check_patch, check_sizes
 from ...privacy import GaussianSum, Planned
 from ..base import Public, Workspace
 from ..shared.checkpoints import resume
@@ -84,8 +84,7 @@ class DenoiserConfig:
         for name in ("clip_norm", "lr", "sigma_data", "p_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"Expected a finite {name} above 0, got {getattr(self, name)}.")
-        if self.width is not None and self.width % self.heads:
-            raise ConfigError(f"Expected heads={self.heads} to divide width={self.width}.")
+        check_sizes(width=self.width, depth=self.depth, heads=self.heads)
         if not (0 <= self.ema < 1 and 0 <= self.label_dropout <= 1 and math.isfinite(self.p_mean)):
             raise ConfigError("Expected ema in [0, 1), label_dropout in [0, 1] and a finite p_mean.")
 
@@ -99,6 +98,7 @@ def network(
     config: DenoiserConfig, public: Public, generator: torch.Generator, base: nn.Module | None = None
 ) -> Denoiser:
     """Returns the denoiser with fresh weights, correcting `base` where there is one."""
+    check_patch(config.patch, public.image_shape)
     side = max(public.image_shape[1:])
     patch = config.patch or (side if side <= SMALL_SIDE else min(8, -(-side // 4)))
     width = config.width or config.heads * -(-(32 if patch >= side else 64) // config.heads)

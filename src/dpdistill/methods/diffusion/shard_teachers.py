@@ -21,7 +21,7 @@ from ...errors import ConfigError
 from ...mechanisms import PrivateData
 from ...mechanisms.ensemble import Model
 from ...models import edm, few_step
-from ...models.denoiser import Denoiser
+from ...models.denoiser import Denoiser, check_patch, check_sizes
 from ...privacy import Planned, ShardSum
 from ..base import Public, Sampler, Workspace
 from .distillation import DistillationConfig, Teacher
@@ -73,6 +73,7 @@ class Config(DistillationConfig):
         for name in (*whole, "heads", "per_class", "seed_images", "sampling_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
+        check_sizes(width=self.width, depth=self.depth, heads=self.heads)
         for name in ("clip", "lr", "sigma_data"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"Expected a finite {name} above 0, got {getattr(self, name)}.")
@@ -83,6 +84,7 @@ class Config(DistillationConfig):
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
     """R sums over shards."""
     few_step.check(public.image_shape)
+    check_patch(config.patch, public.image_shape)
     dim = config.queries * math.prod(public.image_shape)
     query = ShardSum(
         name="shard-teachers",
