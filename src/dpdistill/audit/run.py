@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle.release import restore
 from ..bundle.verification import Checked, inspect
 from ..errors import ConfigError
 from ..pipeline import check_device, with_way
@@ -96,6 +97,7 @@ def audit_release(
       ReleaseError: the release is not what it says.
       ConfigError: it has no ledger of its own, so there is nothing to audit; or `runs` of its method cannot be made.
     """
+    restore(path)  # first: an audit that was killed may have left nothing at this path
     checked = inspect(path)
     if checked.facts.basis != "proved":
         raise ConfigError(

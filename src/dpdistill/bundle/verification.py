@@ -208,7 +208,9 @@ def read_files(root: Path) -> dict[str, bytes]:
                             f"{printable(root)} holds over 100 files; a release has at most {len(sizes)}"
                         )
     except OSError as error:
-        raise ReleaseError(f"{printable(root)}: not a release folder ({error.strerror})") from None
+        left = os.path.isdir(aside(root)) and not os.path.lexists(root)
+        hint = "; a stopped audit left it as .before beside: `dpdistill audit` again puts it back" if left else ""
+        raise ReleaseError(f"{printable(root)}: not a release folder ({error.strerror}){hint}") from None
     _raise([f"{name}: not a file of a release" for name in sorted(found - set(sizes))])
     if "certificate.json" not in found:
         raise ReleaseError("certificate.json: missing")
@@ -220,6 +222,11 @@ def read_files(root: Path) -> dict[str, bytes]:
     if sum((root / name).lstat().st_size for name in wanted) > MAX_RELEASE:
         raise ReleaseError(f"{printable(root)}: more than {MAX_RELEASE:,} bytes, so not a release of ours")
     return {name: read_file(root, name) for name in sorted(wanted)}
+
+
+def aside(root: Path) -> Path:
+    """Where a release lies for the moment in which an audited one takes its place."""
+    return Path(f"{os.path.abspath(root)}.before")
 
 
 def _folders(names: Iterable[str]) -> set[str]:
