@@ -100,7 +100,7 @@ def add_audit(path: Path, audit: Audit) -> None:
     """
     path = Path(os.path.abspath(path))  # "." has no name to put something beside
     partial, before = path.with_name(path.name + ".partial"), verification.aside(path)
-    checked = verification.inspect(path)
+    checked = verification.open_release(path)
     certificate = {**checked.certificate, "audit": audit.describe(), "pages": report.fingerprint()}
     files = {
         **checked.files,
