@@ -18,7 +18,7 @@ from torch import Tensor
 from .bundle import BundleFacts
 from .bundle.claims import Attested, Nominal
 from .bundle.product import ModelProduct
-from .bundle.release import student_of
+from .bundle.release import restore, student_of
 from .bundle.verification import open_release
 from .config import ModelConfig, build, config_hash, public_toml
 from .data import procedural_images, to_unit
@@ -109,6 +109,7 @@ def convert(
     ready = prepare(config, teacher)
     brought, settings, toml = ready.brought, ready.settings, ready.toml
     out, state = Path(config.out), Path(f"{Path(config.out)}.state")
+    restore(out, lambda found: _holds(found, toml))
     if os.path.lexists(out):
         return _same_release(out, state, toml)
     check_target(out)
@@ -171,10 +172,14 @@ def prepare(config: ModelConfig, teacher: Teacher | None = None) -> Prepared:
 
 def _same_release(out: Path, state: Path, toml: str) -> Path:
     """A finished conversion of this very teacher with these settings is the answer; anything else is in the way."""
-    if not any(holds(out / name, toml) for name in ("conversion.toml", "config.toml")):
+    if not _holds(out, toml):
         raise ReleaseError(f"{out} exists and holds something else; choose another --out or remove it")
     forget_rest(state, toml)
     return out
+
+
+def _holds(folder: Path, toml: str) -> bool:
+    return any(holds(folder / name, toml) for name in ("conversion.toml", "config.toml"))
 
 
 def bring(config: ModelConfig, given: Teacher | None = None) -> Brought:

@@ -22,6 +22,7 @@ from .bundle import BundleFacts, product_of, product_of_sampler, write_bundle
 from .bundle.diffusion_product import HEADS, MAX_WIDTH
 from .bundle.diffusion_product import shapes as sampler_shapes
 from .bundle.onnx_file import student_shapes
+from .bundle.release import restore
 from .bundle.tensors import MAX_ARRAYS, MAX_HEADER
 from .config import DiffusionConfig, ModelConfig, RunConfig, build, check_device_name, config_hash, public_toml
 from .data import LabelledImages, Limits, check_public_range, load_images, procedural_images, to_unit
@@ -280,8 +281,13 @@ def _state(config: RunConfig) -> Path:
 def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | None, stack: ExitStack) -> Held | None:
     """Opens the ledger until the end of `stack`, and the vault, and announces the run. None where its release is there already."""
     out, state = Path(config.out), _state(config)
+    restore(out, lambda found: _same(found, plan, source.ledger))
     if os.path.lexists(out):
-        _already_there(out, state, plan, source.ledger)
+        if not _same(out, plan, source.ledger):
+            raise ReleaseError(
+                f"{out} exists and holds something else, or other data's release; choose another --out or remove it"
+            )
+        forget_rest(state, plan.toml)
         return None
     check_target(out)
     check_same_run(state, plan.toml)
@@ -406,19 +412,15 @@ def begin(state: Path, toml: str) -> None:
         raise ConfigError(f"{state}: cannot be written ({error.strerror}); choose another --out") from error
 
 
-def _already_there(out: Path, state: Path, plan: Plan, ledger: Callable[[], Path]) -> None:
-    """A finished release of this configuration, on a ledger that this data's goes on from, is the answer; anything else is in the way."""
+def _same(folder: Path, plan: Plan, ledger: Callable[[], Path]) -> bool:
+    """Whether this is a finished release of this configuration, on a ledger that this data's goes on from: then it is the answer."""
     try:
-        same = read_small(out / "config.toml", MAX_TOML) == plan.toml.encode()
-        mine = read_small(out / "ledger.jsonl", ledgers.MAX_BYTES) if same else b""
-        same = same and read_small(ledger(), ledgers.MAX_BYTES).startswith(mine)
-    except InputError:
-        same = False
-    if not same:
-        raise ReleaseError(
-            f"{out} exists and holds something else, or other data's release; choose another --out or remove it"
+        mine = (
+            read_small(folder / "ledger.jsonl", ledgers.MAX_BYTES) if holds(folder / "config.toml", plan.toml) else None
         )
-    forget_rest(state, plan.toml)
+        return mine is not None and read_small(ledger(), ledgers.MAX_BYTES).startswith(mine)
+    except InputError:
+        return False
 
 
 def holds(path: Path, toml: str) -> bool:

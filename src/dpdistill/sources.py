@@ -6,6 +6,7 @@ Read, checked and handed on behind one handle; nothing here looks at what they s
 import fcntl
 import hashlib
 import hmac
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterable
@@ -24,6 +25,8 @@ from .privacy import Ledger
 from .privacy.disk import write_atomically
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .models.teachers import Teacher
 
 
@@ -148,10 +151,23 @@ def owners(config: ModelConfig) -> Source:
         unit="owner",
         ledger=lambda: named_ledger(config) if config.ledger else ledger_of(hashes),
         handle=lambda ledger, vault, ranks: Ensemble.of_models(
-            [t.outputs for t in teachers], len(names), ledger, vault, ranks=ranks
+            [voting(t) for t in teachers], len(names), ledger, vault, ranks=ranks
         ),
         models=len(teachers),
     )
+
+
+def voting(teacher: "Teacher") -> Callable[["Tensor"], "Tensor"]:
+    """What an owner's model votes by. Where it fails, or answers no number, on an image unlike the probe's, its scores are NaN, which is a
+    vote like another: a run that ended there would tell of that one owner's model, after the charge."""
+
+    def scores(x: "Tensor") -> "Tensor":
+        try:
+            return teacher.outputs(x)
+        except InputError:
+            return x.new_full((len(x), teacher.n_classes), math.nan)
+
+    return scores
 
 
 def read_teacher(

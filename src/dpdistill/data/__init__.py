@@ -183,11 +183,11 @@ def check_arguments(
     """Refuses settings that no file could fit."""
     check_resize(source, resize, limits)
     if channels not in (None, 1, 3):
-        raise InputError(source, "channels must be 1 or 3")
+        raise InputError(source, "channels must be 1 or 3", "--set channels=1, --set channels=3, or leave it out")
     try:
         check_value_range(value_range)
     except (TypeError, ValueError):
-        raise InputError(source, "value_range must be two finite numbers, low before high") from None
+        raise InputError(source, "value_range must be two finite numbers, low before high", "(0, 1) is usual") from None
 
 
 def check_images(source: str, images: Images, resize: int | None, channels: int | None, limits: Limits) -> Images:

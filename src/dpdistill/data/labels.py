@@ -21,7 +21,7 @@ ONE_CLASS = ("image",)  # of images without labels
 def check_names(path: object, names: Sequence[object], limits: Limits) -> tuple[str, ...]:
     """Returns a class list. Empty, repeated, overlong or unprintable names are refused."""
     if not 1 <= len(names) <= limits.max_classes:
-        raise InputError(path, f"needs a list of 1 to {limits.max_classes:,} class names")
+        raise InputError(path, f"needs a list of 1 to {limits.max_classes:,} class names", "name every class")
     checked = tuple(name for name in names if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable())
     if len(checked) != len(names):
         raise InputError(path, "has a class name that is not 1 to 200 printable characters", "rename the class")
@@ -57,7 +57,9 @@ def resolve_classes(
                 f"give --classes K, or --set class_names=A,B,…: {WHY_DECLARED}",
             )
         if not isinstance(n_classes, int) or not 1 <= n_classes <= limits.max_classes:
-            raise InputError(path, f"n_classes must be a whole number in 1..{limits.max_classes}")
+            raise InputError(
+                path, f"n_classes must be a whole number in 1..{limits.max_classes}", "choose another --classes"
+            )
         return tuple(str(k) for k in range(n_classes))
     given = None if class_names is None else check_names(path, class_names, limits)
     names = given if in_file is None else check_names(path, in_file, limits)
@@ -82,7 +84,7 @@ def check_labels(path: object, labels: np.ndarray, n_images: int, n_classes: int
     if labels.dtype.kind not in "iuf":
         raise InputError(path, "labels must be whole numbers", "store the position of each label in the class list")
     if len(labels) != n_images:
-        raise InputError(path, "has not the same number of images and labels")
+        raise InputError(path, "has not the same number of images and labels", "save one label for each image")
     if labels.dtype.kind == "f" and not np.array_equal(labels, np.trunc(labels)):  # NaN differs from itself
         raise InputError(path, "labels must be whole numbers", "store them as int64")
     if len(labels) and not (labels.min() >= 0 and labels.max() < n_classes):

@@ -176,7 +176,9 @@ def to_nchw(path: object, images: Images, scratch: str | None = None) -> Images:
         if not first and not last:
             raise InputError(path, "has images with neither 1 nor 3 channels", "save grey as [N, H, W], colour as RGB")
     else:
-        raise InputError(path, "has images that are not [N, H, W], [N, H, W, C] or [N, C, H, W]")
+        raise InputError(
+            path, "has images that are not [N, H, W], [N, H, W, C] or [N, C, H, W]", "reshape them, and save them again"
+        )
     dtype = np.dtype(np.uint8 if images.dtype == np.uint8 else np.float32)
     if isinstance(images, StoredArray) and first and images.dtype == dtype:
         return images

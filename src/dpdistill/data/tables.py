@@ -118,7 +118,8 @@ def read_tables(
             if declared[-1] != declared[0]:
                 raise InputError(path, "lists other classes than the shards before it", "write all shards together")
             if n_rows > limits.max_images:
-                raise InputError(path, f"belongs to a data set of more than {limits.max_images:,} images")
+                reason = f"belongs to a data set of more than {limits.max_images:,} images"
+                raise InputError(path, reason, "give fewer of its shards")
     labels: list[np.ndarray] = []
     ids: list[str] = []
 
