@@ -39,6 +39,17 @@ def test_few_records_for_the_noise_are_embedded(records: int, epsilon: float, st
     )
 
 
+def test_the_advice_says_why_there_is_no_dp_sgd() -> None:
+    """Few records, or a person who wants none: not the one for the other."""
+    given: list[tuple[int, Any, str]] = [(60_000, 0.0, "as share_denoiser=0 asks"), (2_000, "auto", "so few records")]
+    for records, share, said in given:
+        found = config(expected_records=records, target_epsilon=10.0, share_denoiser=share)
+        (line,) = (line for line in dpsad.advice(found, PUBLIC, 10.0, 1e-5) if "no DP-SGD" in line)
+        assert said in line
+    many = config(expected_records=60_000, target_epsilon=10.0, warm_start="embedding")
+    assert not any("few records" in line for line in dpsad.advice(many, PUBLIC, 10.0, 1e-5))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_each_start_spends_all_that_dp_sgd_leaves(share: float) -> None:
     for start, names in (

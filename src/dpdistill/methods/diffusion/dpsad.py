@@ -156,13 +156,16 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
         lines.append(
             f"DP-SGD has {config.share:.0%} of the budget: {config.steps} steps of {config.expected_batch} records"
         )
-    else:
+    elif config.weight < MANY:
         lines.append(
             "no DP-SGD: with so few records, one-shot statistics are worth more (--set share_denoiser=0.5 to have it)"
         )
+    else:
+        lines.append("no DP-SGD, as share_denoiser=0 asks: with so many records, auto would give it half of the budget")
     if config.start == "embedding":
+        why = "few records for this noise" if config.weight < FEW else "as warm_start=embedding asks"
         lines.append(
-            "few records for this noise: the whole warm start is one embedding of each class (--set warm_start=mixture for the other way)"
+            f"{why}: the whole warm start is one embedding of each class (--set warm_start=mixture for the other way)"
         )
     if per_class < 40 * noise:
         lines.append(

@@ -37,9 +37,10 @@ SMALL_SIDE = 12  # up to here, one patch covers the image
 class DenoiserConfig:
     """Public settings.
 
-    Memory: about 1 MiB for each of the `chunk` · `multiplicity` images of 28x28 that pass through the network at once, beside gradients of
-    4·P bytes a record of the door's micro-batch: 100 MiB at multiplicity 4 and micro-batches of 64. The door computes whole
-    micro-batches, padded ones too: an `expected_batch` a little below a multiple of `micro_batch` wastes least.
+    Memory: about 1 MiB for each of the `chunk` · `multiplicity` images of 28x28 that pass through the network at once, beside 12·P bytes a
+    record of the door's micro-batch (its gradient, then the same in whole numbers): 64 MiB and 0.5 GiB with the defaults and the door's
+    256, where P = 158,897. The door computes whole micro-batches, padded ones too: an `expected_batch` a little below a multiple of 256
+    wastes least.
 
     Attributes:
       expected_records: public guess of the number of records, all classes together; never taken from the data.
