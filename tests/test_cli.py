@@ -169,7 +169,14 @@ def test_a_dry_run_with_an_opaque_teacher_says_both_counts_and_what_it_is_fed(dp
     [
         (["dataset", "--data", "none.npz"], "none.npz: does not exist"),
         (["dataset", "--data", ""], ""),
-        (["dataset"], "missing: data"),
+        (["dataset"], "missing: data; give --data"),
+        (["diffusion", "--data", "private.npz"], "give --expected-records"),
+        (
+            ["diffusion", "--data", "private.npz", "--expected-records", "13", "--set", "warm_start=foo"],
+            "settings.warm_start = 'foo': expected auto or mixture or embedding",
+        ),
+        (["dataset", "--data", "private.npz", "--set", "channels=2"], "channels = '2': expected 1 or 3 or none"),
+        (["dataset", "--data", "private.npz", "--set", "share_tones=x"], "share_tones = 'x': expected float or auto"),
         (["dataset", "--data", "private.npz", "--method", "joined"], "unknown method 'joined'; known: joint"),
         (["dataset", "--data", "private.npz", "--set", "stepz=3"], "did you mean settings.steps?"),
         (["dataset", "--data", "private.npz", "--set", "epsilonn=3"], "did you mean epsilon?"),
@@ -192,7 +199,10 @@ def test_a_dry_run_with_an_opaque_teacher_says_both_counts_and_what_it_is_fed(dp
         (["plan", "--shape", "1,4,28"], "8 to 64"),
         (["plan", "--shape", "3,-9,9999999"], "8 to 64"),
         (["plan", "--classes", "0"], "at least one class"),
-        (["plan", "--method", "dosser"], "expected_records_per_class"),
+        (
+            ["plan", "--method", "dosser"],
+            "expected_records_per_class",
+        ),
     ],
     ids=lambda value: " ".join(value[:6]) if isinstance(value, list) else "",
 )
@@ -206,10 +216,34 @@ def test_an_error_is_one_line_with_the_way_out(words: list[str], message: str, d
 
 
 def test_a_wrong_flag_has_exit_code_2(dp: Cli) -> None:
-    for words in (["dataset", "--epsilon", "much"], ["dataset", "--nonsense"], ["nonsense"], ["evaluate", "o"]):
-        code, _, err = dp(*words)
-        assert code == 2
-        assert "Traceback" not in err
+    """And one line, however long what was typed is."""
+    for words, message in (
+        (["dataset", "--epsilon", "much"], "Invalid value for '--epsilon'"),
+        (["dataset", "--nonsense"], "No such option: --nonsense"),
+        (["dataset", "--epsilo", "1"], "--epsilon"),
+        (["dataset", "--epsilon"], "Option '--epsilon' requires an argument"),
+        (["nonsense"], "No such command 'nonsense'"),
+        (["evaluate", "o"], "Missing option '--data'"),
+        (["verify"], "(see `dpdistill verify --help`)"),
+        (["verify", "a", "b"], "unexpected extra argument"),
+        (["sample", "o", "--out", "p", "--steps", "9"], "Invalid value for '--steps'"),
+        (["dataset", "--non\x1bsense" + "e" * 300], "No such option"),
+    ):
+        code, out, err = dp(*words)
+        assert (code, out) == (2, "")
+        assert err.startswith("dpdistill: ")
+        assert err.count("\n") == 1
+        assert err[:-1].isprintable()
+        assert message in err
+        assert " --help`)" in err
+
+
+def test_help_is_shown_where_it_is_asked_for(dp: Cli) -> None:
+    for words in (["--help"], ["dataset", "--help"]):
+        code, out, err = dp(*words)
+        assert (code, err) == (0, "")
+        assert "Usage:" in out
+    assert "Usage:" in "".join(dp()[1:])
 
 
 def test_a_disk_that_does_not_take_it(dp: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from dpdistill.config import ModelConfig, RunConfig, build, config_hash, public_toml, read
 from dpdistill.errors import ConfigError
-from dpdistill.methods import METHODS
+from dpdistill.methods import METHODS, MODEL_METHODS
 from dpdistill.methods.joint import Config as Joint
 
 
@@ -200,6 +200,22 @@ def test_a_file_that_is_wrong(tmp_path: Path, text: str, message: str) -> None:
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ConfigError, match=message):
         read(file, {}, [])
+
+
+def test_what_is_missing_is_named_as_it_is_given() -> None:
+    with pytest.raises(ConfigError, match="missing: data; give --data"):
+        read(None, {}, [])
+    with pytest.raises(ConfigError, match=r"missing: settings\.models; give --set models=…"):
+        build(MODEL_METHODS["votes"].Config, {}, "settings.")
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("whole", "int"), ("perhaps", "float or none"), ("either", "float or auto"), ("word", "a or b")],
+)
+def test_a_value_of_another_kind_says_which_there_are(name: str, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=rf"settings\.{name} = 'foo': expected {wanted}$"):
+        build(Kinds, {name: "foo"}, "settings.")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from .errors import DpdistillError, printable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+UsageError: Any = typer.BadParameter.__bases__[0]  # of click, or of the click that newer typers bring along
 RESUMED = ("dataset", "model", "diffusion")  # commands that keep what was done
 SAMPLES = 10_000  # drawn of a diffusion model to evaluate it
 FIRST = (
@@ -546,7 +547,11 @@ def _read_evaluation(path: Path) -> Any:
 def main() -> None:
     """Entry point: an error a person can cause is one line on stderr and exit code 2."""
     try:
-        app()
+        sys.exit(app(standalone_mode=len(sys.argv) < 2))  # typed alone, it shows its help
+    except UsageError as error:
+        verb = f"{error.ctx.info_name} " if error.ctx and error.ctx.parent else ""
+        _say(printable(" ".join(f"{error.format_message()} (see `dpdistill {verb}--help`)".split())))
+        sys.exit(2)
     except DpdistillError as error:
         _say(" ".join(str(error).split("\n")))  # its lines are printable
         sys.exit(2)

@@ -260,8 +260,14 @@ def _convert(name: str, value: Any, wanted: Any) -> Any:
                 return tuple(value)
         if typing.get_origin(option) is not None and isinstance(value, Mapping):
             return dict(value)
-    readable = getattr(wanted, "__name__", str(wanted))
-    raise ConfigError(f"{name} = {_said(value)}: expected {readable}")
+    raise ConfigError(f"{name} = {_said(value)}: expected {' or '.join(map(_readable, options))}")
+
+
+def _readable(option: Any) -> str:
+    """A type as a message names it: of some values, those."""
+    if typing.get_origin(option) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(option)))
+    return "none" if option is type(None) else getattr(option, "__name__", str(option))
 
 
 def _said(value: Any, most: int = 100) -> str:
@@ -298,7 +304,8 @@ def build(kind: type[Any], values: Mapping[str, Any], where: str = "", others: I
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values
     ]
     if missing:
-        raise ConfigError(f"missing: {where}{missing[0]}")
+        way = f"--set {missing[0]}=…" if where else f"--{missing[0].replace('_', '-')}"
+        raise ConfigError(f"missing: {where}{missing[0]}; give {way}")
     return kind(**{key: _convert(where + key, value, hints[key]) for key, value in values.items()})
 
 
