@@ -126,6 +126,42 @@ def test_a_file_of_settings(dp: Cli, tmp_path: Path) -> None:
     assert dp("dataset", "--config", "c.toml", "--dry-run", *SETTINGS)[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("model", ["--set", "teacher_dims=6", "--set", "teacher_steps=2"]),
+        ("model", ["--shards", 5, "--expected-records", 13, "--set", "queries=20"]),
+        ("diffusion", ["--expected-records", 13]),
+        ("diffusion", ["--expected-records", 13, "--method", "shards"]),
+    ],
+    ids=["teacher", "votes", "dpsad", "shards"],
+)
+def test_the_plan_of_a_model_needs_no_data(kind: str, more: list[object], dp: Cli, tmp_path: Path) -> None:
+    given = ["--epsilon", 3, "--per-class", 1, *more]
+    code, out, err = dp("plan", kind, "--shape", "1,8,8", "--classes", 2, *given)
+    assert (code, err) == (0, "")
+    assert "planned: ε = 3" in out or "planned: ε = 2.99" in out
+    assert dp(kind, "--data", "private.npz", *given, "--dry-run") == (0, out, "")
+    assert names(tmp_path) == ["private.npz", "test.npz"]
+
+
+def test_a_model_s_file_is_planned_as_a_model_s(dp: Cli, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('data = "private.npz"\nexpected_records = 13\nper_class = 1\n')
+    code, out, _ = dp("plan", "diffusion", "--shape", "1,8,8", "--config", "c.toml")
+    assert code == 0
+    assert 'method = "dpsad"' in out
+    assert "records a class" in out  # the advice
+    for key, said in (("teacher", "have to be read"), ("teachers", "have to be read")):
+        (tmp_path / "c.toml").write_text(f'{key} = "t.onnx"\n')
+        code, out, err = dp("plan", "model", "--config", "c.toml")
+        assert (code, out) == (2, "")
+        assert said in err
+    (tmp_path / "c.toml").write_text('method = "paper"\naccept_no_record_guarantee = true\nexpected_records = 9\n')
+    code, out, err = dp("plan", "diffusion", "--config", "c.toml")
+    assert (code, out) == (2, "")
+    assert "nothing to plan" in err
+
+
 PAPER = ["diffusion", "--method", "paper", "--accept-no-record-guarantee", "--expected-records", 13, "--dry-run"]
 
 
@@ -193,6 +229,9 @@ def test_a_dry_run_with_an_opaque_teacher_says_both_counts_and_what_it_is_fed(dp
         (["sample", "none", "--out", "x.tar"], "give --out a name ending in .npz or .parquet"),
         (["sample", "none", "--out", "x.npz", "--device", "tpu"], "cpu or cuda"),
         (["evaluate", "none", "--data", "test.npz", "--device", "tpu"], "cpu or cuda"),
+        (["plan", "students"], "plan students: expected plan dataset, plan model, plan diffusion"),
+        (["plan", "--shards", "5"], "unknown setting shards"),
+        (["plan", "diffusion"], "--expected-records"),
         (["plan", "--shape", "1,28"], "--shape 1,28: expected channels,height,width"),
         (["plan", "--shape", "a,b,c"], "--shape a,b,c"),
         (["plan", "--shape", "2,28,28"], "1 or 3 channels"),

@@ -14,6 +14,7 @@ from .errors import DpdistillError, printable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 UsageError: Any = typer.BadParameter.__bases__[0]  # of click, or of the click that newer typers bring along
+PLANS = {"dataset": "RunConfig", "model": "ModelConfig", "diffusion": "DiffusionConfig"}
 RESUMED = ("dataset", "model", "diffusion")  # commands that keep what was done
 SAMPLES = 10_000  # drawn of a diffusion model to evaluate it
 FIRST = (
@@ -55,6 +56,11 @@ def _config(kind: str = "RunConfig", **flags: Any) -> Any:
     return config.read(file, flags, assignments, getattr(config, kind))
 
 
+def _show_advice(plan: Any) -> None:
+    for line in plan.advice:
+        console.print(line, markup=False)
+
+
 def _show_plan(plan: Any, config: Any) -> None:
     console.print(plan.toml, markup=False)
     table = Table("release", "times", "rows × coordinates", "sampling", "noise multiplier")
@@ -71,31 +77,47 @@ def _show_plan(plan: Any, config: Any) -> None:
 
 @app.command()
 def plan(
+    kind: Annotated[str, typer.Argument(help="Of what: dataset, model or diffusion.")] = "dataset",
     shape: Annotated[str, typer.Option(help="channels,height,width of the images.")] = "1,28,28",
     classes: Classes = None,
     epsilon: Epsilon = None,
     delta: Delta = None,
     per_class: PerClass = None,
-    method: MethodName = None,
+    method: Annotated[
+        str | None, typer.Option(help="joint, dosser or ndpdc; of a diffusion model dpsad, dpdm or shards.")
+    ] = None,
+    shards: Annotated[str | None, typer.Option(help="Of a model: as `model --shards`.")] = None,
+    expected_records: Annotated[
+        int | None, typer.Option(help="Public guess of the number of records, for a diffusion model or --shards auto.")
+    ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
 ) -> None:
     """Shows what a run would ask of the door and cost, without any data."""
+    from .config import PLANNED
+    from .errors import ConfigError
     from .pipeline import make_plan
     from .sources import parse_shape
 
+    if kind not in PLANS:
+        raise ConfigError(f"plan {kind}: expected plan {', plan '.join(PLANS)}")
     chosen = _config(
-        data="",
+        PLANS[kind],
+        data=PLANNED,
         epsilon=epsilon,
         delta=delta,
         per_class=per_class,
         method=method,
         classes=classes,
+        shards=shards,
+        expected_records=expected_records,
         config=config,
         assignments=assignments,
     )
     names = tuple(str(k) for k in range(chosen.classes or 10))
-    _show_plan(make_plan(chosen, parse_shape(shape), names), chosen)
+    planned = make_plan(chosen, parse_shape(shape), names)
+    _show_advice(planned)
+    _show_plan(planned, chosen)
 
 
 @app.command()
@@ -199,8 +221,7 @@ def model(
             if dry_run or (chosen.way == "votes" and FIRST):
                 source = sources.open_source(chosen)
                 planned = pipeline.make_plan(chosen, source.image_shape, source.class_names, source.models)
-                for line in planned.advice:
-                    console.print(line, markup=False)
+                _show_advice(planned)
             if dry_run:
                 _show_plan(planned, chosen)
                 return
@@ -270,8 +291,7 @@ def diffusion(
             if dry_run or FIRST:
                 source = sources.open_source(chosen)
                 planned = pipeline.make_plan(chosen, source.image_shape, source.class_names)
-                for line in planned.advice:
-                    console.print(line, markup=False)
+                _show_advice(planned)
             if dry_run:
                 _show_plan(planned, chosen)
                 return

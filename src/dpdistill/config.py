@@ -99,6 +99,7 @@ def check_device_name(device: str) -> None:
         raise ConfigError(f"Expected a device of cpu or cuda, got {device!r}.")
 
 
+PLANNED = "planned"  # stands for the data of a run that is planned and not made
 NOMINAL = ("opaque", "paper")  # methods whose ε is the papers' own count
 WAYS = ("teacher", "votes", "conversion", "opaque")
 
@@ -150,6 +151,10 @@ class ModelConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = [name for name in ("data", "teachers", "teacher") if getattr(self, name)]
+        if self.data == PLANNED and len(given) > 1:
+            raise ConfigError(
+                "models that someone brings have to be read; `dpdistill model --dry-run` says what they cost"
+            )
         if len(given) != 1:
             raise ConfigError(
                 "give one of --data (private images), --teachers (a folder of models that vote), --teacher (one model)"

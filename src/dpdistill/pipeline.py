@@ -109,6 +109,10 @@ def make_plan(
     if config.method not in known:
         raise ConfigError(f"unknown method {config.method!r}; known: {', '.join(known)}")
     method: Any = known[config.method]
+    if not hasattr(method, "plan"):
+        raise ConfigError(
+            f"{config.method} asks nothing of the door, so there is nothing to plan; --dry-run says what it counts"
+        )
     given: dict[str, Any] = {"per_class": config.per_class}
     if isinstance(config, DiffusionConfig):
         given |= {"unit_moves": 2} if config.method == "shards" else {"expected_records": config.expected_records}
