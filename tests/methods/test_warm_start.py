@@ -64,6 +64,18 @@ def test_each_start_spends_all_that_dp_sgd_leaves(share: float) -> None:
         assert len(plan) == len(full) + (share > 0)
 
 
+def test_only_a_coarse_mixture_of_several_classes_has_a_guide() -> None:
+    """Samples of a fine one are no better for being chosen, so all that a guide would cost is the mixture's."""
+    several, one = made_up_public(3, 28), replace(made_up_public(3, 28), class_names=("a",))
+    for public, epsilon, guided in ((several, 1.0, True), (several, 10.0, False), (one, 1.0, False)):
+        found = config(expected_records=15_000, target_epsilon=epsilon, share_denoiser=0.0, warm_start="mixture")
+        assert (found.dims(public) == 256) == (epsilon == 10)
+        plan = dpsad.plan(found, public, 4.0)
+        assert ("teacher-gradient" in [planned.query.name for planned in plan]) == guided
+        spent = sum(planned.count / planned.query.noise_multiplier**2 for planned in plan)
+        assert spent == pytest.approx(1 / 16)
+
+
 def test_a_mixture_fitted_to_images_draws_such_images() -> None:
     g = torch.Generator().manual_seed(0)
     images = torch.full((2, 300, 1, 8, 8), -1.0)

@@ -39,6 +39,7 @@ EMBEDDING = EmbeddingConfig(at_once=1000, bf16=True)
 N_GENERATED = 2000  # images of each class that the finer mixture is fitted to; of many classes, fewer of each
 MOST_GENERATED, MOST_AT_ONCE = 50_000, 5_000  # of all classes: that, and images for one step of the generator
 FINER = 5  # its components, in those of the noisy one
+FINE_STEPS = 8_000  # of a student whose teacher has a fine mixture
 N_DRAWN = 3000  # samples of the teacher that show what tones it has
 MANY = 50_000  # records for each unit of a sum's noise: below, DP-SGD was not worth its budget
 FEW = 6_000  # below, a mixture was behind an embedding (digits: 390 and 2,900); above, ahead of it (letters: 16,000)
@@ -118,6 +119,15 @@ class Config(DenoiserConfig, DistillationConfig):
         dims = mix.dims_for(self.weight, public.n_classes) if self.pixel_dims == "auto" else self.pixel_dims
         return min(dims, math.prod(public.image_shape))
 
+    def distilling(self, public: Public) -> "Config":
+        """These settings, with the student's steps where they are left open: what a fine mixture shows takes four times as many."""
+        longer = self.student_steps == "auto" and self.start == "mixture" and self.dims(public) >= mix.FINE_DIMS
+        return replace(self, student_steps=FINE_STEPS) if longer else self
+
+    def guided(self, public: Public) -> bool:
+        """Whether a guide chooses samples: of one class each fits, and those of a fine mixture are no better for it."""
+        return public.n_classes > 1 and self.dims(public) < mix.FINE_DIMS
+
     @property
     def start(self) -> Literal["mixture", "embedding"]:
         """How the warm start is made."""
@@ -135,7 +145,7 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
     if config.start == "embedding":
         releases = [embedding.planned("dpsad", EMBEDDING, public, sigma / math.sqrt(rest))]
     else:
-        guided = public.n_classes > 1  # of one class, every sample is
+        guided = config.guided(public)
         guide = rest * (1 - config.share_tones) * config.share_guide * guided
         each = (rest * (1 - config.share_tones) - guide) / 3
         dims, rows = config.dims(public), public.n_classes
@@ -176,7 +186,7 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
 
 def run(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Sampler:
     """Asks the door, trains the teacher, and distils it."""
-    return finish(train(config, public, private, plan, workspace), public, config, workspace)
+    return finish(train(config, public, private, plan, workspace), public, config.distilling(public), workspace)
 
 
 def train(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Teacher:
@@ -225,5 +235,5 @@ def _mixed(config: Config, public: Public, private: PrivateData, plan: list[Plan
     space = mix.pixel_space(linear.public_images(public), config.dims(public))
     fitted = mix.fit(space, config.components, private, queries[:3], workspace)
     wanted = tones.fit(queries[3], private, workspace)
-    guide = linear.train(GUIDE, public, private, plan[4:6], workspace) if public.n_classes > 1 else None
+    guide = linear.train(GUIDE, public, private, plan[4:6], workspace) if config.guided(public) else None
     return mix.denoiser(space, fitted).to(workspace.device), guide, wanted
