@@ -197,7 +197,7 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
                 add("teacher", drawn, sampling_seconds=time.monotonic() - at)
                 if setting == "teacher":
                     return rows
-                made = student_of.finish(teacher, public, settings, workspace)
+                made = student_of.finish(teacher, public, settings.distilling(public), workspace)
             else:
                 made = method.run(settings, public, private, plan, workspace)
     if isinstance(made, Synthetic):

@@ -4,7 +4,8 @@
 
 Two worlds that differ in the label of one of scikit-learn's digits. The observer knows everything but which world is real, and sees what
 is released. From each release it computes the log-likelihood ratio of the two worlds: ε-DP keeps its typical size near ε, whatever the
-observer knows. About a minute on one core.
+observer knows. The ways are acted out here in a few lines each, with the package's own steps and settings where they fit, and without
+a ledger, since both worlds have to be run. About a minute on one core.
 """
 
 import math

@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dpdistill import cli, pipeline
+from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.bundle.verification import verify
+from dpdistill.models.wavelet_net import WaveletNet
 
 TINY = [
     "steps=4",
@@ -124,11 +127,92 @@ def test_a_file_of_settings(dp: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("model", ["--set", "teacher_dims=6", "--set", "teacher_steps=2"]),
+        ("model", ["--shards", 5, "--expected-records", 13, "--set", "queries=20"]),
+        ("diffusion", ["--expected-records", 13]),
+        ("diffusion", ["--expected-records", 13, "--method", "shards"]),
+    ],
+    ids=["teacher", "votes", "dpsad", "shards"],
+)
+def test_the_plan_of_a_model_needs_no_data(kind: str, more: list[object], dp: Cli, tmp_path: Path) -> None:
+    given = ["--epsilon", 3, "--per-class", 1, *more]
+    code, out, err = dp("plan", kind, "--shape", "1,8,8", "--classes", 2, *given)
+    assert (code, err) == (0, "")
+    assert "planned: ε = 3" in out or "planned: ε = 2.99" in out
+    assert dp(kind, "--data", "private.npz", *given, "--dry-run") == (0, out, "")
+    assert names(tmp_path) == ["private.npz", "test.npz"]
+
+
+def test_a_model_s_file_is_planned_as_a_model_s(dp: Cli, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('data = "private.npz"\nexpected_records = 13\nper_class = 1\n')
+    code, out, _ = dp("plan", "diffusion", "--shape", "1,8,8", "--config", "c.toml")
+    assert code == 0
+    assert 'method = "dpsad"' in out
+    assert "records a class" in out  # the advice
+    for key, said in (("teacher", "have to be read"), ("teachers", "have to be read")):
+        (tmp_path / "c.toml").write_text(f'{key} = "t.onnx"\n')
+        code, out, err = dp("plan", "model", "--config", "c.toml")
+        assert (code, out) == (2, "")
+        assert said in err
+    (tmp_path / "c.toml").write_text('method = "paper"\naccept_no_record_guarantee = true\nexpected_records = 9\n')
+    code, out, err = dp("plan", "diffusion", "--config", "c.toml")
+    assert (code, out) == (2, "")
+    assert "nothing to plan" in err
+
+
+PAPER = ["diffusion", "--method", "paper", "--accept-no-record-guarantee", "--expected-records", 13, "--dry-run"]
+
+
+def test_a_dry_run_of_the_papers_form_reads_the_data_and_says_both_counts(dp: Cli, tmp_path: Path) -> None:
+    code, out, err = dp(*PAPER, "--data", "private.npz", "--epsilon", 2, "--set", "steps=20")
+    assert (code, err) == (0, "")
+    assert "steps = 20" in out
+    assert "NO differential-privacy guarantee for any record" in out
+    assert "By the paper's own count ε = 2" in out
+    assert "with the noise that was really added" in out
+    for words, said in (
+        (["--data", "none.npz"], "none.npz: does not exist"),
+        (["--data", "private.npz", "--set", "stepz=3"], "did you mean settings.steps?"),
+        (["--data", "private.npz", "--set", "student_width=6"], "student_width"),
+    ):
+        code, out, err = dp(*PAPER, *words)
+        assert (code, out) == (2, "")
+        assert said in err
+    assert names(tmp_path) == ["private.npz", "test.npz"]
+
+
+def test_a_dry_run_with_an_opaque_teacher_says_both_counts_and_what_it_is_fed(dp: Cli, tmp_path: Path) -> None:
+    net = WaveletNet((1, 8, 8), 3, width=8, groups=4, generator=torch.Generator().manual_seed(0))
+    weights = {name: value.numpy() for name, value in net.state_dict().items()}
+    (tmp_path / "t.onnx").write_bytes(student_onnx(weights, net.config))
+    command = ["model", "--teacher", "t.onnx", "--accept-no-record-guarantee", "--dry-run", "--input-high", 255]
+    code, out, err = dp(*command, "--epsilon", 2, "--set", "steps=20")
+    assert (code, err) == (0, "")
+    assert "steps = 20" in out
+    assert "NO differential-privacy guarantee for the teacher's training records" in out
+    assert "by the paper's count 2;" in out
+    assert "fed 0 for black and 255 for white (--input-low, --input-high)" in out
+    code, out, err = dp(*command, "--set", "stepz=3")
+    assert (code, out) == (2, "")
+    assert "did you mean settings.steps?" in err
+    assert names(tmp_path) == ["private.npz", "t.onnx", "test.npz"]
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["dataset", "--data", "none.npz"], "none.npz: does not exist"),
         (["dataset", "--data", ""], ""),
-        (["dataset"], "missing: data"),
+        (["dataset"], "missing: data; give --data"),
+        (["diffusion", "--data", "private.npz"], "give --expected-records"),
+        (
+            ["diffusion", "--data", "private.npz", "--expected-records", "13", "--set", "warm_start=foo"],
+            "settings.warm_start = 'foo': expected auto or mixture or embedding",
+        ),
+        (["dataset", "--data", "private.npz", "--set", "channels=2"], "channels = '2': expected 1 or 3 or none"),
+        (["dataset", "--data", "private.npz", "--set", "share_tones=x"], "share_tones = 'x': expected float or auto"),
         (["dataset", "--data", "private.npz", "--method", "joined"], "unknown method 'joined'; known: joint"),
         (["dataset", "--data", "private.npz", "--set", "stepz=3"], "did you mean settings.steps?"),
         (["dataset", "--data", "private.npz", "--set", "epsilonn=3"], "did you mean epsilon?"),
@@ -142,13 +226,22 @@ def test_a_file_of_settings(dp: Cli, tmp_path: Path) -> None:
         (["dataset", "--data", "private.npz", "--epsilon", "2", "--budget", "1"], "budget of at least"),
         (["dataset", "--data", "private.npz", "--out", "private.npz"], "choose another --out"),
         (["dataset", "--data", "private.npz", "--out", "private.npz/x", *SETTINGS], "choose another --out"),
+        (["sample", "none", "--out", "x.tar"], "give --out a name ending in .npz or .parquet"),
+        (["sample", "none", "--out", "x.npz", "--device", "tpu"], "cpu or cuda"),
+        (["evaluate", "none", "--data", "test.npz", "--device", "tpu"], "cpu or cuda"),
+        (["plan", "students"], "plan students: expected plan dataset, plan model, plan diffusion"),
+        (["plan", "--shards", "5"], "unknown setting shards"),
+        (["plan", "diffusion"], "--expected-records"),
         (["plan", "--shape", "1,28"], "--shape 1,28: expected channels,height,width"),
         (["plan", "--shape", "a,b,c"], "--shape a,b,c"),
         (["plan", "--shape", "2,28,28"], "1 or 3 channels"),
         (["plan", "--shape", "1,4,28"], "8 to 64"),
         (["plan", "--shape", "3,-9,9999999"], "8 to 64"),
         (["plan", "--classes", "0"], "at least one class"),
-        (["plan", "--method", "dosser"], "expected_records_per_class"),
+        (
+            ["plan", "--method", "dosser"],
+            "expected_records_per_class",
+        ),
     ],
     ids=lambda value: " ".join(value[:6]) if isinstance(value, list) else "",
 )
@@ -162,10 +255,34 @@ def test_an_error_is_one_line_with_the_way_out(words: list[str], message: str, d
 
 
 def test_a_wrong_flag_has_exit_code_2(dp: Cli) -> None:
-    for words in (["dataset", "--epsilon", "much"], ["dataset", "--nonsense"], ["nonsense"], ["evaluate", "o"]):
-        code, _, err = dp(*words)
-        assert code == 2
-        assert "Traceback" not in err
+    """And one line, however long what was typed is."""
+    for words, message in (
+        (["dataset", "--epsilon", "much"], "Invalid value for '--epsilon'"),
+        (["dataset", "--nonsense"], "No such option: --nonsense"),
+        (["dataset", "--epsilo", "1"], "--epsilon"),
+        (["dataset", "--epsilon"], "Option '--epsilon' requires an argument"),
+        (["nonsense"], "No such command 'nonsense'"),
+        (["evaluate", "o"], "Missing option '--data'"),
+        (["verify"], "(see `dpdistill verify --help`)"),
+        (["verify", "a", "b"], "unexpected extra argument"),
+        (["sample", "o", "--out", "p", "--steps", "9"], "Invalid value for '--steps'"),
+        (["dataset", "--non\x1bsense" + "e" * 300], "No such option"),
+    ):
+        code, out, err = dp(*words)
+        assert (code, out) == (2, "")
+        assert err.startswith("dpdistill: ")
+        assert err.count("\n") == 1
+        assert err[:-1].isprintable()
+        assert message in err
+        assert " --help`)" in err
+
+
+def test_help_is_shown_where_it_is_asked_for(dp: Cli) -> None:
+    for words in (["--help"], ["dataset", "--help"]):
+        code, out, err = dp(*words)
+        assert (code, err) == (0, "")
+        assert "Usage:" in out
+    assert "Usage:" in "".join(dp()[1:])
 
 
 def test_a_disk_that_does_not_take_it(dp: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

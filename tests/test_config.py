@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any, Literal
 
 import pytest
 
-from dpdistill.config import RunConfig, build, config_hash, public_toml, read
+from dpdistill.config import ModelConfig, RunConfig, build, config_hash, public_toml, read
 from dpdistill.errors import ConfigError
-from dpdistill.methods import METHODS
+from dpdistill.methods import METHODS, MODEL_METHODS
 from dpdistill.methods.joint import Config as Joint
 
 
@@ -201,6 +202,22 @@ def test_a_file_that_is_wrong(tmp_path: Path, text: str, message: str) -> None:
         read(file, {}, [])
 
 
+def test_what_is_missing_is_named_as_it_is_given() -> None:
+    with pytest.raises(ConfigError, match="missing: data; give --data"):
+        read(None, {}, [])
+    with pytest.raises(ConfigError, match=r"missing: settings\.models; give --set models=…"):
+        build(MODEL_METHODS["votes"].Config, {}, "settings.")
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("whole", "int"), ("perhaps", "float or none"), ("either", "float or auto"), ("word", "a or b")],
+)
+def test_a_value_of_another_kind_says_which_there_are(name: str, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=rf"settings\.{name} = 'foo': expected {wanted}$"):
+        build(Kinds, {name: "foo"}, "settings.")
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "none.toml", "does not exist"), (tmp_path, "not a regular file")):
         with pytest.raises(ConfigError, match=message):
@@ -264,3 +281,16 @@ def test_the_hash_is_of_what_shaped_the_result() -> None:
         assert public_toml(dataclasses.replace(base, **change), Joint(), 1.25) != text
     for settings, sigma in ((Joint(steps=399), 1.25), (Joint(), 1.26)):
         assert public_toml(base, settings, sigma) != text
+
+
+def test_every_way_out_that_a_reader_names_exists() -> None:
+    """Where an error says `--set name=…` or `--flag`, that is a setting of a run."""
+    source = Path(__file__).parents[1] / "src" / "dpdistill"
+    text = "".join(path.read_text() for place in ("data", "models/teachers") for path in (source / place).glob("*.py"))
+    named = set(re.findall(r"--set ([a-z_]+)=", text)) | {
+        flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", text)
+    }
+    known = {item.name for item in dataclasses.fields(ModelConfig)}
+    assert {"image_column", "split", "channels", "layout", "value_low"} <= named
+    assert named - {"set"} <= known
+    assert not re.findall(r'"[^"]*\b(?:pass|say) [a-z_]+=', text)  # Python's names, which the command line has not

@@ -86,7 +86,7 @@ def test_random_faults_one_after_another(toy: Study) -> None:
 
 
 # The last three are ways of others.
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"toy", "votes-by-id", "votes-of-owners", "dpdm"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"toy", "audit", "votes-by-id", "votes-of-owners", "dpdm"}))
 def test_every_method_at_some_calls(name: str, make: Callable[[str], Case], tmp_path: Path) -> None:
     study = Study(make(name), tmp_path)
     attempts = list(study.attempts(KINDS, all_variants=False))
@@ -95,6 +95,17 @@ def test_every_method_at_some_calls(name: str, make: Callable[[str], Case], tmp_
     released = numbers(study, "fsync", r"\.")[-1]  # the release is in place, and the key not yet forgotten
     study.strike(Fault("kill", released))
     assert sum(tried for tried, _ in study.counts.values()) >= 4
+
+
+def test_an_audit_at_some_of_its_own_calls(make: Callable[[str], Case], tmp_path: Path) -> None:
+    """Wherever it is stopped, the release is there or is put back, also by the command that made it, and nothing is paid twice."""
+    study = Study(make("audit"), tmp_path)
+    (released,) = numbers(study, "rmdir", r"out\.state")
+    (aside,), (_, swapped) = numbers(study, "rename", "out"), numbers(study, "rename", r"out\.partial")
+    assert released < aside == swapped - 1
+    for number in (*range(released + 5, aside, 12), aside, swapped, swapped + 1, swapped + 3):
+        study.strike(Fault("kill", number))
+        study.strike(Fault("eio", number, lasting=number == swapped))
 
 
 def test_killed_and_the_budget_is_raised(make: Callable[[str], Case], toy: Study, tmp_path: Path) -> None:

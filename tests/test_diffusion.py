@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dpdistill.bundle import verify
 from dpdistill.config import DiffusionConfig
+from dpdistill.data import load_images
 from dpdistill.diffusion import diffuse
-from dpdistill.errors import ConfigError, DpdistillError, ReleaseError
+from dpdistill.errors import ConfigError, DpdistillError, InputError, ReleaseError
 from dpdistill.sampling import draw_set, sample
 
 STUDENT = {
@@ -67,6 +69,33 @@ def test_from_records_to_samples(method: str, config: Any, tmp_path: Path) -> No
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
     assert diffuse(config(method), quiet=True) == out  # done already: nothing is charged or changed
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+@pytest.mark.parametrize("method", ["dpsad", "dpdm"])
+def test_images_without_labels_are_of_one_class(method: str, config: Any, tmp_path: Path) -> None:
+    with np.load(tmp_path / "x.npz") as held:
+        np.savez(tmp_path / "y.npz", images=held["images"])
+    bare = {"data": str(tmp_path / "y.npz"), "method": method}
+    with pytest.raises(InputError, match="--unlabelled"):
+        diffuse(config(**bare), quiet=True)
+    out = diffuse(config(**bare, unlabelled=True), quiet=True)
+    assert verify(out).ok
+    found = json.loads((out / "certificate.json").read_text())
+    assert found["release"]["class_names"] == ["image"]
+    assert "teacher-gradient" not in found["checks"]  # a guide would have nothing to choose
+    assert draw_set(out, 4).labels.tolist() == [0] * 4
+
+
+def test_a_folder_of_images_needs_no_class_folders(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    with pytest.raises(InputError, match=r"lies beside the class folders .*--unlabelled"):
+        load_images(tmp_path)
+    data = load_images(tmp_path, unlabelled=True)
+    assert (data.labels.tolist(), data.class_names, data.images.shape) == ([0, 0, 0], ("image",), (3, 1, 8, 8))
+    with pytest.raises(InputError, match="cannot be read without labels"):
+        load_images("digits", unlabelled=True)
 
 
 def test_its_samples_need_no_data_and_are_the_same_for_the_same_seed(config: Any, tmp_path: Path) -> None:
@@ -130,6 +159,43 @@ def test_a_shape_that_the_student_cannot_have_is_refused_before_anything_is_char
     with pytest.raises(DpdistillError, match="--resize 8"):
         diffuse(config(), quiet=True)
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize(("width", "said"), [(6, "multiple of 4"), (8192, "up to 4096"), (1024, "MiB that a release")])
+def test_a_student_that_cannot_be_is_refused_before_anything_is_charged(
+    method: str, width: int, said: str, config: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        diffuse(config(method, settings={**WAYS[method], "student_width": width}), quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz"]
+
+
+@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"width": 6, "heads": 4}, "heads=4 to divide width=6"),
+        ({"width": 10**6}, "depth · width²"),
+        ({"width": None, "heads": 10**6}, "depth · width²|expected int|heads=1000000"),
+        ({"depth": 10**9}, "depth · width²"),
+        ({"patch": 100_000}, "patch of at most 8"),
+    ],
+    ids=str,
+)
+def test_a_network_that_cannot_be_is_refused_before_anything_is_charged_or_written(
+    method: str, sizes: dict[str, Any], said: str, config: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        diffuse(config(method, settings={**WAYS[method], **sizes}), quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz"]
+
+
+def test_more_classes_than_a_student_knows_are_refused_before_anything_is_charged(config: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((9, 8, 8), np.uint8), labels=np.zeros(9, np.int64))
+    with pytest.raises(ConfigError, match="at most 4096 classes"):
+        diffuse(config(classes=5000, per_class=1), quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz"]
 
 
 def test_something_else_in_the_way(config: Any, tmp_path: Path) -> None:

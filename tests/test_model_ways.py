@@ -1,11 +1,15 @@
 """The ways to a student model, whole: what is released, what it promises, what is charged, and what is refused before that."""
 
+import dataclasses
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnxruntime
@@ -13,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpdistill import pipeline
-from dpdistill.bundle import load_student, verify, write_report
-from dpdistill.bundle.claims import Nominal
+from dpdistill import conversion, pipeline
+from dpdistill.bundle import claims, load_student, verify, write_report
+from dpdistill.bundle.claims import Attested, Nominal
 from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.config import ModelConfig
 from dpdistill.conversion import convert
@@ -243,26 +247,57 @@ def test_an_opaque_teacher_gives_no_record_level_guarantee(
     assert not (tmp_path / "home").exists()  # nothing is charged, because nothing is promised
 
 
-@pytest.mark.parametrize(
-    ("change", "path"),
-    [("proved", ("guarantee", "basis")), ("attested", ("guarantee", "basis")), ("1", ("guarantee", "epsilon"))],
-)
-def test_an_opaque_release_cannot_be_dressed_up(
-    change: str, path: tuple[str, str], tmp_path: Path, run: Callable[..., ModelConfig]
-) -> None:
+def sealed(out: Path, found: dict[str, Any]) -> None:
+    """Writes another certificate, and the check sums that fit it."""
     from dpdistill.bundle.certificate import write
     from dpdistill.bundle.verification import checksums
 
-    teacher = str(onnx_teacher(tmp_path / "t.onnx"))
-    out = convert(run(teacher=teacher, accept_no_record_guarantee=True), quiet=True)
-    found = certificate(out)
-    found[path[0]][path[1]] = change
     (out / "certificate.json").write_bytes(write(found))
     files = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
     (out / "SHA256SUMS").write_bytes(checksums(files))
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "problem"),
+    [
+        ("proved", ("guarantee", "basis"), "delta is not a number of ours"),
+        ("attested", ("guarantee", "basis"), "delta is not a number of ours"),
+        ("1", ("guarantee", "epsilon"), "guarantee.epsilon is not what the ledger and the files give"),
+    ],
+)
+def test_an_opaque_release_cannot_be_dressed_up(
+    change: str, path: tuple[str, str], problem: str, tmp_path: Path, run: Callable[..., ModelConfig]
+) -> None:
+    teacher = str(onnx_teacher(tmp_path / "t.onnx"))
+    out = convert(run(teacher=teacher, accept_no_record_guarantee=True), quiet=True)
+    before = verify(out).problems
+    found = certificate(out)
+    found[path[0]][path[1]] = change
+    sealed(out, found)
     verdict = verify(out)
     assert not verdict.ok
     assert verdict.guarantee is None
+    assert not any(problem in line for line in before)
+    assert any(problem in line for line in verdict.problems), verdict.problems
+
+
+def test_an_opaque_release_written_as_attested_is_refused(
+    tmp_path: Path, run: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything fits an attested ε of 1, pages and all; but its method can attest nothing."""
+    teacher = str(onnx_teacher(tmp_path / "t.onnx"))
+    claim = Attested(epsilon=1.0, delta=1e-5, unit="record", teacher="t")
+    write = conversion.write_result
+    monkeypatch.setattr(
+        conversion, "write_result", lambda out, made, facts: write(out, made, dataclasses.replace(facts, claim=claim))
+    )
+    with mock.patch.object(claims, "belongs", return_value=True):  # our own writer would refuse it, too
+        out = convert(run(teacher=teacher, accept_no_record_guarantee=True), quiet=True)
+        assert verify(out).ok
+    assert verify(out).problems == ("certificate.json: a claim that its method cannot make",)
+    tool = Path(__file__).parents[1] / "tools" / "verify_release.py"
+    second = subprocess.run([sys.executable, tool, out], capture_output=True, text=True, check=False)
+    assert (second.returncode, second.stdout[:4]) == (1, "FAIL")
 
 
 def test_the_nominal_count_and_its_worst_case() -> None:

@@ -85,6 +85,32 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunCo
     return make
 
 
+@pytest.mark.parametrize(("high", "white"), [(1.0, 1.0), (255.0, 255.0)])
+def test_float_images_say_what_is_black_and_white(
+    high: float, white: float, tmp_path: Path, tiny: Callable[..., RunConfig]
+) -> None:
+    """A file does not say, and pixels are private: nobody asks them."""
+    images = np.linspace(0, white, 6 * 64, dtype=np.float32).reshape(6, 8, 8)
+    np.savez(tmp_path / "f.npz", images=images, labels=np.arange(6) % 2, classes=np.array(["a", "b"]))
+    path = str(tmp_path / "f.npz")
+    with pytest.raises(InputError, match=r"what is black and what white.*--set value_low=0"):
+        distil(tiny(data=path), quiet=True)
+    assert not (tmp_path / "home").exists()
+    unit = sources.load_private(tiny(data=path, value_low=0.0, value_high=high)).to_unit()
+    assert unit.min() == -1
+    assert float(np.mean(unit == 1)) < 0.01
+    with pytest.raises(ConfigError, match="value_low below value_high"):
+        tiny(data=path, value_low=1.0, value_high=0.0)
+
+
+def test_public_float_images_beyond_their_range_are_refused(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    images = np.full((6, 8, 8), 200, np.float32)
+    np.savez(tmp_path / "aux.npz", images=images, labels=np.arange(6) % 2, classes=np.array(["a", "b"]))
+    with pytest.raises(InputError, match=r"beyond 0..1 .*uint8"):
+        distil(tiny(auxiliary=str(tmp_path / "aux.npz")), quiet=True)
+    assert not list((tmp_path / "home").rglob("*.jsonl"))
+
+
 def the_ledger(tmp_path: Path) -> Path:
     (path,) = (tmp_path / "home" / "ledgers").iterdir()
     return path

@@ -38,11 +38,13 @@ KINDS = ["joint", "votes by id", "dpsad without DP-SGD"]  # of releases: a data 
 @pytest.mark.timeout(1800)
 def test_neighbours_leave_the_same_trace(way: str, tmp_path: Path) -> None:
     played = WAYS[way]
-    worlds, pairs = rp.neighbourhood(played.by_id, PAIRS)
+    worlds, pairs = rp.neighbours_of(played, PAIRS)
     forced = rp.in_every_sample(worlds, pairs)
     source = rp.record(played, worlds["base"], tmp_path, forced=forced)
     assert "raised" not in {kind for kind, *_ in source.trace}
     assert source.sums
+    # What the door would refuse is refused before it is charged.
+    assert all(checked for kind, *rest in source.trace if kind == "reserve" for checked in rest[2:])
     assert rp.wrong_noise(source) == []
     tapes = {}
     for number, (name, world) in enumerate(worlds.items()):

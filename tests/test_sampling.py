@@ -63,6 +63,25 @@ def test_classes_may_be_chosen(release: Path, tmp_path: Path) -> None:
     assert found.labels.tolist() == [0, 0, 1, 1]
     sampling.sample(release, tmp_path / "x", 2, classes=["a/b"], steps=1, fmt="folder", quiet=True)
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["a_b"]
+    sampling.sample(release, tmp_path / "y.npz", 4, classes=["2", "cat"], steps=1, quiet=True)
+    assert load_images(str(tmp_path / "y.npz")).labels.tolist() == [0, 0, 2, 2]
+
+
+def test_a_number_is_a_class_only_where_no_name_is_a_number() -> None:
+    assert sampling._chosen(("one, two", "three"), ["0"]).tolist() == [0]
+    assert sampling._chosen(("3", "5"), ["5"]).tolist() == [1]
+    with pytest.raises(ConfigError, match="no class is named '0'"):
+        sampling._chosen(("3", "5"), ["0"])
+    with pytest.raises(ConfigError, match="no class is named '2'"):
+        sampling._chosen(("one, two", "three"), ["2"])
+
+
+def test_the_device_is_where_it_draws(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(few_step.diffusers().DiTPipeline, "to", lambda self, device: asked.append(device))
+    sampling.sample(release, tmp_path / "x.npz", 2, steps=1, device="cuda", quiet=True)
+    sampling.draw_set(release, 2, device="cuda")
+    assert asked == ["cuda", "cuda"]
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[DpdistillError], str]] = {
@@ -71,8 +90,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[DpdistillError], str]] = {
     "three steps": ({"steps": 3}, ConfigError, "steps of 1, 2 or 4"),
     "a class": ({"classes": ["dig"]}, ConfigError, "the nearest is 'dog'"),
     "no class": ({"classes": []}, ConfigError, "at least one class"),
-    "a format": ({"fmt": "tar"}, ConfigError, "--format folder, npz or parquet"),
-    "an ending": ({"out": "x.tar"}, ConfigError, "ending in .npz or .parquet"),
+    "a format": ({"fmt": "tar"}, ConfigError, "fmt of npz, parquet, folder"),
+    "an ending": ({"out": "x.tar"}, ConfigError, "x.tar: give --out a name ending in .npz or .parquet, or one without"),
     "a parent": ({"out": "no/x.npz"}, InputError, "is no folder"),
     "a place": ({"out": "taken"}, InputError, "exists"),
 }

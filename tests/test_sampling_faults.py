@@ -39,7 +39,7 @@ class Drawer:
 
 @pytest.fixture(autouse=True)
 def _release(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "load_sampler", lambda release: Drawer())
+    monkeypatch.setattr(sampling, "load_sampler", lambda release, device: Drawer())
     monkeypatch.setattr(sampling, "AT_ONCE", 1)  # so that a call has the same number each time
 
 
@@ -132,7 +132,7 @@ def test_the_command_ends_with_one_line(
     place = tmp_path / "place"
     place.mkdir()
     monkeypatch.setattr(sys, "argv", ["dpdistill", "sample", "r", "--out", str(place / form), "--count", "600"])
-    monkeypatch.setattr(sampling, "load_sampler", lambda release: Drawer(stop_at=2 if how == "stopped" else 0))
+    monkeypatch.setattr(sampling, "load_sampler", lambda release, device: Drawer(stop_at=2 if how == "stopped" else 0))
     tap = Tap(place, tmp_path / "log", Fault("enospc", 5, lasting=True) if how == "full" else None)
     with tap.installed(), pytest.raises(SystemExit) as stop:
         cli.main()
@@ -146,7 +146,7 @@ def test_the_command_ends_with_one_line(
         assert stop.value.code == 130
         assert lines[-1] == "dpdistill: stopped; the same command begins anew"
     assert list(place.iterdir()) == []
-    monkeypatch.setattr(sampling, "load_sampler", lambda release: Drawer())
+    monkeypatch.setattr(sampling, "load_sampler", lambda release, device: Drawer())
     result: Any = None
     try:
         cli.main()

@@ -252,7 +252,7 @@ def check(folder):
     fits(run | {"delta": g["delta"]}, {"kind": WORD, "method": ID, "run": ID, "seed": int, "delta": NUMBER})
     wanted |= {"release": run | describe(files), "claim": claim or None}
     if claim:
-        fits(claim, ATTESTED)
+        fits(claim | {"method": release["method"]}, ATTESTED | {"method": "conversion"})
         found = {("guarantee", "epsilon"): float(claim["epsilon"])}
         wanted["guarantee"] |= {key: claim.get(key) for key in {*g} - {"epsilon", "relation"}} | {"basis": "attested"}
         wanted |= {"mechanisms": [], "accountant": None, "randomness": None, "ledger": None}

@@ -14,6 +14,7 @@ _HOME = {
     "LabelledImages": "data",
     "ModelConfig": "config",
     "convert": "conversion",
+    "from_callable": "models.teachers",
     "load_student": "bundle",
     "read_bundle": "bundle",
     "verify": "bundle",

@@ -13,6 +13,8 @@ from rich.table import Table
 from .errors import DpdistillError, printable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+UsageError: Any = typer.BadParameter.__bases__[0]  # of click, or of the click that newer typers bring along
+PLANS = {"dataset": "RunConfig", "model": "ModelConfig", "diffusion": "DiffusionConfig"}
 RESUMED = ("dataset", "model", "diffusion")  # commands that keep what was done
 SAMPLES = 10_000  # drawn of a diffusion model to evaluate it
 FIRST = (
@@ -54,6 +56,11 @@ def _config(kind: str = "RunConfig", **flags: Any) -> Any:
     return config.read(file, flags, assignments, getattr(config, kind))
 
 
+def _show_advice(plan: Any) -> None:
+    for line in plan.advice:
+        console.print(line, markup=False)
+
+
 def _show_plan(plan: Any, config: Any) -> None:
     console.print(plan.toml, markup=False)
     table = Table("release", "times", "rows × coordinates", "sampling", "noise multiplier")
@@ -70,31 +77,47 @@ def _show_plan(plan: Any, config: Any) -> None:
 
 @app.command()
 def plan(
+    kind: Annotated[str, typer.Argument(help="Of what: dataset, model or diffusion.")] = "dataset",
     shape: Annotated[str, typer.Option(help="channels,height,width of the images.")] = "1,28,28",
     classes: Classes = None,
     epsilon: Epsilon = None,
     delta: Delta = None,
     per_class: PerClass = None,
-    method: MethodName = None,
+    method: Annotated[
+        str | None, typer.Option(help="joint, dosser or ndpdc; of a diffusion model dpsad, dpdm or shards.")
+    ] = None,
+    shards: Annotated[str | None, typer.Option(help="Of a model: as `model --shards`.")] = None,
+    expected_records: Annotated[
+        int | None, typer.Option(help="Public guess of the number of records, for a diffusion model or --shards auto.")
+    ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
 ) -> None:
     """Shows what a run would ask of the door and cost, without any data."""
+    from .config import PLANNED
+    from .errors import ConfigError
     from .pipeline import make_plan
     from .sources import parse_shape
 
+    if kind not in PLANS:
+        raise ConfigError(f"plan {kind}: expected plan {', plan '.join(PLANS)}")
     chosen = _config(
-        data="",
+        PLANS[kind],
+        data=PLANNED,
         epsilon=epsilon,
         delta=delta,
         per_class=per_class,
         method=method,
         classes=classes,
+        shards=shards,
+        expected_records=expected_records,
         config=config,
         assignments=assignments,
     )
     names = tuple(str(k) for k in range(chosen.classes or 10))
-    _show_plan(make_plan(chosen, parse_shape(shape), names), chosen)
+    planned = make_plan(chosen, parse_shape(shape), names)
+    _show_advice(planned)
+    _show_plan(planned, chosen)
 
 
 @app.command()
@@ -144,7 +167,10 @@ def model(
         int | None, typer.Option(help="Public guess of the number of records, for --shards auto.")
     ] = None,
     id_column: Annotated[
-        str | None, typer.Option(help="Array of the .npz that says whose record each is: the guarantee is then per id.")
+        str | None,
+        typer.Option(
+            help="Array of the .npz, or column of Parquet, that says whose record each is: the guarantee is then per id."
+        ),
     ] = None,
     teachers: Annotated[str | None, typer.Option(help="Folder of models of many owners, to vote.")] = None,
     teacher: Annotated[
@@ -195,16 +221,24 @@ def model(
             if dry_run or (chosen.way == "votes" and FIRST):
                 source = sources.open_source(chosen)
                 planned = pipeline.make_plan(chosen, source.image_shape, source.class_names, source.models)
-                for line in planned.advice:
-                    console.print(line, markup=False)
+                _show_advice(planned)
             if dry_run:
                 _show_plan(planned, chosen)
                 return
         elif dry_run:
-            found = conversion.bring(chosen)
+            ready = conversion.prepare(chosen)
+            found = ready.brought
+            console.print(ready.toml, markup=False)
             console.print(
                 f"way: {chosen.way}; {len(found.class_names)} classes of {found.image_shape}; nothing will be charged"
             )
+            if not found.differentiable:  # a release of ours knows its own range
+                console.print(
+                    f"pixels: the teacher is fed {chosen.input_low:g} for black and {chosen.input_high:g} for white "
+                    "(--input-low, --input-high); a uint8 model gets 0 to 255"
+                )
+            if ready.nominal:
+                console.print(ready.nominal.statement(), markup=False)
             return
         _tell(conversion.convert(chosen))
 
@@ -221,6 +255,9 @@ def diffusion(
     method: Annotated[
         str | None,
         typer.Option(help="dpsad (ours), dpdm, shards, or paper (with the flag below)."),
+    ] = None,
+    unlabelled: Annotated[
+        bool | None, typer.Option("--unlabelled", help="Images without labels: an .npz of them, or one folder.")
     ] = None,
     accept_no_record_guarantee: Annotated[
         bool | None,
@@ -254,13 +291,15 @@ def diffusion(
             if dry_run or FIRST:
                 source = sources.open_source(chosen)
                 planned = pipeline.make_plan(chosen, source.image_shape, source.class_names)
-                for line in planned.advice:
-                    console.print(line, markup=False)
+                _show_advice(planned)
             if dry_run:
                 _show_plan(planned, chosen)
                 return
         elif dry_run:
+            ready = way.prepare(chosen)
+            console.print(ready.toml, markup=False)
             console.print("way: paper; no guarantee for any record; nothing will be charged")
+            console.print(ready.claim.statement(), markup=False)
             return
         _tell(way.diffuse(chosen))
 
@@ -270,14 +309,21 @@ def sample(
     release: Release,
     out: Annotated[Path, typer.Option(help="A folder of PNG files by class, or a file: .npz or .parquet.")],
     count: Annotated[int, typer.Option(min=1, help="Images in all.")] = 10_000,
-    classes: Annotated[str | None, typer.Option(help="Names of classes, with commas; all by default.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Names of classes, or their numbers from 0, with commas; all by default.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, max=4, help="Passes of the network for an image: 1, 2 or 4.")] = 2,
     seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    device: Device = None,
 ) -> None:
     """Samples a diffusion release, as many images as you like: the guarantee stays what it is."""
+    from .pipeline import check_device
     from .sampling import sample as run
 
-    run(release, out, count=count, classes=None if classes is None else classes.split(","), steps=steps, seed=seed)
+    device = device or "cpu"
+    check_device(device)
+    wanted = None if classes is None else classes.split(",")
+    run(release, out, count=count, classes=wanted, steps=steps, seed=seed, device=device)
     console.print(f"{count} images: {out}", markup=False)
 
 
@@ -436,24 +482,29 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, help="Networks to train, each from its own seed.")] = 1,
     classes: Classes = None,
     resize: Resize = None,
+    device: Device = None,
 ) -> None:
     """Tests a release on your images: a student as it is, synthetic images and samples by networks trained on them. It stays outside."""
     from .bundle.release import load_student, read_bundle
-    from .data import load_images
+    from .data import check_public_range, load_images
     from .errors import InputError
     from .evaluation import Training, accuracy, evaluate
     from .files import write_whole
+    from .pipeline import check_device
     from .workspace import passing
 
+    device = device or "cpu"
+    check_device(device)
     _check_outside(out, release)
     synthetic = read_bundle(release)
     drawn = (release / "pipeline").is_dir()
     if drawn:  # of a diffusion model the shown samples are few: draw what a person would
         from .sampling import draw_set
 
-        synthetic = draw_set(release, SAMPLES)
-    student = load_student(release) if (release / "model").is_dir() else None
+        synthetic = draw_set(release, SAMPLES, device=device)
+    student = load_student(release).to(device) if (release / "model").is_dir() else None
     test = load_images(data, n_classes=classes, resize=resize)
+    check_public_range(test)
     if test.images.shape[1:] != synthetic.images.shape[1:] or int(synthetic.labels.max()) >= test.n_classes:
         wanted, k = tuple(synthetic.images.shape[1:]), int(synthetic.labels.max()) + 1
         raise InputError(
@@ -469,7 +520,7 @@ def evaluate(
     epochs = 20 if drawn and epochs is None else epochs
     training = Training() if epochs is None else Training(epochs=epochs)
     with passing("training on the release") as progress:
-        result = evaluate(synthetic, test, training, seeds=range(seeds), progress=progress)
+        result = evaluate(synthetic, test, training, seeds=range(seeds), progress=progress, device=device)
     write_whole(out, json.dumps(result, indent=2) + "\n")
     said = f"accuracy {100 * result['mean']:.2f} % ± {100 * result['std']:.2f} over {seeds} networks"
     console.print(f"{said}; about the test data, so not covered by the guarantee; written to {out}", markup=False)
@@ -516,7 +567,11 @@ def _read_evaluation(path: Path) -> Any:
 def main() -> None:
     """Entry point: an error a person can cause is one line on stderr and exit code 2."""
     try:
-        app()
+        sys.exit(app(standalone_mode=len(sys.argv) < 2))  # typed alone, it shows its help
+    except UsageError as error:
+        verb = f"{error.ctx.info_name} " if error.ctx and error.ctx.parent else ""
+        _say(printable(" ".join(f"{error.format_message()} (see `dpdistill {verb}--help`)".split())))
+        sys.exit(2)
     except DpdistillError as error:
         _say(" ".join(str(error).split("\n")))  # its lines are printable
         sys.exit(2)

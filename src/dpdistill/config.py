@@ -37,6 +37,11 @@ class RunConfig:
       budget: ε that all runs on this data may cost together; where not given, what the first run asked for.
       ledger: the data set's ledger; where not given, one per data set under ~/.dpdistill (or $DPDISTILL_HOME).
       classes: number of classes, where the files do not say (the labels that occur are private).
+      class_names: their names, with commas, where labels are text and the file lists no classes.
+      image_column, label_column: of a table.
+      split: which part of `data`, where there are several; `train`, or the only one.
+      channels: 1 or 3, where image files are to be made all grey or all colour.
+      value_low, value_high: black and white of float images: a file does not say, and pixels are not asked.
       resize: side length in pixels to scale images to on reading.
       max_gib: most data to read, in GiB once unpacked. What does not fit in memory stays on disk.
       device: cpu or cuda.
@@ -54,6 +59,13 @@ class RunConfig:
     budget: float | None = None
     ledger: str | None = None
     classes: int | None = None
+    class_names: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    split: str | None = None
+    channels: Literal[1, 3] | None = None
+    value_low: float | None = None
+    value_high: float | None = None
     resize: int | None = None
     max_gib: int = 4
     device: str = "cpu"
@@ -73,12 +85,22 @@ class RunConfig:
         if self.classes is not None and not (1 <= self.classes <= DEFAULT_LIMITS.max_classes):
             most = DEFAULT_LIMITS.max_classes
             raise ConfigError(f"Expected at least one class and at most {most:,}, got classes={self.classes}.")
+        span = (self.value_low, self.value_high)
+        if span != (None, None) and (None in span or not span[0] < span[1]):  # type: ignore[operator]
+            raise ConfigError(f"Expected value_low below value_high, both or neither, got {span[0]} and {span[1]}.")
         if not (1 <= self.max_gib <= 2**20):
             raise ConfigError(f"Expected max_gib in 1..{2**20}, got {self.max_gib}.")
-        if self.device not in ("cpu", "cuda"):
-            raise ConfigError(f"Expected a device of cpu or cuda, got {self.device!r}.")
+        check_device_name(self.device)
 
 
+def check_device_name(device: str) -> None:
+    """Raises ConfigError on a device that nothing here runs on."""
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"Expected a device of cpu or cuda, got {device!r}.")
+
+
+PLANNED = "planned"  # stands for the data of a run that is planned and not made
+NOMINAL = ("opaque", "paper")  # methods whose ε is the papers' own count
 WAYS = ("teacher", "votes", "conversion", "opaque")
 
 
@@ -93,12 +115,15 @@ class ModelConfig(RunConfig):
       per_class: images of the generator to release with the student, per class.
       shards: K, disjoint shards of `data` with one voting teacher each; "auto" lets the planner choose it from `expected_records`.
       expected_records: public guess of how many records there are; never taken from the data.
-      id_column: array of the .npz that says whose record each is; one person is in one shard, and the guarantee is per id.
+      id_column: array of the .npz, or column of Parquet: whose record each is. One person is in one shard, and the guarantee is per id.
       teachers: folder with one model of every owner, to vote.
       teacher: a model (.onnx, .safetensors with `architecture`), or a release folder of ours.
       architecture: module:callable that makes the network of a .safetensors file.
       shape: channels,height,width of a teacher's images, where the file does not say.
       input_low, input_high: pixel range that a teacher expects.
+      mean, std: one number for each channel, with commas, that a teacher wants subtracted and divided by after that.
+      layout: order of a teacher's axes; Keras and TensorFlow export NHWC.
+      outputs: of a teacher; where not given, its answers to made-up images tell.
       attested_epsilon, attested_delta, attested_unit: what the teacher's supplier says about its training.
       accept_no_record_guarantee: go on with a teacher of which nothing is known, the paper's way.
     """
@@ -114,6 +139,10 @@ class ModelConfig(RunConfig):
     shape: str | None = None
     input_low: float = 0.0
     input_high: float = 1.0
+    mean: str | None = None
+    std: str | None = None
+    layout: Literal["NCHW", "NHWC"] = "NCHW"
+    outputs: Literal["logits", "probabilities"] | None = None
     attested_epsilon: float | None = None
     attested_delta: float | None = None
     attested_unit: str = "record"
@@ -122,6 +151,10 @@ class ModelConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = [name for name in ("data", "teachers", "teacher") if getattr(self, name)]
+        if self.data == PLANNED and len(given) > 1:
+            raise ConfigError(
+                "models that someone brings have to be read; `dpdistill model --dry-run` says what they cost"
+            )
         if len(given) != 1:
             raise ConfigError(
                 "give one of --data (private images), --teachers (a folder of models that vote), --teacher (one model)"
@@ -149,6 +182,10 @@ class ModelConfig(RunConfig):
             raise ConfigError(f"Expected attested_unit as one word, such as record, got {self.attested_unit!r}.")
         if not (-1e6 < self.input_low < self.input_high < 1e6):
             raise ConfigError("Expected input_low below input_high.")
+        if self.teacher and (self.budget, self.ledger) != (None, None):
+            raise ConfigError("a teacher's conversion charges nothing: leave --budget and --ledger out")
+        if self.way == "conversion" and (self.epsilon, self.delta) != (RunConfig.epsilon, RunConfig.delta):
+            raise ConfigError("a trained teacher's ε and δ are what they are: leave --epsilon and --delta out")
         if self.method and self.method != self.way:
             raise ConfigError(f"--method {self.method}: what is given calls for {self.way}; leave --method out")
 
@@ -170,11 +207,13 @@ class DiffusionConfig(RunConfig):
       method: a name in DIFFUSION_METHODS.
       per_class: samples to release beside the model, per class.
       expected_records: public guess of how many records there are; never taken from the data.
+      unlabelled: the images are of one class, whatever labels there are.
       accept_no_record_guarantee: with `method` paper: the paper's own form, which has none.
     """
 
     method: str = "dpsad"
     expected_records: int | None = None
+    unlabelled: bool = False
     accept_no_record_guarantee: bool = False
 
     def __post_init__(self) -> None:
@@ -226,8 +265,14 @@ def _convert(name: str, value: Any, wanted: Any) -> Any:
                 return tuple(value)
         if typing.get_origin(option) is not None and isinstance(value, Mapping):
             return dict(value)
-    readable = getattr(wanted, "__name__", str(wanted))
-    raise ConfigError(f"{name} = {_said(value)}: expected {readable}")
+    raise ConfigError(f"{name} = {_said(value)}: expected {' or '.join(map(_readable, options))}")
+
+
+def _readable(option: Any) -> str:
+    """A type as a message names it: of some values, those."""
+    if typing.get_origin(option) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(option)))
+    return "none" if option is type(None) else getattr(option, "__name__", str(option))
 
 
 def _said(value: Any, most: int = 100) -> str:
@@ -264,7 +309,8 @@ def build(kind: type[Any], values: Mapping[str, Any], where: str = "", others: I
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values
     ]
     if missing:
-        raise ConfigError(f"missing: {where}{missing[0]}")
+        way = f"--set {missing[0]}=…" if where else f"--{missing[0].replace('_', '-')}"
+        raise ConfigError(f"missing: {where}{missing[0]}; give {way}")
     return kind(**{key: _convert(where + key, value, hints[key]) for key, value in values.items()})
 
 
@@ -322,7 +368,11 @@ def _toml(value: Any) -> str:
 def public_toml(config: RunConfig, settings: Any, noise_multiplier: float) -> str:
     """Returns the configuration as it may be released: everything that shaped the result, no path of this machine."""
     lines = ["# The configuration of this release, as resolved. Every value is public."]
-    chosen: dict[str, Any] = {"method": config.method, "epsilon": float(config.epsilon), "delta": float(config.delta)}
+    chosen: dict[str, Any] = {"method": config.method}
+    if config.method in NOMINAL:  # of a count that covers no record
+        chosen |= {"nominal_epsilon": float(config.epsilon), "nominal_delta": float(config.delta)}
+    elif config.method != "conversion":  # whose ε and δ are the teacher's
+        chosen |= {"epsilon": float(config.epsilon), "delta": float(config.delta)}
     chosen |= {"per_class": config.per_class, "seed": config.seed, "auxiliary": Path(config.auxiliary).name}
     chosen["noise_multiplier"] = noise_multiplier
     lines += [f"{name} = {_toml(value)}" for name, value in chosen.items()]

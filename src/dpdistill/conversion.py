@@ -18,7 +18,7 @@ from torch import Tensor
 from .bundle import BundleFacts
 from .bundle.claims import Attested, Nominal
 from .bundle.product import ModelProduct
-from .bundle.release import student_of
+from .bundle.release import restore, student_of
 from .bundle.verification import open_release
 from .config import ModelConfig, build, config_hash, public_toml
 from .data import procedural_images, to_unit
@@ -66,6 +66,24 @@ class Brought:
     differentiable: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A conversion, before the work begins.
+
+    Attributes:
+      settings: the way's `Config`.
+      sigma: the paper's σ, where nothing is known of the teacher; else 0.
+      toml: the public configuration.
+      nominal: what the release will say instead of a guarantee, where nothing is known of the teacher.
+    """
+
+    brought: Brought
+    settings: Any
+    sigma: float
+    toml: str
+    nominal: Nominal | None
+
+
 @resumable
 def convert(
     config: ModelConfig, teacher: Teacher | None = None, *, quiet: bool = False, insecure_seed: int | None = None
@@ -87,15 +105,11 @@ def convert(
     config = dataclasses.replace(config, method=config.way)
     if not config.teacher:
         return distil(config, quiet=quiet, insecure_seed=insecure_seed)
-    check_alone("the conversion of a teacher")
-    check_device(config)
-    out, state = Path(config.out), Path(f"{Path(config.out)}.state")
-    brought = bring(config, teacher)
     method: Any = MODEL_METHODS[config.method]
-    settings = build(method.Config, {"per_class": config.per_class, **config.settings}, "settings.")
-    check_student(settings, brought.image_shape, len(brought.class_names))
-    sigma = settings.sigma(config.epsilon, config.delta) if config.method == "opaque" else 0.0
-    toml = f"# teacher: {brought.sha256}\n" + public_toml(config, settings, sigma)
+    ready = prepare(config, teacher)
+    brought, settings, toml = ready.brought, ready.settings, ready.toml
+    out, state = Path(config.out), Path(f"{Path(config.out)}.state")
+    restore(out, lambda found: _holds(found, toml))
     if os.path.lexists(out):
         return _same_release(out, state, toml)
     check_target(out)
@@ -106,10 +120,9 @@ def convert(
     workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)
     claim: dict[str, Any] = dict(brought.facts)
     made: Student
-    if config.method == "opaque":
-        made = method.run(settings, public, brought.outputs, sigma, vault, workspace)
-        nominal = {"steps": settings.steps, "batch": settings.batch, "sigma": sigma, "delta": config.delta}
-        claim |= {"claim": Nominal(**nominal, teacher=brought.sha256), "delta": config.delta}
+    if ready.nominal:
+        made = method.run(settings, public, brought.outputs, ready.sigma, vault, workspace)
+        claim |= {"claim": ready.nominal, "delta": config.delta}
     else:
         made = method.run(settings, public, brought.outputs, workspace, brought.differentiable)
     facts = BundleFacts(
@@ -134,12 +147,39 @@ def convert(
     return out
 
 
+def prepare(config: ModelConfig, teacher: Teacher | None = None) -> Prepared:
+    """Reads the teacher and finds all that can be wrong, as `--dry-run` does. Nothing is written.
+
+    Raises:
+      DpdistillError: one line that says the way out.
+    """
+    config = dataclasses.replace(config, method=config.way)
+    check_alone("the conversion of a teacher")
+    check_device(config.device)
+    brought = bring(config, teacher)
+    method: Any = MODEL_METHODS[config.method]
+    settings = build(method.Config, {"per_class": config.per_class, **config.settings}, "settings.")
+    check_student(settings, brought.image_shape, len(brought.class_names))
+    sigma, nominal = 0.0, None
+    if config.method == "opaque":
+        sigma = settings.sigma(config.epsilon, config.delta)
+        nominal = Nominal(
+            steps=settings.steps, batch=settings.batch, sigma=sigma, delta=config.delta, teacher=brought.sha256
+        )
+    toml = f"# teacher: {brought.sha256}\n" + public_toml(config, settings, sigma)
+    return Prepared(brought=brought, settings=settings, sigma=sigma, toml=toml, nominal=nominal)
+
+
 def _same_release(out: Path, state: Path, toml: str) -> Path:
     """A finished conversion of this very teacher with these settings is the answer; anything else is in the way."""
-    if not any(holds(out / name, toml) for name in ("conversion.toml", "config.toml")):
+    if not _holds(out, toml):
         raise ReleaseError(f"{out} exists and holds something else; choose another --out or remove it")
     forget_rest(state, toml)
     return out
+
+
+def _holds(folder: Path, toml: str) -> bool:
+    return any(holds(folder / name, toml) for name in ("conversion.toml", "config.toml"))
 
 
 def bring(config: ModelConfig, given: Teacher | None = None) -> Brought:

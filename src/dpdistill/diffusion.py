@@ -1,6 +1,7 @@
 """A diffusion model from private images: through the door, or the paper's own way, which no guarantee covers."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from .data import LabelledImages
 from .errors import ReleaseError
 from .mechanisms import Vault
 from .methods import DIFFUSION_METHODS
-from .models import few_step
+from .models.denoiser import check_patch
 from .pipeline import (
     auxiliary_of,
     begin,
     check_alone,
     check_device,
     check_same_run,
+    check_sampler,
     check_target,
     distil,
     forget,
@@ -32,6 +34,25 @@ from .pipeline import (
 )
 from .sources import load_private
 from .workspace import FolderWorkspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run of the paper's own form, before anything is made of it.
+
+    Attributes:
+      records: PRIVATE, and read without a door.
+      settings: the method's `Config`.
+      sigma: the paper's σ.
+      toml: the public configuration.
+      claim: what the release will say instead of a guarantee.
+    """
+
+    records: LabelledImages
+    settings: Any
+    sigma: float
+    toml: str
+    claim: NominalDiffusion
 
 
 @resumable
@@ -54,18 +75,38 @@ def diffuse(config: DiffusionConfig, *, quiet: bool = False, insecure_seed: int 
     return _paper(config, quiet, insecure_seed)
 
 
-def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> Path:
-    """The paper's own form: the records are read without a door, nothing is charged, and the release says that it promises nothing."""
+def prepare(config: DiffusionConfig) -> Prepared:
+    """Reads the records for the paper's own form and finds all that can be wrong, as `--dry-run` does. Nothing is charged or written.
+
+    Raises:
+      ConfigError, InputError: one line that says the way out.
+    """
     check_alone("the paper's own form")
-    check_device(config)
-    out, state = Path(config.out), Path(f"{Path(config.out)}.state")
+    check_device(config.device)
     records = load_private(config)
-    few_step.check(records.image_shape)
     method: Any = DIFFUSION_METHODS["paper"]
     given = {"per_class": config.per_class, "expected_records": config.expected_records}
     settings = build(method.Config, {**given, **config.settings}, "settings.")
+    check_patch(settings.patch, records.image_shape)
+    check_sampler(settings, records.image_shape, len(records.class_names))
     sigma = settings.sigma(config.epsilon, config.delta)
+    claim = NominalDiffusion(
+        steps=settings.steps,
+        batch=settings.batch,
+        rate=settings.rate,
+        dilution=settings.dilution,
+        sigma=sigma,
+        delta=config.delta,
+    )
     toml = public_toml(config, settings, sigma)
+    return Prepared(records=records, settings=settings, sigma=sigma, toml=toml, claim=claim)
+
+
+def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> Path:
+    """The paper's own form: the records are read without a door, nothing is charged, and the release says that it promises nothing."""
+    ready = prepare(config)
+    records, toml = ready.records, ready.toml
+    out, state = Path(config.out), Path(f"{Path(config.out)}.state")
     if os.path.lexists(out):
         return _finished(out, state, toml)
     check_target(out)
@@ -75,15 +116,7 @@ def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> P
     public = public_facts(config, records.image_shape, records.class_names)
     workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)
     images, labels = _readable(records)
-    made = method.release(settings, public, images, labels, sigma, vault, workspace)
-    claim = NominalDiffusion(
-        steps=settings.steps,
-        batch=settings.batch,
-        rate=settings.rate,
-        dilution=settings.dilution,
-        sigma=sigma,
-        delta=config.delta,
-    )
+    made = DIFFUSION_METHODS["paper"].release(ready.settings, public, images, labels, ready.sigma, vault, workspace)
     facts = BundleFacts(
         method=config.method,
         run=vault.run,
@@ -97,7 +130,7 @@ def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> P
         auxiliary=auxiliary_of(config),
         insecure=vault.insecure,
         seed=config.seed,
-        claim=claim,
+        claim=ready.claim,
     )
     write_result(out, made, facts)
     forget(state, vault)

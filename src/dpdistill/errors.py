@@ -22,9 +22,9 @@ class InputError(DpdistillError):
       hint: the way out.
     """
 
-    def __init__(self, path: object, reason: str, hint: str = "") -> None:
+    def __init__(self, path: object, reason: str, hint: str) -> None:
         self.path, self.reason, self.hint = str(path), reason, hint
-        super().__init__(f"{printable(path)}: {reason}" + (f" ({hint})" if hint else ""))
+        super().__init__(f"{printable(path)}: {reason} ({hint})")
 
 
 class ConfigError(DpdistillError):

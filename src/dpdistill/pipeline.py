@@ -19,14 +19,18 @@ import numpy as np
 import torch
 
 from .bundle import BundleFacts, product_of, product_of_sampler, write_bundle
+from .bundle.diffusion_product import HEADS, MAX_WIDTH
+from .bundle.diffusion_product import shapes as sampler_shapes
 from .bundle.onnx_file import student_shapes
-from .bundle.tensors import MAX_ARRAYS
-from .config import DiffusionConfig, ModelConfig, RunConfig, build, config_hash, public_toml
-from .data import LabelledImages, Limits, load_images, procedural_images, to_unit
+from .bundle.release import restore
+from .bundle.tensors import MAX_ARRAYS, MAX_HEADER
+from .config import DiffusionConfig, ModelConfig, RunConfig, build, check_device_name, config_hash, public_toml
+from .data import LabelledImages, Limits, check_public_range, load_images, procedural_images, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError, StorageError
 from .files import MAX_TOML, read_small
 from .mechanisms import Door, Vault, joined
 from .methods import DIFFUSION_METHODS, METHODS, MODEL_METHODS, Method, Public, Sampler, Student, Synthetic
+from .models import few_step
 from .privacy import Ledger, Planned, accounting, calibrate
 from .privacy import ledger as ledgers
 from .privacy.disk import sync_directory, write_atomically
@@ -83,11 +87,13 @@ def public_facts(config: RunConfig, image_shape: tuple[int, int, int], class_nam
 
 def _load_auxiliary(spec: str, resize: int | None) -> LabelledImages:
     try:
-        return load_images(spec, resize=resize)
+        found = load_images(spec, resize=resize)
     except InputError as error:
         if error.reason != "does not list its classes":
             raise
-    return load_images(spec, resize=resize, n_classes=Limits().max_classes)  # public labels: any will do
+        found = load_images(spec, resize=resize, n_classes=Limits().max_classes)  # public labels: any will do
+    check_public_range(found)
+    return found
 
 
 def make_plan(
@@ -103,12 +109,17 @@ def make_plan(
     if config.method not in known:
         raise ConfigError(f"unknown method {config.method!r}; known: {', '.join(known)}")
     method: Any = known[config.method]
+    if not hasattr(method, "plan"):
+        raise ConfigError(
+            f"{config.method} asks nothing of the door, so there is nothing to plan; --dry-run says what it counts"
+        )
     given: dict[str, Any] = {"per_class": config.per_class}
     if isinstance(config, DiffusionConfig):
         given |= {"unit_moves": 2} if config.method == "shards" else {"expected_records": config.expected_records}
         given |= {"target_epsilon": config.epsilon} if config.method == "dpsad" else {}
     elif config.method == "votes" and isinstance(config, ModelConfig):
         given |= {"models": models or config.shards, "unit_moves": 2 if config.data and not config.id_column else 1}
+        given |= {"expected_records": config.expected_records}
     for name in given:
         if name in config.settings:
             raise ConfigError(
@@ -119,6 +130,8 @@ def make_plan(
     check_size(config, image_shape, len(class_names))
     if isinstance(config, ModelConfig):
         check_student(settings, image_shape, len(class_names))
+    if isinstance(config, DiffusionConfig):
+        check_sampler(settings, image_shape, len(class_names))
     public = public_facts(config, image_shape, class_names)
     sigma = calibrate(lambda value: method.plan(settings, public, value), config.epsilon, config.delta)
     releases = method.plan(settings, public, sigma)
@@ -156,11 +169,28 @@ def check_student(settings: Any, image_shape: tuple[int, int, int], n_classes: i
         shapes = student_shapes({"image_shape": list(image_shape), "n_classes": n_classes, **config})
     except ReleaseError as error:
         raise ConfigError(str(error)) from None
+    _check_held(shapes, "width")
+
+
+def check_sampler(settings: Any, image_shape: tuple[int, int, int], n_classes: int) -> None:
+    """Raises ConfigError where the student that a `DistillationConfig` asks for cannot be made, or is more than a release may hold."""
+    few_step.check(image_shape)
+    channels, side, _ = image_shape
+    width = settings.token_width(image_shape)
+    if width % HEADS or not HEADS <= width <= MAX_WIDTH:
+        raise ConfigError(f"Expected student_width of auto or a multiple of {HEADS} up to {MAX_WIDTH}, got {width}.")
+    if n_classes > MAX_WIDTH:
+        raise ConfigError(f"a diffusion student knows at most {MAX_WIDTH} classes, not {n_classes:,}; merge some")
+    _check_held(sampler_shapes({"channels": channels, "side": side, "width": width}, n_classes), "student_width")
+
+
+def _check_held(shapes: Mapping[str, tuple[int, ...]], setting: str) -> None:
+    """Raises ConfigError where the arrays of a student are more than one file of a release may hold, its header too."""
     size = 4 * sum(math.prod(shape) for shape in shapes.values())
-    if size > MAX_ARRAYS:
+    if size > MAX_ARRAYS - MAX_HEADER:
         raise ConfigError(
-            f"a student of {size >> 20:,} MiB is more than the {MAX_ARRAYS >> 20} MiB that a release may hold; choose a smaller "
-            "--set width= or --resize"
+            f"a student of {-(-size >> 20):,} MiB is more than the {(MAX_ARRAYS - MAX_HEADER) >> 20} MiB that a release may hold; "
+            f"choose a smaller --set {setting}= or --resize"
         )
 
 
@@ -177,7 +207,14 @@ def with_way(config: RunConfig) -> RunConfig:
         return config
     shards = config.shards
     if shards == "auto":
-        shards = MODEL_METHODS["votes"].best_shards(config.expected_records, config.epsilon, config.delta)
+        votes: Any = MODEL_METHODS["votes"]
+        shards = votes.best_shards(config.expected_records, config.epsilon, config.delta)
+        needed = votes.needed_models(config.epsilon, config.delta)
+        if shards < needed:
+            raise ConfigError(
+                f"--shards auto: {config.expected_records:,} records make {shards} shards that can learn, and at ε = {config.epsilon:g} "
+                f"the noise hides fewer than {needed} votes; raise ε, train a private teacher (leave --shards out), or name a number"
+            )
     return dataclasses.replace(config, method=config.way, shards=shards)
 
 
@@ -211,7 +248,7 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
     """
     with joined(config.device) as ranks, ExitStack() as stack:
         config = with_way(config)
-        check_device(config)
+        check_device(config.device)
         source = open_source(config)
         plan = make_plan(config, source.image_shape, source.class_names, source.models)
         ranks.agree(plan.toml.encode)
@@ -248,8 +285,13 @@ def _state(config: RunConfig) -> Path:
 def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | None, stack: ExitStack) -> Held | None:
     """Opens the ledger until the end of `stack`, and the vault, and announces the run. None where its release is there already."""
     out, state = Path(config.out), _state(config)
+    restore(out, lambda found: _same(found, plan, source.ledger))
     if os.path.lexists(out):
-        _already_there(out, state, plan, source.ledger)
+        if not _same(out, plan, source.ledger):
+            raise ReleaseError(
+                f"{out} exists and holds something else, or other data's release; choose another --out or remove it"
+            )
+        forget_rest(state, plan.toml)
         return None
     check_target(out)
     check_same_run(state, plan.toml)
@@ -308,9 +350,10 @@ def check_alone(way: str) -> None:
             )
 
 
-def check_device(config: RunConfig) -> None:
-    """Raises ConfigError where the asked device is not there."""
-    if config.device == "cuda" and not torch.cuda.is_available():
+def check_device(device: str) -> None:
+    """Raises ConfigError where the asked device is none, or not there."""
+    check_device_name(device)
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: this machine or this build of torch has none; leave --device out")
 
 
@@ -373,19 +416,15 @@ def begin(state: Path, toml: str) -> None:
         raise ConfigError(f"{state}: cannot be written ({error.strerror}); choose another --out") from error
 
 
-def _already_there(out: Path, state: Path, plan: Plan, ledger: Callable[[], Path]) -> None:
-    """A finished release of this configuration, on a ledger that this data's goes on from, is the answer; anything else is in the way."""
+def _same(folder: Path, plan: Plan, ledger: Callable[[], Path]) -> bool:
+    """Whether this is a finished release of this configuration, on a ledger that this data's goes on from: then it is the answer."""
     try:
-        same = read_small(out / "config.toml", MAX_TOML) == plan.toml.encode()
-        mine = read_small(out / "ledger.jsonl", ledgers.MAX_BYTES) if same else b""
-        same = same and read_small(ledger(), ledgers.MAX_BYTES).startswith(mine)
-    except InputError:
-        same = False
-    if not same:
-        raise ReleaseError(
-            f"{out} exists and holds something else, or other data's release; choose another --out or remove it"
+        mine = (
+            read_small(folder / "ledger.jsonl", ledgers.MAX_BYTES) if holds(folder / "config.toml", plan.toml) else None
         )
-    forget_rest(state, plan.toml)
+        return mine is not None and read_small(ledger(), ledgers.MAX_BYTES).startswith(mine)
+    except InputError:
+        return False
 
 
 def holds(path: Path, toml: str) -> bool:

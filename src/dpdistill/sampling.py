@@ -61,9 +61,11 @@ class Drawer:
         return images
 
 
-def draw_set(release: str | os.PathLike[str], count: int, *, steps: int = 2, seed: int = 0) -> Synthetic:
+def draw_set(
+    release: str | os.PathLike[str], count: int, *, steps: int = 2, seed: int = 0, device: str = "cpu"
+) -> Synthetic:
     """Returns about `count` samples of a release as a labelled set, as many of each class."""
-    drawer = load_sampler(release)
+    drawer = load_sampler(release, device)
     labels = torch.arange(len(drawer.class_names)).repeat_interleave(max(1, count // len(drawer.class_names)))
     generator, images = torch.Generator().manual_seed(seed), []
     with passing("sampling") as progress:
@@ -73,8 +75,11 @@ def draw_set(release: str | os.PathLike[str], count: int, *, steps: int = 2, see
     return Synthetic(images=torch.cat(images), labels=labels)
 
 
-def load_sampler(release: str | os.PathLike[str]) -> Drawer:
+def load_sampler(release: str | os.PathLike[str], device: str = "cpu") -> Drawer:
     """Returns the diffusion model of a release that holds together, private or not: for the promise ask `verify`.
+
+    Args:
+      device: where it draws. Its noise comes from the CPU whatever this is.
 
     Raises:
       ReleaseError: it is not what it says, or holds no diffusion model.
@@ -83,7 +88,9 @@ def load_sampler(release: str | os.PathLike[str]) -> Drawer:
     product = verification.open_release(release).product
     if not isinstance(product, DiffusionProduct):
         raise ReleaseError(f"{release}: holds no diffusion model to sample from; `dpdistill diffusion` makes one")
-    return replace(sampler_of(product), source=str(release))
+    drawer = sampler_of(product)
+    drawer.pipe.to(device)
+    return replace(drawer, source=str(release))
 
 
 def sampler_of(product: DiffusionProduct) -> Drawer:
@@ -111,19 +118,22 @@ def sample(
     batch: int = 256,
     seed: int = 0,
     fmt: str | None = None,
+    device: str = "cpu",
     quiet: bool = False,
 ) -> Path:
     """Writes `count` images, as many of each class (the first classes get one more where it does not divide).
 
-    The same release, settings and software give the same images. Written beside `out`, brought to disk and renamed: there is never half
-    of it, whatever fails or stops it, a power cut too.
+    The same release, settings, software and device give the same images. Written beside `out`, brought to disk and renamed: there is
+    never half of it, whatever fails or stops it, a power cut too.
 
     Args:
       out: a folder of class folders with PNG files, or a file ending in .npz or .parquet; each is read by `dpdistill dataset --data`.
-      classes: names of those wanted; None is all. Labels are numbers in the release's list of classes, whatever is wanted.
+      classes: names of those wanted, or their numbers from 0 where no name in the release is a number; None is all. Labels are numbers
+        in the release's list of classes, whatever is wanted.
       steps: passes of the network for an image, 1, 2 or 4; more are slower, and not always better.
       batch: images drawn at once. Images depend on it.
       fmt: "folder", "npz" or "parquet", where the name does not say.
+      device: cpu or cuda.
 
     Raises:
       ConfigError: a setting that is not possible.
@@ -139,7 +149,7 @@ def sample(
         raise InputError(target, "exists", "choose another --out or remove it")
     if not target.absolute().parent.is_dir():
         raise InputError(target.parent, "is no folder", "make it first")
-    model = load_sampler(release)
+    model = load_sampler(release, device)
     chosen = _chosen(model.class_names, classes)
     labels = np.repeat(chosen, [count // len(chosen) + (k < count % len(chosen)) for k in range(len(chosen))])
 
@@ -168,23 +178,27 @@ def sample(
 
 def _format(out: Path, fmt: str | None) -> str:
     kind = FORMATS.get(out.suffix.lower(), "") if fmt is None else fmt
+    if fmt is not None and fmt not in FORMATS.values():
+        raise ConfigError(f"Expected a fmt of {', '.join(FORMATS.values())}, got {fmt!r}.")
     if kind not in FORMATS.values():
-        given = f"--format {fmt}" if fmt else str(out)
         raise ConfigError(
-            f"{given}: give a folder, or a file ending in .npz or .parquet; or --format folder, npz or parquet"
+            f"{out}: give --out a name ending in .npz or .parquet, or one without an ending for a folder of PNG files"
         )
     return kind
 
 
 def _chosen(names: tuple[str, ...], wanted: Sequence[str] | None) -> NDArray[np.int64]:
-    """Class numbers of the names wanted, in the release's order."""
-    for name in wanted or ():
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1, 0.0)
-            raise ConfigError(f"no class is named {name!r} in this release; the nearest is {near[0]!r}")
+    """Class numbers of the names or numbers wanted, in the release's order."""
     if wanted is not None and not wanted:
         raise ConfigError("Expected at least one class.")
-    return np.array([k for k, name in enumerate(names) if wanted is None or name in wanted], np.int64)
+    known = {name: k for k, name in enumerate(names)}
+    if not any(name.isdecimal() for name in names):  # "1" is a name or a number, never now this and now that
+        known |= {str(k): k for k in range(len(names))}
+    for name in wanted or ():
+        if name not in known:
+            near = difflib.get_close_matches(name, names, 1, 0.0)
+            raise ConfigError(f"no class is named {name!r} in this release; the nearest is {near[0]!r}")
+    return np.array(sorted({known[name] for name in (names if wanted is None else wanted)}), np.int64)
 
 
 def _generator(seed: int, start: int) -> torch.Generator:

@@ -6,6 +6,7 @@ Read, checked and handed on behind one handle; nothing here looks at what they s
 import fcntl
 import hashlib
 import hmac
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .config import ModelConfig, RunConfig
+from .config import DiffusionConfig, ModelConfig, RunConfig
 from .data import LabelledImages, Limits, chunks, load_images
 from .errors import ConfigError, InputError, LedgerError
 from .mechanisms import Door, Ensemble, PrivateData, Ranks, Vault
@@ -24,6 +25,8 @@ from .privacy import Ledger
 from .privacy.disk import write_atomically
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .models.teachers import Teacher
 
 
@@ -64,9 +67,33 @@ def _home_key(folder: Path) -> bytes:
 
 
 def load_private(config: RunConfig) -> LabelledImages:
-    ids = config.id_column if isinstance(config, ModelConfig) else None
-    limits = Limits.of_gib(config.max_gib, scratch_of(config))
-    return load_images(config.data, n_classes=config.classes, resize=config.resize, id_column=ids, limits=limits)
+    """Reads the private images as the run asks. Raises InputError where they are floats and nobody says of what range."""
+    records = _read(config, config.resize, config.channels)
+    if records.images.dtype != np.uint8 and config.value_low is None:
+        raise InputError(
+            config.data,
+            "holds float images, and a file does not say what is black and what white",
+            "--set value_low=0 --set value_high=1 (or 0 and 255, or -1 and 1)",
+        )
+    return records
+
+
+def _read(config: RunConfig, resize: int | None, channels: int | None) -> LabelledImages:
+    low, high = config.value_low, config.value_high
+    return load_images(
+        config.data,
+        class_names=None if config.class_names is None else config.class_names.split(","),
+        n_classes=config.classes,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        id_column=config.id_column if isinstance(config, ModelConfig) else None,
+        split=config.split,
+        value_range=(0.0, 1.0) if low is None or high is None else (low, high),
+        resize=resize,
+        channels=channels,
+        unlabelled=isinstance(config, DiffusionConfig) and config.unlabelled,
+        limits=Limits.of_gib(config.max_gib, scratch_of(config)),
+    )
 
 
 def scratch_of(config: RunConfig) -> str:
@@ -112,6 +139,11 @@ def owners(config: ModelConfig) -> Source:
     # Each is opened by itself and checked against the first's facts, never against another's answers.
     teachers = [first, *(read_teacher(config, path, first.image_shape, first.n_classes) for path in files[1:])]
     names = tuple(str(k) for k in range(first.n_classes))
+    owner_of: dict[str, Path] = {}
+    for path, teacher in zip(files, teachers, strict=True):
+        if teacher.sha256 in owner_of:  # twice the votes of one owner: twice the sensitivity
+            raise InputError(path, f"is the same model as {owner_of[teacher.sha256].name}", "keep one of every owner")
+        owner_of[teacher.sha256] = path
     hashes = sorted(t.sha256.encode() for t in teachers)
     return Source(
         image_shape=first.image_shape,
@@ -119,10 +151,23 @@ def owners(config: ModelConfig) -> Source:
         unit="owner",
         ledger=lambda: named_ledger(config) if config.ledger else ledger_of(hashes),
         handle=lambda ledger, vault, ranks: Ensemble.of_models(
-            [t.outputs for t in teachers], len(names), ledger, vault, ranks=ranks
+            [voting(t) for t in teachers], len(names), ledger, vault, ranks=ranks
         ),
         models=len(teachers),
     )
+
+
+def voting(teacher: "Teacher") -> Callable[["Tensor"], "Tensor"]:
+    """What an owner's model votes by. Where it fails, or answers no number, on an image unlike the probe's, its scores are NaN, which is a
+    vote like another: a run that ended there would tell of that one owner's model, after the charge."""
+
+    def scores(x: "Tensor") -> "Tensor":
+        try:
+            return teacher.outputs(x)
+        except InputError:
+            return x.new_full((len(x), teacher.n_classes), math.nan)
+
+    return scores
 
 
 def read_teacher(
@@ -138,7 +183,24 @@ def read_teacher(
         image_shape=shape,
         n_classes=n_classes or config.classes,
         value_range=(config.input_low, config.input_high),
+        layout=config.layout,
+        outputs=config.outputs,
+        mean=_numbers("mean", config.mean),
+        std=_numbers("std", config.std),
     )
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    """ "0.5,0.5,0.5" as numbers. Raises ConfigError unless they are one or three, finite, and those of std positive."""
+    if text is None:
+        return None
+    try:
+        found = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        found = ()
+    if len(found) not in (1, 3) or not np.isfinite(found).all() or (name == "std" and min(found) <= 0):
+        raise ConfigError(f"{name} = {text[:100]!r}: expected a number for each channel, such as 0.5,0.5,0.5")
+    return found
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -169,15 +231,14 @@ def open_source(config: RunConfig) -> Source:
 
 
 def _ledger_path(config: RunConfig, records: LabelledImages) -> Path:
-    """The ledger to charge. Data scaled to another size is the same data: its ledger goes by the images as they are, or by 64 × 64."""
+    """The ledger to charge. Data scaled or made grey is the same data: its ledger goes by the images as they are, or by 64 × 64."""
     if config.ledger is not None:
         return named_ledger(config)
-    if config.resize is not None:
-        limits = Limits.of_gib(config.max_gib, scratch_of(config))
+    if config.resize is not None or config.channels is not None:
         try:
-            records = load_images(config.data, n_classes=config.classes, limits=limits)
-        except InputError:  # mixed or large images: they cannot be read without a size
-            records = load_images(config.data, n_classes=config.classes, resize=64, limits=limits)
+            records = _read(config, None, None)
+        except InputError:  # mixed or large images: they cannot be read as they are
+            records = _read(config, 64, 3)
     return default_ledger(records)
 
 

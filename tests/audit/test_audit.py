@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from crash_cases import audit_blindly
 from dpdistill import cli, pipeline
 from dpdistill.audit import bounds, kernel, one_run, result, run, two_worlds
 from dpdistill.audit.one_run import Witness
@@ -19,7 +20,7 @@ from dpdistill.bundle import verify
 from dpdistill.bundle.release import add_audit
 from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig
 from dpdistill.data import load_images
-from dpdistill.errors import ConfigError, ReleaseError
+from dpdistill.errors import BudgetError, ConfigError, ReleaseError
 from dpdistill.mechanisms import Vault
 from dpdistill.pipeline import distil, make_plan
 from dpdistill.privacy import GaussianSum, Ledger, gaussian_multiplier
@@ -383,11 +384,36 @@ def test_a_refuted_audit_is_not_written(audited: Path) -> None:
 
 
 def test_a_crash_between_the_two_renames_is_put_right(audited: Path) -> None:
-    epsilon = float(json.loads((audited / "certificate.json").read_text())["guarantee"]["epsilon"])
-    audited.rename(audited.with_name("out.before"))
-    add_audit(audited, fake_audit(epsilon=epsilon))
+    """From its very beginning: the command reads the release before it attacks it."""
+    before = audited.with_name("out.before")
+    audited.rename(before)
+    (problem,) = verify(audited).problems
+    assert "left it as .before beside: `dpdistill audit` again puts it back" in problem
+    audit_blindly(audited)
     assert verify(audited).ok
-    assert not audited.with_name("out.before").exists()
+    assert not before.exists()
+
+
+def test_what_a_stopped_audit_left_is_not_made_again(
+    tiny: Config, pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that made the release finds it aside, and does not ask for its price once more; what is another's it leaves alone."""
+    monkeypatch.setenv("DPDISTILL_HOME", str(pristine.parent / "home"))
+    before = Path(shutil.copytree(pristine, tmp_path / "out.before"))
+    with pytest.raises(BudgetError):
+        distil(tiny(per_class=2), quiet=True)
+    assert before.is_dir()
+    assert distil(tiny(), quiet=True) == tmp_path / "out"
+    assert not before.exists()
+    assert verify(tmp_path / "out").ok
+
+
+def test_an_audit_from_within_the_folder(audited: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(audited)
+    epsilon = float(json.loads((audited / "certificate.json").read_text())["guarantee"]["epsilon"])
+    add_audit(Path("."), fake_audit(epsilon=epsilon))
+    assert verify(audited).ok
+    assert sorted(path.name for path in audited.parent.iterdir()) == ["out"]
 
 
 # --- the twin's configuration

@@ -36,7 +36,7 @@ def test_splits(tmp_path, write):
 
 
 def test_class_list_is_needed(tmp_path, write):
-    with pytest.raises(InputError, match="n_classes or class_names"):
+    with pytest.raises(InputError, match="give --classes K, or --set class_names="):
         load_images(write.idx(tmp_path / "mnist"))
 
 

@@ -99,9 +99,40 @@ def test_text_labels_need_the_class_list(tmp_path, write):
 def test_other_column_names(tmp_path, write):
     made = write.table(hf=False).rename_columns(["img", "fine_label"])
     path = write.parquet(tmp_path / "x.parquet", made)
-    with pytest.raises(InputError, match="columns: img, fine_label; pass image_column="):
+    with pytest.raises(InputError, match="columns: img, fine_label; --set image_column=NAME"):
         load_images(path, class_names=write.names)
     same(load_images(path, class_names=write.names, image_column="img", label_column="fine_label"), write)
+
+
+@pytest.mark.parametrize("ids", [[7, 7, 8, 9, 7, 8], ["ann", "ann", "bob", "", "ann", "bob"]])
+def test_ids_of_parquet(tmp_path, write, ids):
+    path = write.parquet(tmp_path / "x.parquet", write.table(person=pa.array(ids)), row_group_size=2)
+    data = load_images(path, id_column="person")
+    same(data, write)
+    assert data.ids.tolist() == [str(each) for each in ids]
+    assert load_images(path).ids is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "column", "match"),
+    [
+        (pa.array([1, None, 2, 3, 4, 5]), "person", "missing"),
+        (pa.array([0.5] * 6), "person", "does not hold ids"),
+        (pa.array(["x" * 201] * 6), "person", "more than 200 characters"),
+        (pa.array([1] * 6), "patient", "has not one column 'patient'.*--set id_column=NAME"),
+        (pa.array([1] * 6), "label", "says nothing of whose record"),
+    ],
+)
+def test_ids_that_are_none(tmp_path, write, ids, column, match):
+    path = write.parquet(tmp_path / "x.parquet", write.table(person=ids))
+    with pytest.raises(InputError, match=match):
+        load_images(path, id_column=column)
+
+
+def test_ids_of_arrow_are_not_read(tmp_path, write):
+    made = write.table(person=pa.array([1] * 6))
+    with pytest.raises(InputError, match="save it as Parquet"):
+        load_images(write.arrow(tmp_path / "x.arrow", made), id_column="person")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

@@ -17,7 +17,9 @@ import torch
 
 from crash_harness import Case, quick
 from dpdistill import pipeline
+from dpdistill.audit import run as attacks
 from dpdistill.bundle.onnx_file import student_onnx
+from dpdistill.bundle.release import add_audit
 from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig
 from dpdistill.conversion import convert
 from dpdistill.diffusion import diffuse
@@ -27,7 +29,7 @@ from dpdistill.methods.shared import linear
 from dpdistill.methods.shared.embedding import EmbeddingConfig
 from dpdistill.models.wavelet_net import WaveletNet
 from dpdistill.pipeline import distil
-from dpdistill.privacy import GaussianSum, Planned
+from dpdistill.privacy import GaussianSum, NoisyVotes, Planned
 
 NETWORK = {"patch": 4, "width": 8, "depth": 1, "heads": 2}
 STUDENT = {
@@ -92,7 +94,7 @@ DIFFUSION: dict[str, dict[str, Any]] = {
         "accept_no_record_guarantee": True,
     },
 }
-NAMES = (*DATASET, *MODEL, *DIFFUSION)
+NAMES = (*DATASET, "audit", *MODEL, *DIFFUSION)
 UNPROVED = ("opaque", "paper")
 
 
@@ -126,6 +128,17 @@ def flat(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 TOY = SimpleNamespace(Config=_ToyConfig, plan=_toy_plan, run=_toy_run)
 
 
+def audit_blindly(release: Path) -> None:
+    """`dpdistill audit` as far as the disk sees it: without the attacks, which write nothing."""
+    query = NoisyVotes(name="votes", n_queries=1, n_classes=2, n_models=2, noise_multiplier=1.0)  # nothing to run from
+    blind = SimpleNamespace(plan=SimpleNamespace(releases=[Planned(query)]))
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(attacks, "kernels", return_value=()))
+        stack.enter_context(mock.patch.object(attacks, "public_records"))
+        stack.enter_context(mock.patch.object(attacks.Twin, "of", return_value=blind))
+        add_audit(release, attacks.audit_release(release, quick=True, seed=0))
+
+
 def make_inputs(folder: Path) -> None:
     """26 images [8, 8] of two classes, of people with two each; and models of three owners."""
     rng = np.random.default_rng(0)
@@ -145,6 +158,8 @@ def case(name: str, inputs: Path) -> Case:
 
     def start(place: Path) -> object:
         common: dict[str, Any] = {"out": str(place / "out"), "per_class": 1}
+        if name == "audit":
+            return audit_blindly(distil(RunConfig(**common, data=data, method="toy"), quiet=True))
         if name in DATASET:
             return distil(RunConfig(**common, data=data, method=name, settings=DATASET[name]), quiet=True)
         if name in MODEL:

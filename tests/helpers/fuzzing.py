@@ -1,10 +1,12 @@
-"""Mutated input of every kind that is read: each is refused in one printable line or loads, and nothing else happens.
+"""Mutated input of every kind that is read: each loads, or is refused in one printable line that names the file and says the way out, and
+nothing is written.
 
 One registry for the tests (tests/hostile/test_fuzz.py) and for long runs (tools/fuzz.py). Input number i of a kind depends on the
 seed, the kind and i alone. Inputs are tried in forked children, so that a crash of a C++ reader is found, and blamed on the file
 that it was reading.
 """
 
+import functools
 import json
 import os
 import random
@@ -32,6 +34,7 @@ import small_models
 import small_release
 from dpdistill import cli, config, sampling
 from dpdistill.bundle import contents, report
+from dpdistill.bundle.release import read_bundle
 from dpdistill.bundle.verification import verify
 from dpdistill.data import Limits, load_images
 from dpdistill.errors import DpdistillError
@@ -278,9 +281,10 @@ def release(kind: str, sealed: bool, share: float = 1.0) -> Kind:
 
 
 def arrays(root: Path) -> Subject:
-    path = root / "synthetic.safetensors"
+    path = root / "dataset" / "synthetic.safetensors"
+    path.parent.mkdir()
     path.write_bytes(contents.Contents(**vars(_contents())).pack())
-    return Subject(targets=[path], use=lambda: contents.unpack(path.read_bytes()) is not None, change=worded)
+    return Subject(targets=[path], use=lambda: read_bundle(root) is not None, change=worded)
 
 
 def _contents() -> Any:
@@ -367,18 +371,28 @@ class Tally:
     violations: list[str] = field(default_factory=list)
 
 
-def _refused(subject: Subject) -> bool:
+def listing(root: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file in a folder."""
+    places = (Path(folder, name) for folder, _, files in os.walk(root) for name in files)
+    return {str(place): (status.st_size, status.st_mtime_ns) for place in places for status in [place.lstat()]}
+
+
+def _refused(subject: Subject, root: Path) -> bool:
     """Whether the input is refused, in the form that it must be. Raises whatever else came of it."""
+    before = listing(root)
     try:
         return not subject.use()
     except DpdistillError as error:
-        line = str(error)
+        line, hint = str(error), getattr(error, "hint", None)
     assert line.isprintable(), f"not printable: {line!r}"
     assert 0 < len(line) < 5000, "too long a line"
+    assert str(root) in line, f"does not say which file: {line}"
+    assert hint is None or (hint and line.endswith(f" ({hint})")), f"no way out: {line}"
+    assert listing(root) == before, "a refused input left or changed files"
     return True
 
 
-def _batch(subject: Subject, name: str, seed: int, numbers: range, keep: Path) -> int:
+def _batch(subject: Subject, root: Path, name: str, seed: int, numbers: range, keep: Path) -> int:
     """In a child: tries inputs, and prints a tally as JSON. A bad one is kept under its kind and number."""
     resource = cli_child.resource
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -398,7 +412,7 @@ def _batch(subject: Subject, name: str, seed: int, numbers: range, keep: Path) -
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # a warning would be a second line on a person's screen
-                refused = _refused(subject)
+                refused = _refused(subject, root)
             tally.refused, tally.loaded = tally.refused + refused, tally.loaded + (not refused)
         except BaseException:
             (keep / f"{name} {number}").write_bytes(mutant)
@@ -436,12 +450,14 @@ def run(names: list[str], count: int, seed: int, keep: Path) -> Iterator[tuple[s
     for name in names:
         total = Tally()
         with tempfile.TemporaryDirectory() as folder:
-            subject = KINDS[name].make(Path(folder))
+            root = Path(folder)
+            subject = KINDS[name].make(root)
             n_inputs = max(1, round(count * KINDS[name].share / whole))
             for start in range(0, n_inputs, BATCH):
                 numbers = range(start, min(start + BATCH, n_inputs))
                 clean = {path: path.read_bytes() for path in subject.targets}
-                done = cli_child.forked(lambda s=subject, n=name, k=numbers: _batch(s, n, seed, k, keep), BATCH * HANGS)  # type: ignore[misc]
+                batch = functools.partial(_batch, subject, root, name, seed, numbers, keep)
+                done = cli_child.forked(batch, BATCH * HANGS)
                 total.peak_mb = max(total.peak_mb, done.peak_mb)
                 if done.code != 0 or done.err:
                     blamed = (keep / "now").read_text()

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import owner_models
 from dpdistill import cli, conversion, diffusion, pipeline, sources
 from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig
 from dpdistill.data import LabelledImages
@@ -58,6 +59,7 @@ CLASSES = ("top", "left", "rare")  # of the last, the base has no record
 SIDE = 8
 MICRO_BATCH = 16  # of the door here; its rank-one sums take four times as many
 KEY = b"k" * 32
+GIVEN = ("private.npz", "owners", "run.toml")  # what a run finds in its folder
 
 
 # --- what is played -----------------------------------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ TINY: dict[
         **SAMPLER,
     },
     "paper": {"steps": 2, "batch": 24, "teacher_steps": 2, "teacher_batch": 24, **DENOISER, **SAMPLER},
-    "opaque": STUDENT,
+    "opaque": {key: value for key, value in STUDENT.items() if key != "bank"},
 }
 
 
@@ -149,6 +151,7 @@ class Pipeline:
     Attributes:
       kind: of its configuration; facts: of that, beside the settings of the method.
       by_id: the unit is an id, with all its records, and not one record.
+      of_owners: it is an owner, with the one model that they bring.
     """
 
     method: str
@@ -156,10 +159,16 @@ class Pipeline:
     settings: Mapping[str, Any]
     facts: Mapping[str, Any] = field(default_factory=dict)
     by_id: bool = False
+    of_owners: bool = False
+
+    @property
+    def unit(self) -> str:
+        return "owner" if self.of_owners else "id" if self.by_id else "record"
 
     def config(self) -> RunConfig:
         """Paths are relative, so that they are the same in every run: a run is played in a folder of its own."""
         facts = {"data": "private.npz", "out": "out", "ledger": "ledger.jsonl", "epsilon": 2.0, "per_class": 1}
+        facts |= {"value_low": 0.0, "value_high": 1.0}
         return self.kind(**facts | {"method": self.method, "settings": dict(self.settings)} | dict(self.facts))
 
     def start(self, config: RunConfig) -> None:
@@ -219,6 +228,9 @@ def pipelines() -> dict[str, Pipeline]:
         facts={**found["votes"].facts, "id_column": "ids"},
         by_id=True,
     )
+    found["votes of owners"] = dataclasses.replace(
+        found["votes"], facts={"data": "", "teachers": "owners"}, of_owners=True
+    )
     found["dpsad without DP-SGD"] = dataclasses.replace(
         found["dpsad"], settings={**found["dpsad"].settings, "share_denoiser": 0.0}
     )
@@ -256,8 +268,14 @@ class World:
         """Whether a file can hold it. Others arise behind the reader: an array changed in place, a caller of the library."""
         return len(self) > 0 and bool(((self.labels >= 0) & (self.labels < len(CLASSES))).all())
 
-    def save(self, path: Path) -> None:
-        np.savez(path, images=self.images[:, 0], labels=self.labels, ids=self.ids, classes=np.array(CLASSES))
+    def save(self, folder: Path) -> None:
+        np.savez(
+            folder / "private.npz",
+            images=self.images[:, 0],
+            labels=self.labels,
+            ids=self.ids,
+            classes=np.array(CLASSES),
+        )
 
     def records(self, by_id: bool, resize: int | None) -> LabelledImages:
         """As the reader would give it."""
@@ -366,6 +384,14 @@ def drawn(number: int, by_id: bool) -> World:
     elif kind == 2:
         image = rng.choice([0, 1, 0.5, np.nan, np.inf, -np.inf, 1e30], image.shape, p=[0.4, 0.4, 0.16, *[0.01] * 4])
     return unit(EXTRA + number, by_id, image, int(rng.choice([0, 1, 2, -1, 3], p=[0.3, 0.3, 0.3, 0.05, 0.05])))
+
+
+def neighbours_of(way: Pipeline, n_pairs: int) -> tuple[dict[str, Any], list[Pair]]:
+    """The neighbourhood to play a pipeline on."""
+    if not way.of_owners:
+        return neighbourhood(way.by_id, n_pairs)
+    worlds, pairs = owner_models.neighbourhood(n_pairs)
+    return worlds, [Pair(*pair) for pair in pairs]
 
 
 def neighbourhood(by_id: bool, n_pairs: int) -> tuple[dict[str, World], list[Pair]]:
@@ -613,7 +639,7 @@ def at_the_door(tape: Tape, source: Tape | None, world: World, forced: frozenset
         return recorded
 
     def reserve(real: Any, self: Door, query: Any, count: int = 1) -> Any:
-        tape.note("reserve", query.describe(), count)
+        tape.note("reserve", query.describe(), count, query.name in self.checks)
         held = real(self, query, count)
         tape.note("reserved", held.line)
         return held
@@ -800,9 +826,8 @@ def play(
         stack.enter_context(contextlib.chdir(folder))
         stack.enter_context(small(whole))
         if world.readable():
-            world.save(Path("private.npz"))
-        unit = "id" if way.by_id else "record"
-        Ledger.open(Path("ledger.jsonl"), cap=(3.0, config.delta), data="played", unit=unit).close()
+            world.save(Path())
+        Ledger.open(Path("ledger.jsonl"), cap=(3.0, config.delta), data="played", unit=way.unit).close()
         stack.enter_context(around(sources, "load_images", read))
         for module in (pipeline, diffusion, conversion):
             stack.enter_context(around(module, "write_result", write))
@@ -810,7 +835,7 @@ def play(
         stack.enter_context(at_the_door(tape, source, world, forced))
         with watched(tape):
             way.command() if whole else way.start(config)
-        left = sorted(str(path) for path in Path().rglob("*") if path.name not in ("private.npz", "run.toml"))
+        left = sorted(str(path) for path in Path().rglob("*") if path.parts[0] not in GIVEN)
         tape.note("left", left)
         tape.note("ledger", Path("ledger.jsonl").read_bytes())
         tape.files = {name: Path(name).read_bytes() for name in left if Path(name).is_file()}

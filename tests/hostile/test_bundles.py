@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import small_release
+from dpdistill import cli
 from dpdistill.bundle import verification as verifier
 from dpdistill.bundle.verification import verify
 
@@ -130,6 +131,31 @@ def test_a_file_more_fails_at_any_depth(release: Path, tmp_path: Path, name: str
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(b"x")
     assert "not a file of a release" in fails(folder)
+
+
+USES = (["audit", "r"], ["report", "r"], ["sample", "r", "--out", "s"], ["evaluate", "r", "--data", "digits"])
+
+
+@pytest.mark.parametrize("name", ["extra", "README.md"])
+def test_who_uses_a_tampered_release_is_told_which_and_what_to_do(
+    name: str,
+    releases: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = Path(shutil.copytree(releases["diffusion"], tmp_path / "r"))
+    (folder / name).write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    for words in USES:
+        monkeypatch.setattr("sys.argv", ["dpdistill", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2
+        assert line.startswith("dpdistill: r: ")
+        assert line.endswith("(give a release folder as it was made; `dpdistill verify` says more)")
+    assert os.listdir(tmp_path) == ["r"]
 
 
 def test_files_that_are_too_much_together_are_not_read(releases: dict[str, Path], tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_what_only_looks_odd_is_a_data_set(name: str, cli: Cli, tmp_path: Path) 
         "out",
         "--per-class",
         1,
-        *[w for s in TINY.split() for w in ("--set", s)],
+        *[w for s in (*TINY.split(), "value_low=0", "value_high=1") for w in ("--set", s)],
     ]
     whole = name in WHOLE  # the others are only looked at: each whole run takes seconds
     done = cli(*words, *([] if whole else ["--dry-run"]), cwd=tmp_path, home=tmp_path / "home")

@@ -477,9 +477,9 @@ def test_the_worst_that_the_check_saw_is_kept(query: Any, release: Release, plac
         release(held, reserved, 0, QUERIES)
         seen.append(dict(held.checks))
     assert seen == [{query.name: worst} for worst in (0.25, 0.25, 0.5)]
-    for queries, *width in asked:
+    for queries, width in asked:
         assert torch.equal(queries, QUERIES[:PROBE])
-        assert width == ([C] if query == vectors() else [])
+        assert width == C
 
 
 def test_the_noise_is_the_stated_one(place: Place) -> None:

@@ -1543,7 +1543,7 @@ MUTANTS = [
     bug(
         "T1 a trainer that is not tried out",
         check_votes,
-        (ENSEMBLE, "max(self._check(queries[:PROBE]), self.checks.get(query.name, 0.0))", "0.0"),
+        (ENSEMBLE, "worst = self._check(queries[:PROBE], n_columns)", "worst = 0.0"),
     ),
     bug(
         "A5 charged for votes of another number of models",
@@ -1634,7 +1634,7 @@ MUTANTS = [
     bug(
         "T1 shard sum: a trainer that is not tried out",
         check_shard_sum,
-        (ENSEMBLE, "worst = self._check(queries[:PROBE], query.dim // len(queries))", "worst = 0.0"),
+        (ENSEMBLE, "worst = self._check(queries[:PROBE], n_columns)", "worst = 0.0"),
     ),
     bug(
         "L1 shard sum: a made-up reservation",

@@ -39,6 +39,17 @@ def test_few_records_for_the_noise_are_embedded(records: int, epsilon: float, st
     )
 
 
+def test_the_advice_says_why_there_is_no_dp_sgd() -> None:
+    """Few records, or a person who wants none: not the one for the other."""
+    given: list[tuple[int, Any, str]] = [(60_000, 0.0, "as share_denoiser=0 asks"), (2_000, "auto", "so few records")]
+    for records, share, said in given:
+        found = config(expected_records=records, target_epsilon=10.0, share_denoiser=share)
+        (line,) = (line for line in dpsad.advice(found, PUBLIC, 10.0, 1e-5) if "no DP-SGD" in line)
+        assert said in line
+    many = config(expected_records=60_000, target_epsilon=10.0, warm_start="embedding")
+    assert not any("few records" in line for line in dpsad.advice(many, PUBLIC, 10.0, 1e-5))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_each_start_spends_all_that_dp_sgd_leaves(share: float) -> None:
     for start, names in (
@@ -51,6 +62,18 @@ def test_each_start_spends_all_that_dp_sgd_leaves(share: float) -> None:
         spent = sum(planned.count / planned.query.noise_multiplier**2 for planned in full)
         assert spent == pytest.approx((1 - share) / 16)
         assert len(plan) == len(full) + (share > 0)
+
+
+def test_only_a_coarse_mixture_of_several_classes_has_a_guide() -> None:
+    """Samples of a fine one are no better for being chosen, so all that a guide would cost is the mixture's."""
+    several, one = made_up_public(3, 28), replace(made_up_public(3, 28), class_names=("a",))
+    for public, epsilon, guided in ((several, 1.0, True), (several, 10.0, False), (one, 1.0, False)):
+        found = config(expected_records=15_000, target_epsilon=epsilon, share_denoiser=0.0, warm_start="mixture")
+        assert (found.dims(public) == 256) == (epsilon == 10)
+        plan = dpsad.plan(found, public, 4.0)
+        assert ("teacher-gradient" in [planned.query.name for planned in plan]) == guided
+        spent = sum(planned.count / planned.query.noise_multiplier**2 for planned in plan)
+        assert spent == pytest.approx(1 / 16)
 
 
 def test_a_mixture_fitted_to_images_draws_such_images() -> None:

@@ -91,8 +91,10 @@ def test_range_layout_mean_and_std(save: Callable[..., Path]) -> None:
         node("Gemm", ["f", "w", "b"], ["y"]),
     ]
     path = save(made(nodes, dims=("N", 8, 8, 3)))
-    with pytest.raises(InputError, match="say layout='NHWC'"):
+    with pytest.raises(InputError, match="--set layout=NHWC"):
         load_teacher(path, image_shape=SHAPE)
+    with pytest.raises(InputError, match=r"no colours there .*--set layout=NHWC"):  # nobody names a shape
+        load_teacher(path)
     mean, std = (0.1, 0.2, 0.3), (1.0, 2.0, 3.0)
     teacher = load_teacher(path, layout="NHWC", value_range=(0, 2), mean=mean, std=std)
     x = images()
@@ -196,7 +198,7 @@ def test_safetensors_with_its_network(weights_file: tuple[Path, nn.Module, str])
             load_teacher(path, architecture=wrong, image_shape=SHAPE)
     with pytest.raises(InputError, match="without their network"):
         load_teacher(path, image_shape=SHAPE)
-    with pytest.raises(InputError, match="image_shape"):
+    with pytest.raises(InputError, match="give --shape"):
         load_teacher(path, architecture=f"{module}:small")
     with pytest.raises(InputError, match="fails on images 1x28x28"):
         load_teacher(path, architecture=f"{module}:small", image_shape=(1, 28, 28))

@@ -19,6 +19,9 @@ import pytest
 
 from dpdistill.bundle.release import write_bundle
 from dpdistill.bundle.report import write_report
+from dpdistill.config import ModelConfig
+from dpdistill.conversion import convert
+from dpdistill.models.teachers import from_callable
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -124,7 +127,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory, kit: Any) -> dict[str, Path]:
-    """The page of a good release, one with hostile class names and figures of utility, and one that is not private."""
+    """The page of a good release, one with hostile class names and figures of utility, one that is not private, and of two students:
+    one that inherits a guarantee, and one of the paper's way, which has none."""
     folder = tmp_path_factory.mktemp("pages")
     made = kit.synthetic(classes=10, per_class=10, shape=(3, 8, 8), parts=2, soft=True)
     good = write_bundle(folder / "good", made, kit.facts(folder, made))
@@ -139,7 +143,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory, kit: Any) -> dict[str, Path]
         odd, folder / "odd.html", {"mean": 0.5, "std": 0.01, "note": "<img src=http://example.org>" + "y" * 300}
     )
     open_seed = write_bundle(folder / "seed", made, kit.facts(folder / "b", made, run="insecure-1"))
-    return {"good": good / "report.html", "odd": folder / "odd.html", "not private": open_seed / "report.html"}
+    found = {"good": good / "report.html", "odd": folder / "odd.html", "not private": open_seed / "report.html"}
+    teacher = from_callable(lambda x: x.flatten(1)[:, :3] * 3, image_shape=(1, 8, 8), n_classes=3)
+    small = {"steps": 2, "batch": 8, "width": 4, "groups": 2, "generator_width": 4, "latent": 4, "pool": 16}
+    for name, word in {
+        "student": {"attested_epsilon": 1.0, "attested_delta": 1e-5},
+        "no guarantee": {"accept_no_record_guarantee": True},
+    }.items():
+        config = ModelConfig(teacher="mine", out=str(folder / name), per_class=2, settings=small, **word)  # type: ignore[arg-type]
+        found[name] = convert(config, teacher, quiet=True) / "report.html"
+    return found
 
 
 VISIBLE = """(() => {
@@ -160,7 +173,7 @@ def luminance(color: str) -> float:
 
 @pytest.mark.parametrize("width", [360, 390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["good", "odd", "not private"])
+@pytest.mark.parametrize("name", ["good", "odd", "not private", "student", "no guarantee"])
 def test_the_page_fits_and_asks_nobody(
     browser: Browser, pages: dict[str, Path], name: str, scheme: str, width: int
 ) -> None:
@@ -172,10 +185,16 @@ def test_the_page_fits_and_asks_nobody(
     assert browser.value("document.querySelectorAll('script, link, iframe, object').length") == 0
     assert browser.value("[...document.images].every(i => i.complete && i.naturalWidth > 0 && i.alt)")
     seen = browser.value(VISIBLE)
-    certificate_says = "NOT PRIVATE" if name == "not private" else "Adding or removing one record changes"
-    assert seen["text"].startswith(certificate_says)
+    certificate_says = {
+        "not private": "NOT PRIVATE",
+        "student": "Not proved here, attested",
+        "no guarantee": "NO differential-privacy guarantee",
+    }
+    assert seen["text"].startswith(certificate_says.get(name, "Adding or removing one record changes"))
     assert 0 < seen["top"] < seen["bottom"] < 900  # on the first screen
     ink, paper = sorted((luminance(seen["color"]), luminance(seen["background"])))[::-1]
     assert (ink + 0.05) / (paper + 0.05) > 7
     assert (luminance(seen["background"]) < 0.2) == (scheme == "dark")
-    assert bool(browser.value("document.querySelector('.banner')?.innerText")) == (name == "not private")
+    assert bool(browser.value("document.querySelector('.banner')?.innerText")) == (
+        name in ("not private", "no guarantee")
+    )

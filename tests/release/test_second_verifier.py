@@ -32,8 +32,11 @@ from dpdistill.bundle import write_bundle
 from dpdistill.bundle.diffusion_product import DiffusionProduct, shapes
 from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.bundle.verification import verify
-from dpdistill.config import ModelConfig, RunConfig
+from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig
 from dpdistill.conversion import convert
+from dpdistill.diffusion import diffuse
+from dpdistill.methods.diffusion import dpsad
+from dpdistill.methods.shared import linear
 from dpdistill.models.wavelet_net import WaveletNet
 from dpdistill.privacy import GaussianSum, NoisyVotes, ShardSum, accounting
 
@@ -97,6 +100,40 @@ DOSSER = {"sampling_prob": 0.5, "group_size": 10, "width": 4} | {
     "subspace_dim": 4,
     "auxiliary_images": 20,
 }
+JOINT = {
+    "steps": 4,
+    "networks": 1,
+    "feature_width": 4,
+    "feature_dims": 8,
+    "pixel_dims": 6,
+    "components": 2,
+    "width": 4,
+} | {
+    "pool_mixture": 6,
+    "pool_public": 20,
+}
+DPSAD = {
+    "warm_start": "mixture",
+    "share_denoiser": 0.5,
+    "pixel_dims": 6,
+    "components": 2,
+    "expected_batch": 20,
+    "steps": 3,
+} | {
+    "multiplicity": 2,
+    "patch": 4,
+    "width": 8,
+    "depth": 1,
+    "heads": 2,
+    "seed_images": 12,
+    "sampling_steps": 2,
+    "student_width": 8,
+    "student_steps": 3,
+    "student_batch": 8,
+    "critic_width": 4,
+    "pool": 8,
+    "answer_steps": 2,
+}
 SMALL = {"steps": 4, "batch": 16, "width": 8, "generator_width": 4, "latent": 4, "pool": 64}
 
 
@@ -123,6 +160,12 @@ def runs(folder: Path) -> Iterator[tuple[str, Path, bool]]:
     first = student("first", {"teacher_dims": 20, "teacher_steps": 3}, data=records["data"], budget=5.0, **ledger)
     yield "private teacher on the same ledger, cap raised", first, True
     yield "converted again", student("again", {"width": 4}, teacher=str(first)), True
+    joint = RunConfig(out=str(folder / "joint"), method="joint", settings=JOINT, **records)
+    yield "joint", pipeline.distil(joint, quiet=True), True
+    sampled = DiffusionConfig(
+        out=str(folder / "sampled"), epsilon=2.0, budget=3.0, expected_records=60, settings=DPSAD, **records
+    )
+    yield "diffusion on the same ledger", diffuse(sampled, quiet=True), True
     votes = {"teacher_dims": 20, "queries": 20}
     people = {"ledger": str(folder / "people.jsonl"), "id_column": "person", "shards": 4}
     yield "votes by id", student("votes", votes, data=records["data"], **people), True
@@ -133,8 +176,11 @@ def runs(folder: Path) -> Iterator[tuple[str, Path, bool]]:
 
 
 def test_both_say_the_same_of_real_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long either takes is not asserted: it would be about the machine."""
     monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(pipeline, "N_PROCEDURAL", 100)
+    monkeypatch.setattr(dpsad, "GUIDE", linear.Training(teacher_steps=2, teacher_dims=4))
+    monkeypatch.setattr(dpsad, "N_GENERATED", 12)
     for name, folder, passes in runs(tmp_path):
         assert agree(folder) == passes, name
 

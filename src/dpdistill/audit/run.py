@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.verification import Checked, inspect
+from ..bundle.release import restore
+from ..bundle.verification import Checked, open_release
 from ..errors import ConfigError
 from ..pipeline import check_device, with_way
 from . import kernel, membership, one_run, two_worlds
@@ -96,13 +97,14 @@ def audit_release(
       ReleaseError: the release is not what it says.
       ConfigError: it has no ledger of its own, so there is nothing to audit; or `runs` of its method cannot be made.
     """
-    checked = inspect(path)
+    restore(path)  # first: an audit that was killed may have left nothing at this path
+    checked = open_release(path)
     if checked.facts.basis != "proved":
         raise ConfigError(
             f"{path}: it rests on no private release of ours (basis {checked.facts.basis!r}): nothing to audit"
         )
     config = configuration(checked.certificate, checked.facts.config_toml, data, auxiliary, device)
-    check_device(config)
+    check_device(config.device)
     if runs and not two_worlds.possible(config):
         raise ConfigError(
             f"{path}: no two-world audit of {with_way(config).method!r}, whose runs take too long to be made thousands of times; "

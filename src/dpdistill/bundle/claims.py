@@ -154,6 +154,12 @@ class NominalDiffusion:
 
 Nothing = (Nominal, NominalDiffusion)  # claims that promise nothing
 Claim = Attested | Nominal | NominalDiffusion
+OF_METHOD: dict[str, type[Claim]] = {"conversion": Attested, "opaque": Nominal, "paper": NominalDiffusion}
+
+
+def belongs(claim: Claim | None, method: str) -> bool:
+    """Whether a release by this method can make this claim: the papers' own ways promise nothing, the others have a ledger."""
+    return type(claim) is OF_METHOD.get(method, type(None))
 
 
 def gaussian(moves: float, sigma: float, delta: float) -> float:

@@ -7,6 +7,8 @@ the same.
 
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from ..methods.base import Sampler, Student, Synthetic
     from ..models.wavelet_net import WaveletNet
 
-__all__ = ["BundleFacts", "load_student", "product_of", "product_of_sampler", "read_bundle", "write_bundle"]
+__all__ = ["BundleFacts", "load_student", "product_of", "product_of_sampler", "read_bundle", "restore", "write_bundle"]
 
 
 def write_bundle(out: Path, synthetic: "Synthetic", facts: BundleFacts, product: Product | None = None) -> Path:
@@ -76,19 +78,29 @@ def _write_checked(partial: Path, files: dict[str, bytes]) -> None:
     point("release: checked, not yet renamed")
 
 
+def restore(path: Path, wanted: Callable[[Path], bool] = lambda _: True) -> None:
+    """Puts a release back where a crash of `audit` left it aside, as `<path>.before`, and nothing in its place.
+
+    Args:
+      wanted: whether that folder is the release that is looked for: another one, which somebody named so, is left alone.
+    """
+    before = verification.aside(path)
+    if not os.path.lexists(path) and os.path.isfile(before / "certificate.json") and wanted(before):
+        os.rename(before, path)
+
+
 def add_audit(path: Path, audit: Audit) -> None:
     """Puts an audit into a release: certificate, pages and hashes are written anew, everything else stays as it is.
 
-    The new folder is written beside, checked, and swapped in; the old one is `<path>.before` for that moment, and is put back here where
-    a crash came between.
+    The new folder is written beside, checked, and swapped in; the old one is `<path>.before` for that moment. Where a crash comes between,
+    `restore` puts it back.
 
     Raises:
       ReleaseError: the release does not verify, before or with the audit, or cannot be written. Then it is as it was.
     """
-    partial, before = path.with_name(path.name + ".partial"), path.with_name(path.name + ".before")
-    if before.exists() and not path.exists():
-        os.rename(before, path)
-    checked = verification.inspect(path)
+    path = Path(os.path.abspath(path))  # "." has no name to put something beside
+    partial, before = path.with_name(path.name + ".partial"), verification.aside(path)
+    checked = verification.open_release(path)
     certificate = {**checked.certificate, "audit": audit.describe(), "pages": report.fingerprint()}
     files = {
         **checked.files,
@@ -107,9 +119,11 @@ def add_audit(path: Path, audit: Audit) -> None:
         sync_directory(path.absolute().parent)
         shutil.rmtree(before)
     except OSError as error:
-        if before.exists() and not path.exists():
-            os.rename(before, path)
-        raise ReleaseError(f"{path}: the audit could not be written into it ({error.strerror})") from error
+        with suppress(OSError):  # a disk that refuses this as well: the next audit does it
+            restore(path)
+        raise ReleaseError(
+            f"{path}: the audit could not be written into it ({error.strerror}); the release is kept, try again"
+        ) from error
 
 
 def bundle_files(synthetic: "Synthetic", facts: BundleFacts, product: Product | None = None) -> dict[str, bytes]:

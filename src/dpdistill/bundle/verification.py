@@ -53,6 +53,7 @@ UNCHECKED = (
 _MORE: dict[str, int] = {"conversion.toml": MAX_TOML}  # where a release was converted from another
 for _kind in PRODUCTS.values():
     _MORE |= _kind.SIZES
+_AS_MADE = "give a release folder as it was made; `dpdistill verify` says more"
 _AUDIT = "that the audit was made as it says; it can refute, not confirm"
 _ATTESTED = "what the supplier of the teacher says about its training, and that this teacher was used"
 _OTHER_PAGES = "what README.md and report.html say: another version of dpdistill wrote them; trust certificate.json"
@@ -117,10 +118,10 @@ def naming(root: str | os.PathLike[str]) -> Iterator[None]:
     except DpdistillError as error:
         first, *others = str(error).split("\n")
         first = first if first.startswith(f"{printable(root)}: ") else f"{root}: {first}"
-        more = f" and {len(others)} more problems; see `dpdistill verify`" if others else ""
-        raise ReleaseError(one_line(first + more, 2**13)) from None
+        more = f" and {len(others)} more problems" if others else ""
+        raise ReleaseError(one_line(f"{first}{more} ({_AS_MADE})", 2**13)) from None
     except Exception as error:  # as in `verify`: a hostile folder must not end in a crash
-        raise ReleaseError(f"{root}: the release cannot be read ({type(error).__name__})") from None
+        raise ReleaseError(f"{root}: the release cannot be read ({type(error).__name__}; {_AS_MADE})") from None
 
 
 def open_release(root: str | os.PathLike[str]) -> Checked:
@@ -208,18 +209,29 @@ def read_files(root: Path) -> dict[str, bytes]:
                             f"{printable(root)} holds over 100 files; a release has at most {len(sizes)}"
                         )
     except OSError as error:
-        raise ReleaseError(f"{printable(root)}: not a release folder ({error.strerror})") from None
-    _raise([f"{name}: not a file of a release" for name in sorted(found - set(sizes))])
+        left = os.path.isdir(aside(root)) and not os.path.lexists(root)
+        hint = "; a stopped audit left it as .before beside: `dpdistill audit` again puts it back" if left else ""
+        raise ReleaseError(f"{printable(root)}: not a release folder ({error.strerror}){hint}") from None
+    _raise(_foreign(found - set(sizes)))
     if "certificate.json" not in found:
         raise ReleaseError("certificate.json: missing")
     wanted = _files_of(read_file(root, "certificate.json"))
     found |= {folder for folder in set(folders) - _folders(wanted) if os.path.lexists(root / folder)}
-    problems = [f"{name}: not a file of a release" for name in sorted(found - wanted)]
+    problems = _foreign(found - wanted)
     problems += [f"{name}: missing" for name in sorted(wanted - found)]
     _raise(problems)
     if sum((root / name).lstat().st_size for name in wanted) > MAX_RELEASE:
         raise ReleaseError(f"{printable(root)}: more than {MAX_RELEASE:,} bytes, so not a release of ours")
     return {name: read_file(root, name) for name in sorted(wanted)}
+
+
+def _foreign(names: Iterable[str]) -> list[str]:
+    return [f"{name}: not a file of a release; take it out" for name in sorted(names)]
+
+
+def aside(root: Path) -> Path:
+    """Where a release lies for the moment in which an audited one takes its place."""
+    return Path(f"{os.path.abspath(root)}.before")
 
 
 def _folders(names: Iterable[str]) -> set[str]:
@@ -303,6 +315,8 @@ def _claims(certificate: dict[str, Any], files: dict[str, bytes]) -> tuple[Bundl
         names = tuple(expect(name, str, "a class name") for name in expect(release["class_names"], list, "class_names"))
         shape = tuple(expect(side, int, "image_shape") for side in expect(release["image_shape"], list, "image_shape"))
         claim = claims.parse(certificate["claim"])
+        if not claims.belongs(claim, release["method"]):
+            raise ReleaseError("certificate.json: a claim that its method cannot make")
         insecure = {"proved": False, "attested": False, "none": claim is None}[promise["basis"]]
         checks = {name: number(text, "a check") for name, text in expect(certificate["checks"], dict, "checks").items()}
         for name, text in expect(certificate["software"], dict, "software").items():

@@ -18,7 +18,7 @@ from dpdistill.data.digits import NAMES, read_digits
 from dpdistill.data.files import check_name, list_folder, one_error_type
 from dpdistill.data.folder import read_folder
 from dpdistill.data.idx import IMAGES_NAME, first_file, read_idx
-from dpdistill.data.images import LabelledImages, check_value_range, to_unit, valid_ids
+from dpdistill.data.images import LabelledImages, check_public_range, check_value_range, to_unit, valid_ids
 from dpdistill.data.labels import check_labels, resolve_classes
 from dpdistill.data.limits import DEFAULT_LIMITS, Limits
 from dpdistill.data.npz import read_npz, to_nchw, write_npz
@@ -31,6 +31,7 @@ __all__ = [
     "LabelledImages",
     "Limits",
     "StoredArray",
+    "check_public_range",
     "chunks",
     "load_images",
     "procedural_images",
@@ -53,6 +54,7 @@ def load_images(
     value_range: tuple[float, float] = (0.0, 1.0),
     resize: int | None = None,
     channels: int | None = None,
+    unlabelled: bool = False,
     limits: Limits = DEFAULT_LIMITS,
 ) -> LabelledImages:
     """Reads labelled images from whatever `spec` is.
@@ -71,11 +73,12 @@ def load_images(
       n_classes: the number of classes, named '0', '1', …, where the file has no list.
       image_column: of a table.
       label_column: of a table.
-      id_column: array of an npz that says whose record each is, as whole numbers or text.
+      id_column: array of an npz, or column of Parquet, that says whose record each is, as whole numbers or text.
       split: which part, where there are several. Default: `train`, or the only one.
       value_range: of float images. Public; never inferred from the pixels.
       resize: side of the square that every image is cropped and scaled to. Default: sizes stay, and must agree.
       channels: 1 or 3, to convert image files all to grey or all to colour. Default: they must agree.
+      unlabelled: the images of an npz, or of a folder without class folders, are all of one class, `image`.
       limits: caps on what a file may ask for.
 
     Images of more than 256 MiB are not kept in memory: they stay in their file if it holds them as they are (IDX, npz without
@@ -94,23 +97,28 @@ def load_images(
         images: Images
         in_file: Sequence[object] | None = None
         ids: np.ndarray | None = None
-        if id_column is not None and kind != "npz":
-            raise InputError(source, "cannot hold a column of ids", "write images, labels and the ids to an .npz")
-        if id_column in ("images", "labels", "classes"):
-            raise InputError(source, f"'{id_column}' says nothing of whose record each is", "name an array of ids")
+        if id_column is not None and kind not in ("npz", "tables"):
+            raise InputError(
+                source, "cannot hold a column of ids", "write images, labels and ids to an .npz or to Parquet"
+            )
+        if id_column in (("images", "labels", "classes") if kind == "npz" else (image_column, label_column)):
+            raise InputError(source, f"'{id_column}' says nothing of whose record each is", "name the ids")
+        if unlabelled and kind not in ("npz", "folder"):
+            raise InputError(source, "cannot be read without labels", "write the images to an .npz, or to one folder")
         if kind == "digits":
             images, labels = read_digits(source, split)
             in_file = NAMES
         elif kind == "npz":
-            images, labels, in_file, ids = read_npz(spec, limits, id_column)
+            images, labels, in_file, ids = read_npz(spec, limits, id_column, unlabelled)
             images = to_nchw(source, images, limits.scratch)
         elif kind == "idx":
             images, labels = read_idx(spec, split, limits)
         elif kind == "tables":
-            images, labels, in_file = read_tables(
+            images, labels, in_file, ids = read_tables(
                 find_tables(spec, split, limits),
                 image_column=image_column,
                 label_column=label_column,
+                id_column=id_column,
                 class_names=class_names,
                 resize=resize,
                 channels=channels,
@@ -118,13 +126,21 @@ def load_images(
             )
         else:
             images, labels, in_file = read_folder(
-                spec, split=split, class_names=class_names, resize=resize, channels=channels, limits=limits
+                spec,
+                split=split,
+                class_names=class_names,
+                resize=resize,
+                channels=channels,
+                limits=limits,
+                unlabelled=unlabelled,
             )
         names = resolve_classes(source, in_file, class_names, n_classes, limits)
         labels = check_labels(source, labels, len(images), len(names))
         images = check_images(source, images, resize, channels, limits)
         if ids is not None and not (valid_ids(ids) and ids.shape == (len(images),)):
-            raise InputError(source, f"array {id_column!r} is not one whole number or text for each image")
+            raise InputError(
+                source, f"{id_column!r} is not one whole number or text for each image", "write one id for each"
+            )
         low, high = value_range
         return LabelledImages(
             images=images,
@@ -167,11 +183,11 @@ def check_arguments(
     """Refuses settings that no file could fit."""
     check_resize(source, resize, limits)
     if channels not in (None, 1, 3):
-        raise InputError(source, "channels must be 1 or 3")
+        raise InputError(source, "channels must be 1 or 3", "--set channels=1, --set channels=3, or leave it out")
     try:
         check_value_range(value_range)
     except (TypeError, ValueError):
-        raise InputError(source, "value_range must be two finite numbers, low before high") from None
+        raise InputError(source, "value_range must be two finite numbers, low before high", "(0, 1) is usual") from None
 
 
 def check_images(source: str, images: Images, resize: int | None, channels: int | None, limits: Limits) -> Images:

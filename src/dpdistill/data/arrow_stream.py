@@ -49,7 +49,7 @@ class Field:
 class ArrowStream:
     """An open stream. `n_rows` and `metadata` come from a first pass over the message headers."""
 
-    def __init__(self, file: IO[bytes], size: int, path: str, columns: tuple[str, str], limits: Limits) -> None:
+    def __init__(self, file: IO[bytes], size: int, path: str, columns: tuple[str, ...], limits: Limits) -> None:
         self.file, self.size, self.path = file, size, path
         header, _, _ = self.message(0, SCHEMA)
         self.fields = self.read_fields(header)
@@ -116,11 +116,11 @@ class ArrowStream:
             raise InputError(self.path, "is big-endian", HINT)
         return [read(table, 0) for table in schema.tables(1)]
 
-    def choose(self, columns: tuple[str, str]) -> tuple[Field, Field, Field]:
+    def choose(self, columns: tuple[str, ...]) -> tuple[Field, Field, Field]:
         """Returns the image field, its part that holds the encoded bytes (or itself), and the label field."""
         names = [field.name for field in self.fields]
         check_column_names(self.path, names, columns)
-        image, label = (self.fields[names.index(name)] for name in columns)
+        image, label = (self.fields[names.index(name)] for name in columns[:2])
         within = [child for child in image.children if child.name == "bytes"] if image.kind == STRUCT else [image]
         if len(within) != 1 or within[0].kind not in (BINARY, LARGE_BINARY):
             raise no_images(self.path, names, columns[0])
@@ -145,7 +145,7 @@ class ArrowStream:
             for at in range(0, n_rows, BATCH_ROWS):
                 rows = min(BATCH_ROWS, n_rows - at)
                 part = labels[at : at + rows]
-                yield [next(chunks) for _ in range(rows)], part if isinstance(part, np.ndarray) else decoded(part)
+                yield [next(chunks) for _ in range(rows)], part if isinstance(part, np.ndarray) else decoded(part), None
 
 
 class Body:

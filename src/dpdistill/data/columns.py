@@ -8,7 +8,8 @@ import numpy as np
 
 from dpdistill.errors import InputError
 
-Batch = tuple[list[bytes], np.ndarray | list[str]]  # encoded images; labels as integers, or as text
+Values = np.ndarray | list[str]  # integers, or text
+Batch = tuple[list[bytes], Values, Values | None]  # encoded images; labels; ids, where they are asked for
 
 
 def known_columns(names: Sequence[str]) -> str:
@@ -16,23 +17,31 @@ def known_columns(names: Sequence[str]) -> str:
     return ", ".join(name[:40] for name in names[:12] if name.isprintable())
 
 
-def check_column_names(path: str, names: Sequence[str], columns: tuple[str, str]) -> None:
-    """Refuses a table that has not exactly one column of each of the two names."""
-    for name, argument in zip(columns, ("image_column", "label_column"), strict=True):
+def check_column_names(path: str, names: Sequence[str], columns: tuple[str, ...]) -> None:
+    """Refuses a table that has not exactly one column of each of the names."""
+    for name, argument in zip(columns, ("image_column", "label_column", "id_column"), strict=False):
         if list(names).count(name) != 1:
-            raise InputError(path, f"has not one column {name!r}", f"columns: {known_columns(names)}; pass {argument}=")
+            raise InputError(
+                path, f"has not one column {name!r}", f"columns: {known_columns(names)}; --set {argument}=NAME"
+            )
 
 
 def no_images(path: str, names: Sequence[str], column: str) -> InputError:
     """Returns the error for an image column of another type."""
     reason = f"column {column!r} does not hold encoded images, as bytes or struct<bytes, path>"
-    return InputError(path, reason, f"columns: {known_columns(names)}; pass image_column=")
+    return InputError(path, reason, f"columns: {known_columns(names)}; --set image_column=NAME")
 
 
 def no_labels(path: str, names: Sequence[str], column: str) -> InputError:
     """Returns the error for a label column of another type."""
-    hint = f"columns: {known_columns(names)}; pass label_column="
+    hint = f"columns: {known_columns(names)}; --set label_column=NAME"
     return InputError(path, f"column {column!r} does not hold labels, as integers or text", hint)
+
+
+def no_ids(path: str, names: Sequence[str], column: str) -> InputError:
+    """Returns the error for an id column of another type."""
+    hint = f"columns: {known_columns(names)}; --id-column NAME"
+    return InputError(path, f"column {column!r} does not hold ids, as integers or text", hint)
 
 
 def check_nulls(path: str, missing: bool) -> None:

@@ -40,7 +40,9 @@ def decode_image(data: bytes, path: object, limits: Limits, resize: int | None =
       Exception: whatever Pillow raises on damaged data. The caller converts it (`files.one_error_type`).
     """
     if not 0 < len(data) <= limits.max_image_bytes:
-        raise InputError(path, f"is not an image of 1 to {limits.max_image_bytes:,} bytes")
+        raise InputError(
+            path, f"is not an image of 1 to {limits.max_image_bytes:,} bytes", "leave it out, or store it smaller"
+        )
     extension = os.path.splitext(str(path))[1].lower()
     expected = EXTENSIONS.get(extension)
     found = sniff(data)
@@ -115,7 +117,9 @@ def check_size(path: object, h: int, w: int, limits: Limits) -> None:
 def check_resize(path: object, resize: int | None, limits: Limits) -> None:
     """Refuses a target side outside the sizes that the models take."""
     if resize is not None and not (isinstance(resize, int) and limits.min_size <= resize <= limits.max_size):
-        raise InputError(path, f"resize must be a whole number in {limits.min_size}..{limits.max_size}")
+        raise InputError(
+            path, f"resize must be a whole number in {limits.min_size}..{limits.max_size}", "choose another --resize"
+        )
 
 
 def resize_arrays(images: np.ndarray, side: int) -> np.ndarray:

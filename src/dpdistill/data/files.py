@@ -38,7 +38,8 @@ def one_error_type(path: object) -> Iterator[None]:
     except ImportError as error:
         raise InputError(path, f"needs a package that is not installed: {error.name}", "pip install it") from None
     except Exception as error:  # the text of a decoder's error may quote the file, so only its type is kept
-        raise InputError(path, f"is damaged or not what its name says ({type(error).__name__})") from None
+        reason = f"is damaged or not what its name says ({type(error).__name__})"
+        raise InputError(path, reason, "write or download it again, or name another") from None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 
 from dpdistill.data.decode import EXTENSIONS, decode_image
 from dpdistill.data.files import list_folder, one_error_type, open_regular
+from dpdistill.data.labels import ONE_CLASS
 from dpdistill.data.limits import Limits
 from dpdistill.data.splits import choose_split
 from dpdistill.data.stack import stack_images
@@ -43,11 +44,13 @@ def read_folder(
     resize: int | None,
     channels: int | None,
     limits: Limits,
+    unlabelled: bool = False,
 ) -> tuple[Images, np.ndarray, list[str]]:
     """Reads images, labels and class names.
 
     Args:
       class_names: their order, and classes without a folder; every folder must be in it. None: sorted folder names.
+      unlabelled: the images lie in `root` itself, and are all of one class.
 
     Returns:
       uint8 [N, C, H, W], int64 [N], K names.
@@ -55,12 +58,17 @@ def read_folder(
     Raises:
       InputError: the first file that cannot be used, or a layout that is not root/class/image.
     """
+    if unlabelled:
+        files = image_files(os.fspath(root), limits)
+        return stacked(root, files, resize, channels, limits), np.zeros(len(files), np.int64), list(ONE_CLASS)
     root = split_folder(root, split, limits)
     folders = list_folder(root, limits)
     for entry in folders:
         if not entry.is_dir(follow_symlinks=False):
             raise InputError(
-                entry.path, "lies beside the class folders", "put each image in a folder named by its class"
+                entry.path,
+                "lies beside the class folders",
+                "put each image in a folder named by its class; for a diffusion model of images without labels, --unlabelled",
             )
     names = [entry.name for entry in folders] if class_names is None else list(class_names)
     files: list[str] = []
@@ -71,11 +79,16 @@ def read_folder(
         found = image_files(entry.path, limits)
         files += found
         labels += [names.index(entry.name)] * len(found)
+    return stacked(root, files, resize, channels, limits), np.array(labels, np.int64), names
+
+
+def stacked(root: str | Path, files: list[str], resize: int | None, channels: int | None, limits: Limits) -> Images:
+    """Returns the images of these files, uint8 [N, C, H, W]."""
     if not files:
         raise InputError(root, "holds no images", "put PNG, JPEG, BMP or WebP files in one folder for each class")
     decoded = ((path, read_image(path, resize, limits)) for path in files)
     with one_error_type(root):
-        return stack_images(root, decoded, len(files), limits, channels), np.array(labels, np.int64), names
+        return stack_images(root, decoded, len(files), limits, channels)
 
 
 def image_files(folder: str, limits: Limits) -> list[str]:
@@ -83,7 +96,9 @@ def image_files(folder: str, limits: Limits) -> list[str]:
     paths = []
     for entry in list_folder(folder, limits):
         if entry.is_dir(follow_symlinks=False):
-            raise InputError(entry.path, "is a folder inside a class folder", "pass split= if the classes lie deeper")
+            raise InputError(
+                entry.path, "is a folder inside a class folder", "--set split=NAME if the classes lie deeper"
+            )
         if os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
             raise InputError(entry.path, "is not named .png, .jpg, .jpeg, .bmp or .webp", "move it away or convert it")
         paths.append(entry.path)

@@ -37,7 +37,7 @@ def class_names_of(path: object, metadata: Mapping[bytes, bytes] | None, label_c
         return None
     names = feature.get("names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(path, "has a ClassLabel without a list of names", "pass class_names after removing it")
+        raise InputError(path, "has a ClassLabel without a list of names", "remove it, and --set class_names=A,B,…")
     return names
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpdistill.data.stored import Images
+from dpdistill.data.stored import Images, chunks
+from dpdistill.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -85,6 +86,17 @@ def check_value_range(value_range: tuple[float, float]) -> None:
     low, high = value_range
     if not (np.isfinite(low) and np.isfinite(high) and low < high):
         raise ValueError(f"Expected {value_range=} to be two finite numbers, low before high.")
+
+
+def check_public_range(data: LabelledImages) -> None:
+    """Refuses public float images beyond their declared range: they would be clamped without a word. Private ones are never asked.
+
+    Raises:
+      InputError: some are.
+    """
+    low, high = data.value_range
+    if data.images.dtype != np.uint8 and any(((part < low) | (part > high)).any() for part in chunks(data.images)):
+        raise InputError(data.source, f"holds float images beyond {low:g}..{high:g}", "save them as uint8 in 0..255")
 
 
 def to_unit(images: np.ndarray, value_range: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:

@@ -15,11 +15,13 @@ from dpdistill.errors import InputError
 
 WHY_DECLARED = "the set of labels present is private, so the class list must be public knowledge"
 
+ONE_CLASS = ("image",)  # of images without labels
+
 
 def check_names(path: object, names: Sequence[object], limits: Limits) -> tuple[str, ...]:
     """Returns a class list. Empty, repeated, overlong or unprintable names are refused."""
     if not 1 <= len(names) <= limits.max_classes:
-        raise InputError(path, f"needs a list of 1 to {limits.max_classes:,} class names")
+        raise InputError(path, f"needs a list of 1 to {limits.max_classes:,} class names", "name every class")
     checked = tuple(name for name in names if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable())
     if len(checked) != len(names):
         raise InputError(path, "has a class name that is not 1 to 200 printable characters", "rename the class")
@@ -46,23 +48,25 @@ def resolve_classes(
       InputError: nobody declares the classes, or two declarations differ.
     """
     if isinstance(class_names, str):
-        raise InputError(path, "class_names is one string", "pass a list of names")
+        raise InputError(path, "class_names is one string", "give a list of names")
     if in_file is None and class_names is None:
         if n_classes is None:
             raise InputError(
                 path,
                 "does not list its classes",
-                f"give --classes K (from Python: n_classes or class_names): {WHY_DECLARED}",
+                f"give --classes K, or --set class_names=A,B,…: {WHY_DECLARED}",
             )
         if not isinstance(n_classes, int) or not 1 <= n_classes <= limits.max_classes:
-            raise InputError(path, f"n_classes must be a whole number in 1..{limits.max_classes}")
+            raise InputError(
+                path, f"n_classes must be a whole number in 1..{limits.max_classes}", "choose another --classes"
+            )
         return tuple(str(k) for k in range(n_classes))
     given = None if class_names is None else check_names(path, class_names, limits)
     names = given if in_file is None else check_names(path, in_file, limits)
     if names is None or (given is not None and given != names):
-        raise InputError(path, "lists other classes than class_names", "leave class_names out, or give the same list")
+        raise InputError(path, "lists other classes than class_names", "leave class_names out, or give the same names")
     if n_classes is not None and n_classes != len(names):
-        raise InputError(path, f"lists {len(names)} classes, but n_classes is {n_classes}", "leave n_classes out")
+        raise InputError(path, f"lists {len(names)} classes, and {n_classes} were asked for", "leave --classes out")
     return names
 
 
@@ -80,10 +84,10 @@ def check_labels(path: object, labels: np.ndarray, n_images: int, n_classes: int
     if labels.dtype.kind not in "iuf":
         raise InputError(path, "labels must be whole numbers", "store the position of each label in the class list")
     if len(labels) != n_images:
-        raise InputError(path, "has not the same number of images and labels")
+        raise InputError(path, "has not the same number of images and labels", "save one label for each image")
     if labels.dtype.kind == "f" and not np.array_equal(labels, np.trunc(labels)):  # NaN differs from itself
         raise InputError(path, "labels must be whole numbers", "store them as int64")
     if len(labels) and not (labels.min() >= 0 and labels.max() < n_classes):
-        hint = f"labels are 0..{n_classes - 1}; check --classes (n_classes), and whether they count from 0"
+        hint = f"labels are 0..{n_classes - 1}; check --classes, and whether they count from 0"
         raise InputError(path, "has a label outside the class list", hint)
     return labels.astype(np.int64)

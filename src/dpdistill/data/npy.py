@@ -68,7 +68,7 @@ def read_header(file: IO[bytes], path: object) -> NpyHeader:
         raise InputError(path, f"has the unsupported dtype {descr}", "use uint8 or float32 images, int64 labels")
     shape = tuple(int(dim) for dim in dims.replace(" ", "").split(",") if dim)
     if len(shape) > MAX_DIMS:
-        raise InputError(path, f"has more than {MAX_DIMS} dimensions")
+        raise InputError(path, f"has more than {MAX_DIMS} dimensions", "save images as [N, H, W, C], labels as [N]")
     header_bytes = 8 + size_bytes + length
     return NpyHeader(dtype=np.dtype(descr), shape=shape, fortran_order=fortran == "True", n_header_bytes=header_bytes)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from dpdistill.data.files import one_error_type, open_regular, pieces
 from dpdistill.data.images import LabelledImages
+from dpdistill.data.labels import ONE_CLASS
 from dpdistill.data.limits import Limits
 from dpdistill.data.npy import checked_header, read_array, read_rest
 from dpdistill.data.stored import Images, StoredArray, filled, in_place, mapped, room, too_large, with_channel
@@ -77,9 +78,12 @@ def check_members(archive: zipfile.ZipFile, path: object) -> dict[str, zipfile.Z
 
 
 def read_npz(
-    path: str | Path, limits: Limits, id_column: str | None = None
+    path: str | Path, limits: Limits, id_column: str | None = None, unlabelled: bool = False
 ) -> tuple[Images, np.ndarray, list[str] | None, np.ndarray | None]:
     """Reads `images`, `labels`, `classes` (None if absent) and, if it is named, the array of ids. Other members are not unpacked.
+
+    Args:
+      unlabelled: reads images alone; all are of one class.
 
     Raises:
       InputError: anything wrong with the archive or with an array in it.
@@ -88,13 +92,17 @@ def read_npz(
         check_archive(file, size, path)
         with zipfile.ZipFile(file) as archive:
             members = check_members(archive, path)
-            wanted = {"images", "labels"} | ({id_column} if id_column is not None else set())
+            wanted = ({"images"} if unlabelled else {"images", "labels"}) | (
+                {id_column} if id_column is not None else set()
+            )
             for name in sorted(wanted):
                 if name not in members:
-                    raise InputError(path, f"has no array '{name}'", "save it with numpy.savez(path, images=, labels=)")
+                    hint = "save it with numpy.savez(path, images=, labels=)"
+                    hint += "; for a diffusion model of images without labels, --unlabelled" if name == "labels" else ""
+                    raise InputError(path, f"has no array '{name}'", hint)
             images: Images | None = None
             arrays: dict[str, np.ndarray] = {}
-            for name in sorted((wanted | {"classes"}) & set(members)):
+            for name in sorted((wanted | (set() if unlabelled else {"classes"})) & set(members)):
                 info = members[name]
                 if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
                     raise InputError(path, "declares two sizes for one member", "write it with numpy.savez")
@@ -108,6 +116,8 @@ def read_npz(
                         )
     assert images is not None
     ids = arrays[id_column] if id_column is not None else None
+    if unlabelled:
+        return images, np.zeros(len(images), np.int64), list(ONE_CLASS), ids
     return images, arrays["labels"], as_names(path, arrays.get("classes")), ids
 
 
@@ -153,7 +163,9 @@ def to_nchw(path: object, images: Images, scratch: str | None = None) -> Images:
     """
     if images.dtype.kind not in "uf" or (images.dtype.kind == "u" and images.dtype != np.uint8):
         raise InputError(
-            path, f"has images of dtype {images.dtype}", "use uint8 in 0..255, or float32 with value_range"
+            path,
+            f"has images of dtype {images.dtype}",
+            "use uint8 in 0..255, or float32 with --set value_low=… value_high=…",
         )
     if images.ndim == 3:
         images, first = with_channel(images), True
@@ -164,7 +176,9 @@ def to_nchw(path: object, images: Images, scratch: str | None = None) -> Images:
         if not first and not last:
             raise InputError(path, "has images with neither 1 nor 3 channels", "save grey as [N, H, W], colour as RGB")
     else:
-        raise InputError(path, "has images that are not [N, H, W], [N, H, W, C] or [N, C, H, W]")
+        raise InputError(
+            path, "has images that are not [N, H, W], [N, H, W, C] or [N, C, H, W]", "reshape them, and save them again"
+        )
     dtype = np.dtype(np.uint8 if images.dtype == np.uint8 else np.float32)
     if isinstance(images, StoredArray) and first and images.dtype == dtype:
         return images

@@ -1,7 +1,7 @@
 """Parquet files through pyarrow, after `parquet_check` has checked what they declare.
 
 pyarrow is C++ and trusts metadata: so it never sees an unchecked footer, nor the Arrow schema that writers embed in it
-(a flatbuffer; on a mutated one the C++ reader can crash), and it reads no column but the two needed.
+(a flatbuffer; on a mutated one the C++ reader can crash), and it reads no column but those needed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpdistill.data.columns import Batch, check_column_names, check_nulls, no_images, no_labels
+from dpdistill.data.columns import Batch, Values, check_column_names, check_nulls, no_ids, no_images, no_labels
 from dpdistill.data.limits import Limits
 from dpdistill.data.parquet_check import check_parquet
 
@@ -27,7 +27,7 @@ EMBEDDED_SCHEMA = b"ARROW:schema"
 class ParquetTable:
     """An open Parquet file. `metadata` is what its writer put into the footer by key."""
 
-    def __init__(self, file: IO[bytes], size: int, path: str, columns: tuple[str, str], limits: Limits) -> None:
+    def __init__(self, file: IO[bytes], size: int, path: str, columns: tuple[str, ...], limits: Limits) -> None:
         facts = check_parquet(file, size, path, columns, limits)
         footer = facts.footer.replace(EMBEDDED_SCHEMA, b"-" * len(EMBEDDED_SCHEMA))
         self.file = pq.ParquetFile(
@@ -42,25 +42,31 @@ class ParquetTable:
         self.batch_rows = max(1, min(BATCH_ROWS, MAX_BATCH_BYTES // (facts.dictionary_bytes + 1)))
 
     def check_types(self, schema: Any) -> None:
-        """Refuses a table without both columns, or with other types in them."""
+        """Refuses a table without its columns, or with other types in them."""
         check_column_names(self.path, schema.names, self.columns)
-        image, label = (schema.field(name).type for name in self.columns)
+        image, label, *ids = (schema.field(name).type for name in self.columns)
         if pa.types.is_struct(image):
             image = image.field("bytes").type if image.get_field_index("bytes") >= 0 else pa.null()
         if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
             raise no_images(self.path, schema.names, self.columns[0])
-        if not (pa.types.is_integer(label) or pa.types.is_string(label) or pa.types.is_large_string(label)):
-            raise no_labels(self.path, schema.names, self.columns[1])
+        for kind, name, refusal in zip((label, *ids), self.columns[1:], (no_labels, no_ids), strict=False):
+            if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise refusal(self.path, schema.names, name)
 
     def batches(self) -> Iterator[Batch]:
-        """Yields some rows at a time, on this thread: images as bytes, labels as integers or a list of text."""
+        """Yields some rows at a time, on this thread: images as bytes, labels and ids as integers or a list of text."""
         for batch in self.file.iter_batches(self.batch_rows, columns=list(self.columns), use_threads=False):
-            images, labels = (batch.column(name) for name in self.columns)
+            images, *others = (batch.column(name) for name in self.columns)
             if pa.types.is_struct(images.type) and images.null_count == 0:
                 images = images.field("bytes")
-            check_nulls(self.path, bool(images.null_count or labels.null_count))
-            whole = pa.types.is_integer(labels.type)
-            yield images.to_pylist(), np.asarray(labels.to_numpy(zero_copy_only=False)) if whole else labels.to_pylist()
+            check_nulls(self.path, any(column.null_count for column in (images, *others)))
+            labels, *ids = (_values(column) for column in others)
+            yield images.to_pylist(), labels, ids[0] if ids else None
+
+
+def _values(column: Any) -> Values:
+    whole = pa.types.is_integer(column.type)
+    return np.asarray(column.to_numpy(zero_copy_only=False)) if whole else column.to_pylist()
 
 
 class Overlaid(io.RawIOBase):

@@ -25,7 +25,7 @@ def choose_split(path: object, available: Collection[str], split: str | None) ->
         return str(split)
     known = ", ".join(sorted(available)[:8]) or "none"
     given = "needs a split" if split is None else f"has no split {split!r}"
-    raise InputError(path, given, f"splits found: {known}; pass split=")
+    raise InputError(path, given, f"splits found: {known}; --set split=NAME")
 
 
 def group_shards(path: object, stems: Collection[str]) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from dpdistill.data.limits import Limits
 from dpdistill.data.stored import Images, room
 from dpdistill.errors import InputError
 
-CHANNELS_HINT = "pass channels=1 or channels=3 to convert all"
+CHANNELS_HINT = "--set channels=1 or --set channels=3 converts all"
 
 
 def with_channels(image_CHW: np.ndarray, channels: int | None) -> np.ndarray:

@@ -117,7 +117,7 @@ class StoredArray:
                 view[done : done + len(piece)] = piece
                 done += len(piece)
         except OSError as error:
-            raise InputError(self._name, f"cannot be read any more ({error.strerror})") from None
+            raise InputError(self._name, f"cannot be read any more ({error.strerror})", "check its disk") from None
 
 
 Images = np.ndarray | StoredArray

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dpdistill.data.parquet import ParquetTable
 
 SUFFIXES = (".parquet", ".arrow")
+MAX_ID = 200  # characters: an array of text takes as much for each as for the longest
 
 
 def find_tables(path: str | Path, split: str | None, limits: Limits) -> list[str]:
@@ -66,7 +67,7 @@ def holds_tables(path: str | Path, limits: Limits, depth: int = 1) -> bool:
 
 
 @contextmanager
-def open_table(path: str, columns: tuple[str, str], limits: Limits) -> Iterator[ArrowStream | ParquetTable]:
+def open_table(path: str, columns: tuple[str, ...], limits: Limits) -> Iterator[ArrowStream | ParquetTable]:
     """Opens a file by its extension and checks that it has an image column and a label column.
 
     Raises:
@@ -86,11 +87,12 @@ def read_tables(
     *,
     image_column: str,
     label_column: str,
+    id_column: str | None,
     class_names: Sequence[str] | None,
     resize: int | None,
     channels: int | None,
     limits: Limits,
-) -> tuple[Images, np.ndarray, list[str] | None]:
+) -> tuple[Images, np.ndarray, list[str] | None, np.ndarray | None]:
     """Reads the tables of one split.
 
     Args:
@@ -98,13 +100,15 @@ def read_tables(
       class_names: that the user declares, to translate a column of text labels.
 
     Returns:
-      Images uint8 [N, C, H, W], labels [N] (integers), and the class names that the schemas declare, or None.
+      Images uint8 [N, C, H, W], labels [N] (integers), the class names that the schemas declare, or None, and ids as text [N], if asked.
 
     Raises:
       InputError: a column is missing or of another type, a value is null, an image cannot be decoded, or shards differ.
     """
 
-    columns = (image_column, label_column)
+    columns = (image_column, label_column, *([] if id_column is None else [id_column]))
+    if id_column is not None and paths[0].endswith(".arrow"):
+        raise InputError(paths[0], "is an Arrow stream, of which ids are not read", "save it as Parquet")
     declared: list[list[str] | None] = []
     n_rows = 0
     for path in paths:
@@ -114,23 +118,28 @@ def read_tables(
             if declared[-1] != declared[0]:
                 raise InputError(path, "lists other classes than the shards before it", "write all shards together")
             if n_rows > limits.max_images:
-                raise InputError(path, f"belongs to a data set of more than {limits.max_images:,} images")
+                reason = f"belongs to a data set of more than {limits.max_images:,} images"
+                raise InputError(path, reason, "give fewer of its shards")
     labels: list[np.ndarray] = []
+    ids: list[str] = []
 
     def rows() -> Iterator[tuple[object, np.ndarray]]:
-        """Yields decoded images, and collects labels on the way."""
+        """Yields decoded images, and collects labels and ids on the way."""
         for path in paths:
             with open_table(path, columns, limits) as table:
-                for images, labels_B in table.batches():
+                for images, labels_B, ids_B in table.batches():
                     labels.append(
                         labels_B if isinstance(labels_B, np.ndarray) else positions(path, labels_B, class_names)
                     )
+                    ids.extend(map(str, [] if ids_B is None else ids_B))
                     for data in images:
                         yield path, decode_image(data, image_name(path), limits, resize)
 
     with one_error_type(paths[0]):
         images = stack_images(paths[0], rows(), n_rows, limits, channels)
-        return images, np.concatenate(labels), declared[0]
+        if max(map(len, ids), default=0) > MAX_ID:
+            raise InputError(paths[0], f"has ids of more than {MAX_ID} characters", "write shorter ones")
+        return images, np.concatenate(labels), declared[0], None if id_column is None else np.array(ids, np.str_)
 
 
 def image_name(path: str) -> str:
@@ -141,6 +150,6 @@ def image_name(path: str) -> str:
 def positions(path: object, names_B: Sequence[str], class_names: Sequence[str] | None) -> np.ndarray:
     """Returns the position in the class list of each text label. One that is not in it gets -1, refused later."""
     if class_names is None:
-        raise InputError(path, "has text labels", "pass class_names: the set of labels present is private")
+        raise InputError(path, "has text labels", "--set class_names=A,B,…: the set of labels present is private")
     index = {name: k for k, name in enumerate(class_names)}
     return np.array([index.get(name, -1) for name in names_B], np.int64)

@@ -126,6 +126,23 @@ class Ensemble(Door):
         if facts != (self.n_classes, self.n_models, self.unit_moves):
             raise ConfigError(f"query {query.name!r} is about other classes, models or units than these")
 
+    def check(self, query: Query, queries: Tensor) -> None:
+        """Raises unless the query is about these images, and `train` treats shards alone. Reads no record, charges nothing.
+
+        Raises:
+          TeacherError: on made-up images, what `train` returns depends on what else was trained.
+        """
+        self._fits(query)
+        if isinstance(query, ShardSum):
+            fits, n_columns = len(queries) > 0 and query.dim % len(queries) == 0, query.dim // max(1, len(queries))
+        else:
+            fits, n_columns = isinstance(query, NoisyVotes) and query.n_queries == len(queries), self.n_classes
+        if not fits:
+            raise ConfigError(f"query {query.name!r} is about other queries than these {len(queries)}")
+        worst = self._check(queries[:PROBE], n_columns)
+        self.checks[query.name] = max(worst, self.checks.get(query.name, 0.0))
+        self._ranks.agree(lambda: queries.detach().double().cpu().numpy().tobytes())
+
     def release_reserved(
         self, held: Reservation, index: int, queries: Tensor, *, progress: Progress | None = None
     ) -> Tensor:
@@ -145,12 +162,10 @@ class Ensemble(Door):
           TeacherError: on made-up images, what `train` returns depends on what else was trained. Nothing was read.
         """
         query = held.query
-        self._fits(query)
-        if not isinstance(query, NoisyVotes) or query.n_queries != len(queries):
-            raise ConfigError(f"query {query.name!r} is about other queries than these {len(queries)}")
+        if not isinstance(query, NoisyVotes):
+            raise ConfigError(f"query {query.name!r} is not a vote")
         self._check_charged(held, index)
-        self.checks[query.name] = max(self._check(queries[:PROBE]), self.checks.get(query.name, 0.0))
-        self._ranks.agree(lambda: queries.detach().double().cpu().numpy().tobytes())
+        self.check(query, queries)
         return self._noisy(held, index, lambda _: self._count(query, queries, progress))
 
     def release_vectors(
@@ -173,13 +188,10 @@ class Ensemble(Door):
           TeacherError: on made-up images, what `train` returns depends on what else was trained. Nothing was read.
         """
         query = held.query
-        self._fits(query)
-        if not isinstance(query, ShardSum) or not len(queries) or query.dim % len(queries):
-            raise ConfigError(f"query {query.name!r} is about other queries than these {len(queries)}")
+        if not isinstance(query, ShardSum):
+            raise ConfigError(f"query {query.name!r} is not a sum over models")
         self._check_charged(held, index)
-        worst = self._check(queries[:PROBE], query.dim // len(queries))
-        self.checks[query.name] = max(worst, self.checks.get(query.name, 0.0))
-        self._ranks.agree(lambda: queries.detach().double().cpu().numpy().tobytes())
+        self.check(query, queries)
         return self._noisy(held, index, lambda _: self._sum(query, queries, progress)).reshape(len(queries), -1)
 
     def _sum(self, query: ShardSum, queries: Tensor, progress: Progress | None) -> NDArray[np.int64]:

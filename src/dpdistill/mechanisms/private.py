@@ -96,7 +96,8 @@ class Door(ABC):
         """Raises ConfigError unless this handle can answer the query. Reads no record."""
 
     def reserve(self, query: Query, count: int = 1) -> Reservation:
-        """Charges `count` releases of `query` at once; a resumed run finds what it charged before.
+        """Charges `count` releases of `query` at once; a resumed run finds what it charged before. Call the handle's `check` first: what
+        a release refuses later has been paid for.
 
         Raises:
           ConfigError: this handle does not answer such queries. Nothing was charged.

@@ -30,11 +30,11 @@ from ..models.matching import (
     matching_gradient,
     momentum_step,
     random_network,
-    restore,
     start_images,
 )
 from ..privacy import GaussianSum, Planned
 from .base import Public, Synthetic, Workspace
+from .shared.checkpoints import resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,11 +194,15 @@ class Views:
 
 def draw_signals(private: PrivateData, planned: Planned, look: Views, workspace: Workspace) -> Tensor:
     """The sampling stage: T_s noisy sums, [T_s, K, p]. A resumed run gets those it drew before from the door."""
+
+    def feature(index: int) -> Callable[[Tensor, Tensor], Tensor]:
+        return class_feature(look.features(index), look.dsa, look.draws(index))
+
+    private.check(planned.query, feature(0))
     held = private.reserve(planned.query, planned.count)
     signals = torch.empty(planned.count, planned.query.n_classes, planned.query.dim)
     for index in workspace.track(range(planned.count), "drawing signals"):
-        fn = class_feature(look.features(index), look.dsa, look.draws(index))
-        signals[index] = private.release_reserved(held, index, fn)  # private
+        signals[index] = private.release_reserved(held, index, feature(index))  # private
     return signals
 
 
@@ -209,7 +213,7 @@ def optimise(config: Config, public: Public, signals: Tensor, look: Views, works
         k, config.per_class, public.image_shape, workspace.generator("dosser-start"), workspace.device
     )
     fresh = {"images": images, "velocity": torch.zeros_like(images), "mean": images.clone()}
-    start, state = restore(workspace.load("dosser"), fresh)
+    start, state = resume(workspace.load("dosser"), fresh)
     order: Sequence[int] = range(len(signals))  # DOS off: each signal once
     if config.separate:
         generator = workspace.generator("dosser-order")

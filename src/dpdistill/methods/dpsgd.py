@@ -16,9 +16,9 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..mechanisms import PrivateData, per_record_gradient
 from ..models.convnet import ConvNet
-from ..models.matching import restore
 from ..privacy import GaussianSum, Planned
 from .base import Public, Workspace
+from .shared.checkpoints import resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +96,13 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     model = config.network(public, workspace.generator("dpsgd-model")).to(workspace.device)
     parameters = list(model.parameters())
     flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    start, state = restore(
+    start, state = resume(
         workspace.load("dpsgd"), {"flat": flat, "first": torch.zeros_like(flat), "second": torch.zeros_like(flat)}
     )
     _write(parameters, state["flat"])
-    held = private.reserve(plan[0].query, plan[0].count)
     gradient = per_record_gradient(model, F.cross_entropy)
+    private.check(plan[0].query, gradient)
+    held = private.reserve(plan[0].query, plan[0].count)
     for step in workspace.track(range(start, config.steps), "DP-SGD"):
         total = private.release_reserved(held, step, gradient)  # private
         mean = total[0].to(flat.device) / config.expected_batch  # by a public constant, never by the realised batch

@@ -24,11 +24,11 @@ from ..models.matching import (
     matching_gradient,
     momentum_step,
     random_network,
-    restore,
     start_images,
 )
 from ..privacy import GaussianSum, Planned
 from .base import Public, Synthetic, Workspace
+from .shared.checkpoints import resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +106,21 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
 def run(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Synthetic:
     """Optimises K·M images through T rounds of: fresh network, noisy sums, one step."""
     k, device, dsa = public.n_classes, workspace.device, config.dsa
+
+    def drawn(step: int) -> tuple[FeatureMap, torch.Tensor]:
+        generator = workspace.generator("ndpdc-network", step)
+        network = random_network(public.image_shape, config.width, config.depth, generator, device)
+        return FeatureMap(network=network), dsa.draw(generator, k)
+
+    features, draws = drawn(0)
+    private.check(plan[0].query, class_feature(features, dsa, draws))
     held = private.reserve(plan[0].query, plan[0].count)
     images = start_images(k, config.per_class, public.image_shape, workspace.generator("ndpdc-start"), device)
     fresh = {"images": images, "velocity": torch.zeros_like(images)}
-    start, state = restore(workspace.load("ndpdc"), fresh)
+    start, state = resume(workspace.load("ndpdc"), fresh)
 
     for step in workspace.track(range(start, config.steps), "NDPDC"):
-        generator = workspace.generator("ndpdc-network", step)
-        features = FeatureMap(network=random_network(public.image_shape, config.width, config.depth, generator, device))
-        draws = dsa.draw(generator, k)
+        features, draws = drawn(step)
         target = private.release_reserved(held, step, class_feature(features, dsa, draws)).to(device)  # private
 
         gradient = partial(

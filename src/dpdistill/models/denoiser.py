@@ -10,8 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ConfigError
+
 FREQUENCIES = 16  # of the noise level's features: half as many octaves of log σ
 MLP_RATIO = 2
+MOST = 2**22  # depth · width²: 50 million weights; the gradients of a few records have to fit in memory
+
+
+def check_sizes(*, width: int | None, depth: int, heads: int) -> None:
+    """Raises ConfigError on sizes, all of at least 1, that no denoiser has. A width of None is one that fits."""
+    if width is not None and width % heads:
+        raise ConfigError(f"Expected heads={heads} to divide width={width}.")
+    if depth * max(width or 1, heads) ** 2 > MOST:
+        raise ConfigError(f"Expected depth · width² of at most {MOST:,}, got {depth=}, {width=} and {heads=}.")
+
+
+def check_patch(patch: int | None, image_shape: tuple[int, int, int]) -> None:
+    """Raises ConfigError on a patch larger than the images. A patch of None is one that fits."""
+    side = max(image_shape[1:])
+    if patch is not None and patch > side:
+        raise ConfigError(f"Expected patch of at most {side}, the side of the images, got {patch}.")
 
 
 class Denoiser(nn.Module):

@@ -4,7 +4,7 @@ Source: Zheng & Li (NDPDC, 2023) and Dosser (ICCV 2025).
 M per_class, L group_size, C clip_norm, p subspace dim; K classes, D features, A auxiliary images, S = parts² tiles.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -166,10 +166,3 @@ def _coast(images: Tensor, velocity: Tensor, n: Tensor, lr: float, momentum: flo
 def start_images(k: int, m: int, image_shape: tuple[int, int, int], generator: torch.Generator, device: str) -> Tensor:
     """Returns normal pixels, clamped to [-1, 1]: [K, M, C, H, W]."""
     return torch.randn(k, m, *image_shape, generator=generator).clamp(-1, 1).to(device)
-
-
-def restore(saved: Mapping[str, Tensor] | None, fresh: Mapping[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
-    """Returns the step to go on from, and the state there: the saved one if there is one, else `fresh` at step 0."""
-    if saved is None:
-        return 0, dict(fresh)
-    return int(saved["step"]), {name: saved[name].to(value.device) for name, value in fresh.items()}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...models.few_step import LEVELS, SIGMA, clean, encoded, noisy, student
 from ..base import Denoising, Public, Synthetic, Workspace
+from ..shared.checkpoints import restore, saved
 
 RHO = 7.0  # of the teacher's steps
 SIGMA_MIN = 0.002  # where they end
@@ -56,7 +57,8 @@ class DistillationConfig:
 
     Attributes:
       student_width: of a token, see `models.few_step`; "auto" is 96 for sides up to 16, else 192.
-      student_steps, student_batch: of its training; "auto" is 1,000 steps for sides up to 16, else 2,000.
+      student_steps, student_batch: of its training; "auto" is 1,000 steps for sides up to 16, else 2,000;
+        `dpsad` takes 8,000 where its mixture is fine.
       student_lr: of AdamW; warms up over `student_warmup` steps, then falls to 0 by a cosine.
       student_ema: decay of the average of the weights that is returned.
       from_noise: share of samples that start from pure noise; the others from noisy samples of the teacher, for more steps than one.
@@ -111,6 +113,10 @@ class DistillationConfig:
         if not SIGMA_MIN < self.sigma_max < math.inf:
             raise ConfigError(f"Expected a finite sigma_max above {SIGMA_MIN}, got {self.sigma_max}.")
 
+    def token_width(self, image_shape: tuple[int, int, int]) -> int:
+        """Of the student for these images: `student_width`, or what "auto" is."""
+        return (96 if max(image_shape) <= SMALL else 192) if self.student_width == "auto" else self.student_width
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
@@ -147,7 +153,7 @@ def distil(
     model = student(
         public.image_shape,
         public.n_classes,
-        width=(96 if small else 192) if config.student_width == "auto" else config.student_width,
+        width=config.token_width(public.image_shape),
         images=encoded(teacher.shown(seeds.images)),
         generator=workspace.generator("distillation-student"),
     ).to(device)
@@ -368,34 +374,3 @@ class Critic(nn.Module):
 def _rate(config: DistillationConfig, step: int, steps: int) -> float:
     """Share of the learning rates: linear warm-up, then a cosine to 0."""
     return min(1.0, (step + 1) / max(1, config.student_warmup)) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def saved(step: int, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """All that a resumed run needs, as tensors: weights as `part:name`, and what an optimiser keeps for each as `part:name:key`."""
-    state = {"step": torch.tensor(step)}
-    for part, module in modules.items():
-        for name, weight in module.named_parameters():
-            state[f"{part}:{name}"] = weight.detach()
-            if part in optimizers:
-                state |= {f"{part}:{name}:{key}": value for key, value in optimizers[part].state[weight].items()}
-    return state
-
-
-@torch.no_grad()
-def restore(
-    state: dict[str, Tensor] | None, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
-) -> int:
-    """Puts a checkpoint back; returns the step to go on from."""
-    if state is None:
-        return 0
-    weights = {f"{part}:{name}": weight for part, m in modules.items() for name, weight in m.named_parameters()}
-    for name, value in state.items():
-        part, _, key = name.rpartition(":")
-        if name in weights:
-            weights[name].copy_(value)
-        elif part in weights:
-            optimizer = optimizers[part.split(":")[0]]
-            # A step count stays on the CPU, where the optimiser put it, but for a fused one.
-            there = key != "step" or optimizer.defaults.get("fused")
-            optimizer.state[weights[part]][key] = value.to(weights[part].device) if there else value.clone()
-    return int(state["step"])

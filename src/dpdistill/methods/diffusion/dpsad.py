@@ -2,7 +2,7 @@ r"""`dpsad`, ours: DP-SAD done right. One budget, a few kinds of release, and ev
 
 1. Warm start (private), in one of two ways that both have a denoiser in closed form: there is nothing to train.
    `mixture`: three releases give a mixture of Gaussians for each class; one more its tones, since samples of a mixture are pale; and
-   a guide, a linear classifier on fixed features, says which samples look like their class.
+   a guide, a linear classifier on fixed features, says which samples look like their class, where there is more than one.
    `embedding`, where records are few for the noise: one release and a generator fitted to it, to whose images a finer mixture is fitted.
 2. Teacher (private): a network that corrects that denoiser, trained on the records by DP-SGD with noise multiplicity.
 3. Student (free): stochastic adversarial distillation of the teacher, on inputs that derive from noise and released values only.
@@ -39,6 +39,7 @@ EMBEDDING = EmbeddingConfig(at_once=1000, bf16=True)
 N_GENERATED = 2000  # images of each class that the finer mixture is fitted to; of many classes, fewer of each
 MOST_GENERATED, MOST_AT_ONCE = 50_000, 5_000  # of all classes: that, and images for one step of the generator
 FINER = 5  # its components, in those of the noisy one
+FINE_STEPS = 8_000  # of a student whose teacher has a fine mixture
 N_DRAWN = 3000  # samples of the teacher that show what tones it has
 MANY = 50_000  # records for each unit of a sum's noise: below, DP-SGD was not worth its budget
 FEW = 6_000  # below, a mixture was behind an embedding (digits: 390 and 2,900); above, ahead of it (letters: 16,000)
@@ -118,6 +119,15 @@ class Config(DenoiserConfig, DistillationConfig):
         dims = mix.dims_for(self.weight, public.n_classes) if self.pixel_dims == "auto" else self.pixel_dims
         return min(dims, math.prod(public.image_shape))
 
+    def distilling(self, public: Public) -> "Config":
+        """These settings, with the student's steps where they are left open: what a fine mixture shows takes four times as many."""
+        longer = self.student_steps == "auto" and self.start == "mixture" and self.dims(public) >= mix.FINE_DIMS
+        return replace(self, student_steps=FINE_STEPS) if longer else self
+
+    def guided(self, public: Public) -> bool:
+        """Whether a guide chooses samples: of one class each fits, and those of a fine mixture are no better for it."""
+        return public.n_classes > 1 and self.dims(public) < mix.FINE_DIMS
+
     @property
     def start(self) -> Literal["mixture", "embedding"]:
         """How the warm start is made."""
@@ -135,12 +145,13 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
     if config.start == "embedding":
         releases = [embedding.planned("dpsad", EMBEDDING, public, sigma / math.sqrt(rest))]
     else:
-        guide = rest * (1 - config.share_tones) * config.share_guide
+        guided = config.guided(public)
+        guide = rest * (1 - config.share_tones) * config.share_guide * guided
         each = (rest * (1 - config.share_tones) - guide) / 3
         dims, rows = config.dims(public), public.n_classes
         releases = mix.planned("dpsad", rows, dims, config.components, sigma, each, each)
         releases.append(tones.planned("dpsad", public, sigma, rest * config.share_tones))
-        releases += linear.plan(GUIDE, public, sigma / math.sqrt(guide))
+        releases += linear.plan(GUIDE, public, sigma / math.sqrt(guide)) if guided else []
     if config.share:
         z = math.log1p(config.share / (sigma**2 * config.steps * config.rate**2)) ** -0.5
         releases.append(private_denoiser.planned(config, public, z))
@@ -155,13 +166,16 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
         lines.append(
             f"DP-SGD has {config.share:.0%} of the budget: {config.steps} steps of {config.expected_batch} records"
         )
-    else:
+    elif config.weight < MANY:
         lines.append(
             "no DP-SGD: with so few records, one-shot statistics are worth more (--set share_denoiser=0.5 to have it)"
         )
+    else:
+        lines.append("no DP-SGD, as share_denoiser=0 asks: with so many records, auto would give it half of the budget")
     if config.start == "embedding":
+        why = "few records for this noise" if config.weight < FEW else "as warm_start=embedding asks"
         lines.append(
-            "few records for this noise: the whole warm start is one embedding of each class (--set warm_start=mixture for the other way)"
+            f"{why}: the whole warm start is one embedding of each class (--set warm_start=mixture for the other way)"
         )
     if per_class < 40 * noise:
         lines.append(
@@ -172,7 +186,7 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
 
 def run(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Sampler:
     """Asks the door, trains the teacher, and distils it."""
-    return finish(train(config, public, private, plan, workspace), public, config, workspace)
+    return finish(train(config, public, private, plan, workspace), public, config.distilling(public), workspace)
 
 
 def train(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Teacher:
@@ -221,5 +235,5 @@ def _mixed(config: Config, public: Public, private: PrivateData, plan: list[Plan
     space = mix.pixel_space(linear.public_images(public), config.dims(public))
     fitted = mix.fit(space, config.components, private, queries[:3], workspace)
     wanted = tones.fit(queries[3], private, workspace)
-    guide = linear.train(GUIDE, public, private, plan[4:6], workspace)
+    guide = linear.train(GUIDE, public, private, plan[4:6], workspace) if config.guided(public) else None
     return mix.denoiser(space, fitted).to(workspace.device), guide, wanted

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...mechanisms import Vault, noisy_rows
 from ...models import edm
-from ...models.denoiser import Denoiser
+from ...models.denoiser import Denoiser, check_sizes
 from ...privacy import GaussianSum, Planned, calibrate, epsilon
 from ..base import Public, Sampler, Workspace
 from .distillation import Critic, DistillationConfig, Teacher
@@ -84,6 +84,7 @@ class Config(DistillationConfig):
         for name in (*whole, "patch", "width", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
+        check_sizes(width=self.width, depth=self.depth, heads=self.heads)
         for name in ("clip_norm", "lr", "critic_lr", "teacher_lr", "sigma_data", "rho"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"Expected a finite {name} above 0, got {getattr(self, name)}.")

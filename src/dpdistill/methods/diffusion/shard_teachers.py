@@ -21,7 +21,7 @@ from ...errors import ConfigError
 from ...mechanisms import PrivateData
 from ...mechanisms.ensemble import Model
 from ...models import edm, few_step
-from ...models.denoiser import Denoiser
+from ...models.denoiser import Denoiser, check_patch, check_sizes
 from ...privacy import Planned, ShardSum
 from ..base import Public, Sampler, Workspace
 from .distillation import DistillationConfig, Teacher
@@ -73,6 +73,7 @@ class Config(DistillationConfig):
         for name in (*whole, "heads", "per_class", "seed_images", "sampling_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
+        check_sizes(width=self.width, depth=self.depth, heads=self.heads)
         for name in ("clip", "lr", "sigma_data"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"Expected a finite {name} above 0, got {getattr(self, name)}.")
@@ -83,6 +84,7 @@ class Config(DistillationConfig):
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
     """R sums over shards."""
     few_step.check(public.image_shape)
+    check_patch(config.patch, public.image_shape)
     dim = config.queries * math.prod(public.image_shape)
     query = ShardSum(
         name="shard-teachers",
@@ -101,15 +103,18 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     device, shape = workspace.device, public.image_shape
     student = network(config, shape, public.n_classes, workspace.generator("shards-student")).to(device)
     ensemble = private.shards(config.models, ShardTeacher(config, shape, public.n_classes))
-    held = ensemble.reserve(plan[0].query, plan[0].count)
     asked: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for index in range(config.rounds):
         g = workspace.generator("shards-queries", index)
         x, sigma, y = queries(config, student, shape, public.n_classes, index, device, g)
         with torch.no_grad():
             own = student(x, sigma, y)
+        packed = pack(x, own, sigma, y).cpu()
+        if index == 0:
+            ensemble.check(plan[0].query, packed)
+            held = ensemble.reserve(plan[0].query, plan[0].count)
         with workspace.passing("teachers of the shards") as progress:
-            pulled = ensemble.release_vectors(held, index, pack(x, own, sigma, y).cpu(), progress=progress)  # private
+            pulled = ensemble.release_vectors(held, index, packed, progress=progress)  # private
         # By K, a public constant, though some shards may be empty.
         asked.append((x, sigma, y, own + pulled.to(device).view_as(own) / config.models))
         fit(student, config, [torch.cat(part) for part in zip(*asked, strict=True)], workspace, index)

@@ -22,6 +22,7 @@ from ...models.muon import Muon
 from ...models.student_generator import StudentGenerator
 from ...models.wavelet_net import WaveletNet
 from ..base import Public, Workspace
+from ..shared.checkpoints import restore, saved
 from .prior import Prior, vary
 
 Teacher = Callable[[Tensor], Tensor]
@@ -30,17 +31,13 @@ N_PROBE = 1024  # prior images that set the unit of the logits
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """Public settings.
+class Networks:
+    """Public settings of every way to a student: the two networks, and the images that they learn from.
 
     Attributes:
       width, depth, groups: of the student, see `WaveletNet`.
       steps, batch: of the student's training.
-      matrix_lr, lr, weight_decay: of Muon on the convolutions, and of AdamW on the rest; the rates warm up over `warmup` steps, then
-        fall to 0 by a cosine.
-      ema: decay of the average of the student's weights that is returned; 0 returns the last weights.
-      loss: between centred logits in units of their spread over prior images ("l1", "l2", "smooth"), or "kl" at `temperature`.
-      temperature: of softmax in the generator's losses and in "kl", in the same unit.
+      matrix_lr, lr, weight_decay: of Muon on the convolutions, and of AdamW on the rest.
       generated: share of a batch that the generator makes; 0 leaves it out.
       prior: "procedural", "noise", or "none": what the rest of the batch is made of.
       given: share of a procedural prior that is images from outside, where there are some: public ones, or drawn from a released
@@ -49,10 +46,8 @@ class Conversion:
         half for grey images and 0 for colour.
       vary: share of images that are moved, mixed or recoloured at random.
       pool, reuse: prior images are drawn `pool` at a time, and each is used `reuse` times.
-      bank: generated images that are kept, the oldest replaced first.
       generator_every, generator_lr, latent, generator_width: one generator step every so many steps, Adam; its size.
-      one_hot, entropy, adversarial: weights of the generator's losses.
-      past_every: steps between copies of the student that the generator is set against (no differentiable teacher).
+      one_hot, entropy: weights of the generator's losses.
       bf16: autocast the student to bfloat16.
       checkpoint_steps: steps between checkpoints; does not change the result.
     """
@@ -65,10 +60,6 @@ class Conversion:
     matrix_lr: float = 0.05
     lr: float = 5e-3
     weight_decay: float = 1e-3
-    warmup: int = 100
-    ema: float = 0.995
-    loss: Literal["l1", "l2", "smooth", "kl"] = "l2"
-    temperature: float = 0.5
     generated: float = 0.125
     prior: Literal["procedural", "noise", "none"] = "procedural"
     given: float | Literal["auto"] = "auto"
@@ -76,40 +67,24 @@ class Conversion:
     vary: float = 0.7
     pool: int = 4096
     reuse: int = 4
-    bank: int = 2048
     generator_every: int = 4
     generator_lr: float = 1e-3
     latent: int = 64
     generator_width: int = 32
     one_hot: float = 1.0
     entropy: float = 1.0
-    adversarial: float = 1.0
-    past_every: int = 200
     bf16: bool = True
     checkpoint_steps: int = 500
 
     def __post_init__(self) -> None:
-        for name in (
-            "width",
-            "depth",
-            "groups",
-            "steps",
-            "batch",
-            "pool",
-            "reuse",
-            "bank",
-            "generator_every",
-            "latent",
-        ):
+        sizes = ("width", "depth", "groups", "steps", "batch", "pool", "reuse", "generator_every", "latent")
+        for name in (*sizes, "generator_width", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
-        for name in ("generator_width", "past_every", "checkpoint_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
-        for name in ("generated", "vary", "ema"):
+        for name in ("generated", "vary"):
             if not (0 <= getattr(self, name) <= 1):
                 raise ConfigError(f"Expected {name} in [0, 1], got {getattr(self, name)}.")
-        for name in ("matrix_lr", "lr", "generator_lr", "temperature"):
+        for name in ("matrix_lr", "lr", "generator_lr"):
             if not (0 < getattr(self, name) < math.inf):
                 raise ConfigError(f"Expected a finite {name} > 0, got {getattr(self, name)}.")
         for name in ("given", "figures"):
@@ -123,6 +98,39 @@ class Conversion:
     def n_generated(self) -> int:
         """Generated images in a batch."""
         return round(self.generated * self.batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion(Networks):
+    """Public settings of a conversion: those of `Networks`, and how a teacher's answers are learnt.
+
+    Attributes:
+      warmup: steps over which the rates rise, before they fall to 0 by a cosine.
+      ema: decay of the average of the student's weights that is returned; 0 returns the last weights.
+      loss: between centred logits in units of their spread over prior images ("l1", "l2", "smooth"), or "kl" at `temperature`.
+      temperature: of softmax in the generator's losses and in "kl", in the same unit.
+      bank: generated images that are kept, the oldest replaced first.
+      adversarial: weight of the disagreement among the generator's losses.
+      past_every: steps between copies of the student that the generator is set against (no differentiable teacher).
+    """
+
+    warmup: int = 100
+    ema: float = 0.995
+    loss: Literal["l1", "l2", "smooth", "kl"] = "l2"
+    temperature: float = 0.5
+    bank: int = 2048
+    adversarial: float = 1.0
+    past_every: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("bank", "past_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
+        if not (0 <= self.ema <= 1):
+            raise ConfigError(f"Expected ema in [0, 1], got {self.ema}.")
+        if not (0 < self.temperature < math.inf):
+            raise ConfigError(f"Expected a finite temperature > 0, got {self.temperature}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,34 +268,3 @@ def _rate(config: Conversion, step: int) -> float:
 
 def _copy(model: WaveletNet) -> WaveletNet:
     return copy.deepcopy(model).requires_grad_(False)
-
-
-def saved(step: int, parts: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """All that a resumed run needs, as tensors: weights, and what the optimisers keep for each, as `part.name.key`."""
-    state = {"step": torch.tensor(step)}
-    for part, model in parts.items():
-        for name, value in model.named_parameters():
-            state[f"{part}.{name}"] = value.detach()
-            moments = optimizers[part].state.get(value, {}) if part in optimizers else {}
-            state |= {f"{part}.{name}.{key}": moment for key, moment in moments.items()}
-    return state
-
-
-@torch.no_grad()
-def restore(
-    state: dict[str, Tensor] | None, parts: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
-) -> int:
-    """Puts a checkpoint back; returns the step to go on from."""
-    if state is None:
-        return 0
-    for part, model in parts.items():
-        for name, value in model.named_parameters():
-            value.copy_(state[f"{part}.{name}"])
-            if part in optimizers:
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                found = {key: state[f"{part}.{name}.{key}"] for key in keys if f"{part}.{name}.{key}" in state}
-                # A step count stays on the CPU, where the optimiser put it.
-                found = {key: t.clone() if key == "step" else t.to(value.device) for key, t in found.items()}
-                if found:
-                    optimizers[part].state[value] = found
-    return int(state["step"])

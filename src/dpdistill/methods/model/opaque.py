@@ -21,14 +21,15 @@ from ...models.student_generator import StudentGenerator
 from ...models.wavelet_net import WaveletNet
 from ...privacy import gaussian_multiplier
 from ..base import Public, Student, Workspace
-from .conversion import Conversion, Teacher, restore, saved
+from ..shared.checkpoints import restore, saved
+from .conversion import Networks, Teacher
 from .gallery import finish
 from .prior import Prior, vary
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Conversion):
-    """Public settings: those of `Conversion` for the networks and images, and the paper's.
+class Config(Networks):
+    """Public settings: those of `Networks`, and the paper's.
 
     Attributes:
       per_class: images of the generator that are released with the student.
@@ -58,6 +59,20 @@ class Config(Conversion):
 def normalised(gradient_BK: Tensor, stability: float) -> Tensor:
     """Rows divided by their L2 norm: at most 1."""
     return gradient_BK / (gradient_BK.norm(dim=1, keepdim=True) + stability)
+
+
+def pseudo_labels(
+    outputs_BK: Tensor, answers_BK: Tensor, config: Config, sigma: float, vault: Vault, name: str
+) -> Tensor:
+    """The paper's update in output space: a step of length γ against the normalised, noisy gradient of KL(teacher ‖ student).
+
+    Args:
+      outputs_BK, answers_BK: logits of the student and of the teacher.
+      sigma: the noise in a row has standard deviation σ / B, as the published code adds it.
+      name: of these rows' noise.
+    """
+    gradient = normalised(outputs_BK.softmax(dim=1) - answers_BK.softmax(dim=1), config.stability)
+    return outputs_BK - config.gamma * noisy_rows(gradient, sigma / len(outputs_BK), vault, name)
 
 
 def run(config: Config, public: Public, teacher: Teacher, sigma: float, vault: Vault, workspace: Workspace) -> Student:
@@ -114,12 +129,10 @@ def run(config: Config, public: Public, teacher: Teacher, sigma: float, vault: V
             x = vary(x, config.vary, g)
             answers = teacher(x).detach()
 
-        # Gradient of KL(teacher || student) with respect to the student's outputs, normalised, with noise; then the chain rule.
+        # A step in output space, and the chain rule.
         outputs = answer(x)
         with torch.no_grad():
-            gradient = normalised(outputs.softmax(dim=1) - answers.softmax(dim=1), config.stability)
-            noisy = noisy_rows(gradient, sigma / config.batch, vault, f"step-{step}")
-            pseudo = outputs - config.gamma * noisy
+            pseudo = pseudo_labels(outputs, answers, config, sigma, vault, f"step-{step}")
         optimizer.scale = (1 + math.cos(math.pi * step / config.steps)) / 2
         loss = F.mse_loss(outputs, pseudo)
         optimizer.zero_grad()

@@ -17,7 +17,7 @@ Share = float | Literal["auto"]
 
 
 class PriorSettings(Protocol):
-    """What of `Conversion` is about the prior."""
+    """What of `Networks` is about the prior."""
 
     @property
     def prior(self) -> str: ...

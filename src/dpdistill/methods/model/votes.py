@@ -37,6 +37,7 @@ class Config(Conversion):
       queries: Q of a round.
       ridge: of a shard's classifier, in units of its features' norm.
       teacher_dims: features kept: leading public principal components.
+      expected_records: public guess of how many records the shards have together; only the advice asks.
     """
 
     models: int
@@ -46,9 +47,12 @@ class Config(Conversion):
     queries: int = 8000
     ridge: float = 0.01
     teacher_dims: int = 500
+    expected_records: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.expected_records is not None and self.expected_records < 1:
+            raise ConfigError(f"Expected expected_records of at least 1, got {self.expected_records}.")
         if min(self.models, self.rounds, self.queries, self.teacher_dims) < 1:
             raise ConfigError("Expected models, rounds, queries and teacher_dims of at least 1.")
         if not (1e-6 <= self.ridge < math.inf):
@@ -71,7 +75,12 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
 def best_shards(expected_records: int, epsilon: float, delta: float) -> int:
     """K for so many records: 60 a shard, or up to 120 where that many models are not needed against the noise."""
     enough = 1000 * gaussian_multiplier(epsilon, delta)
-    return max(2, round(max(expected_records / 120, min(expected_records / 60, enough))))
+    return max(2, round(max(expected_records / (2 * GOOD_SHARD), min(expected_records / GOOD_SHARD, enough))))
+
+
+def needed_models(epsilon: float, delta: float) -> int:
+    """How many have to vote lest the noise hide them: s·√(2·FREEDOM), s the Gaussian multiplier of (ε, δ)."""
+    return math.ceil(gaussian_multiplier(epsilon, delta) * math.sqrt(2 * FREEDOM))
 
 
 def advice(config: Config, public: Public, epsilon: float, delta: float) -> list[str]:
@@ -82,16 +91,24 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
     s = gaussian_multiplier(epsilon, delta)
     information = config.models**2 / (2 * s * s)
     std = math.sqrt(2 * config.rounds * config.queries) * s / config.models
-    needed = math.ceil(s * math.sqrt(2 * FREEDOM))
+    needed = needed_models(epsilon, delta)
     lines = [
         f"{config.models} models vote on {config.rounds} × {config.queries} images; noise of {std:.3g} votes per model on every count, "
         f"{information:.3g} units of information in all"
     ]
     share = 100 * expected_share(information)
     lines.append(
-        f"on a public stand-in such votes gave {share:.0f} % of the accuracy of a private teacher of the same ε (60 records a shard); "
-        "smaller shards give less"
+        f"on a public stand-in such votes gave {share:.0f} % of the accuracy of a private teacher of the same ε, from {GOOD_SHARD} "
+        "records a shard; smaller shards give less"
     )
+    each = None if config.expected_records is None else config.expected_records / config.models
+    if each is None:
+        lines.append("how many records a shard has is not known: give --expected-records to have that judged, too")
+    elif each < GOOD_SHARD / 2:
+        lines.append(
+            f"too small: about {each:.0f} records a shard teach a classifier little. Choose --shards of at most "
+            f"{max(2, round(config.expected_records / GOOD_SHARD))}, or train a private teacher (leave --shards out)"  # type: ignore[operator]
+        )
     if config.models < needed:
         lines.append(
             f"too few: below about {needed} models the noise at ε = {epsilon:g} hides the votes; expect little better than chance. "
@@ -99,13 +116,14 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
         )
     elif config.models < 4 * needed:
         lines.append(f"enough to learn from, with a loss: {4 * needed} models or more would hardly feel the noise")
-    else:
+    elif each is None or each >= GOOD_SHARD / 2:
         lines.append(
             "enough: the noise will hardly be felt; what limits the student is how good a single shard's model is"
         )
     return lines
 
 
+GOOD_SHARD = 60  # records of a shard, on that stand-in
 FREEDOM = 650  # numbers that a linear classifier of small images has to learn
 
 # Units of information, and the share of a private teacher's accuracy that the classifier of the votes had on the public stand-in `letters`
@@ -128,7 +146,6 @@ def run(
     by_shards = isinstance(handle, PrivateData)
     if isinstance(handle, PrivateData):
         handle = handle.shards(config.models, ShardTrainer(aggregate, config.ridge, public.n_classes))
-    held = handle.reserve(plan[0].query, plan[0].count)
     prior = Prior(config, public, workspace)
     seen: list[Tensor] = []
     votes: list[Tensor] = []
@@ -136,8 +153,11 @@ def run(
     for index in range(config.rounds):
         x = queries(config, prior, made, workspace, index)
         phi = embed(aggregate, x, workspace.device)
+        asked = phi if by_shards else x
+        if index == 0:
+            handle.check(plan[0].query, asked)
+            held = handle.reserve(plan[0].query, plan[0].count)
         with workspace.passing("teachers") as progress:
-            asked = phi if by_shards else x
             votes.append(handle.release_reserved(held, index, asked, progress=progress))  # private
         seen.append(phi)
         aggregate.head.weight.data.copy_(fit_votes(torch.cat(seen), torch.cat(votes) / config.models))

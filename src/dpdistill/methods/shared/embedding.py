@@ -20,9 +20,9 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...mechanisms import PrivateData
 from ...models.generator import Generator
-from ...models.matching import restore
 from ...privacy import GaussianSum, Planned
 from ..base import Public, Synthetic, Workspace
+from .checkpoints import restore, saved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,18 +146,9 @@ def _matched(
     model = Generator(
         public.image_shape, k, latent=config.latent, width=config.width, generator=workspace.generator(f"{name}-model")
     ).to(device)
-    parameters = dict(model.named_parameters())
-    fresh = {"w." + key: value.detach().clone() for key, value in parameters.items()}
-    for moment in ("m", "v"):
-        fresh |= {f"{moment}.{key}": torch.zeros_like(value) for key, value in parameters.items()}
-    start, state = restore(workspace.load(name), fresh)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-    with torch.no_grad():
-        for key, value in parameters.items():
-            value.copy_(state["w." + key])
-            if start:
-                moments = {"exp_avg": state["m." + key], "exp_avg_sq": state["v." + key]}
-                optimizer.state[value] = {"step": torch.tensor(float(start)), **moments}
+    modules, optimizers = {"generator": model}, {"generator": optimizer}
+    start = restore(workspace.load(name), modules, optimizers)
     classes = F.one_hot(torch.arange(k).repeat_interleave(config.batch), k).float().to(device)
     parts = parted(target_KD, frequencies, config.at_once or config.n_frequencies)
     for step in workspace.track(range(start, config.steps), "fitting the generator"):
@@ -171,11 +162,7 @@ def _matched(
         loss.backward()
         optimizer.step()
         if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.steps:
-            saved = {"w." + key: value.detach() for key, value in parameters.items()}
-            for key, value in parameters.items():
-                saved["m." + key] = optimizer.state[value]["exp_avg"]
-                saved["v." + key] = optimizer.state[value]["exp_avg_sq"]
-            workspace.save(name, {**saved, "step": torch.tensor(step + 1)})
+            workspace.save(name, saved(step + 1, modules, optimizers))
     return model.eval()
 
 

@@ -94,6 +94,9 @@ def train(
     """Returns the private teacher."""
     teacher = untrained(config.dims(public), public).to(workspace.device)
     teacher.fit_public(public_images(public), workspace.generator("teacher-features"))
+    private.check(plan[0].query, one_each)
+    nothing = torch.zeros(public.n_classes, teacher.n_features, device=workspace.device)
+    private.features(teacher.features, teacher.n_features).check(plan[1].query, residuals(nothing))
     held = [private.reserve(planned.query, planned.count) for planned in plan]
     count = max(1.0, float(private.release_reserved(held[0], 0, one_each)[0, 0]))  # private
     expected = count * config.sampling_prob  # records in a step

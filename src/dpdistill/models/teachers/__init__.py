@@ -76,7 +76,7 @@ def load_teacher(
         check_image_shape(spec, image_shape, wants)
     if suffix == ".onnx":
         if architecture is not None:
-            raise InputError(spec, "needs no architecture, it holds its own", "leave architecture out")
+            raise InputError(spec, "needs no architecture, it holds its own", "leave --architecture out")
         raw = read_bytes(spec)
         digest = hashlib.sha256(raw).hexdigest()
         with bounded_memory(EXTRA_BYTES + 3 * len(raw)):
@@ -84,9 +84,11 @@ def load_teacher(
             run = onnx_run(raw, feed, spec, image_shape, wants, n_threads)
             return probe(run, spec, name, image_shape, n_classes, wants, digest)
     if architecture is None:
-        raise InputError(spec, "holds weights without their network", "say architecture='module:callable', or use ONNX")
+        raise InputError(
+            spec, "holds weights without their network", "give --architecture module:callable, or use ONNX"
+        )
     if image_shape is None:
-        raise InputError(spec, "does not say what images it takes", "say image_shape=(C, H, W)")
+        raise InputError(spec, "does not say what images it takes", "give --shape C,H,W")
     raw = read_bytes(spec)
     network = network_of(architecture, raw, spec)
 

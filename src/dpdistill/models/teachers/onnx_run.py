@@ -65,15 +65,18 @@ def checked_onnx(
     n, declared = dims[0], (dims[1:] if wants.layout == "NCHW" else [dims[3], *dims[1:3]])
     if n is not None and not 1 <= n <= BATCH:
         raise InputError(path, f"takes batches of {n}, wanted 1 to {BATCH}", "export it with a dynamic batch")
+    other = [dims[3], *dims[1:3]] if wants.layout == "NCHW" else dims[1:]
+    turned = f"--set layout={'NHWC' if wants.layout == 'NCHW' else 'NCHW'}"
     if image_shape is None:
+        if declared[0] not in (1, 3) and other[0] in (1, 3):
+            raise InputError(path, f"takes images {show(declared)}, which have no colours there", turned)
         if None in declared:
-            raise InputError(path, f"takes images {show(declared)} of open size", "say image_shape=(C, H, W)")
+            raise InputError(path, f"takes images {show(declared)} of open size", "give --shape C,H,W")
         image_shape = (declared[0], declared[1], declared[2])
     if any(side not in (None, asked) for side, asked in zip(declared, image_shape, strict=True)):
-        hint = "change image_shape, or export the model for it"
-        other = [dims[3], *dims[1:3]] if wants.layout == "NCHW" else dims[1:]
+        hint = "change --shape, or export the model for it"
         if all(side in (None, asked) for side, asked in zip(other, image_shape, strict=True)):
-            hint = f"say layout='{'NHWC' if wants.layout == 'NCHW' else 'NCHW'}'"
+            hint = turned
         raise InputError(path, f"takes images {show(declared)}, wanted {show(image_shape)}", hint)
     check_image_shape(path, image_shape, wants)
     c, h, w = image_shape

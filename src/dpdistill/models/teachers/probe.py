@@ -50,7 +50,7 @@ def probe(
     k = first.shape[1]
     if n_classes is not None and k != n_classes:
         raise InputError(
-            source, f"returns {k} classes, wanted {n_classes}", "change n_classes, or the model's last layer"
+            source, f"returns {k} classes, wanted {n_classes}", "change --classes, or the model's last layer"
         )
     if not 2 <= k <= MODEL_LIMITS.max_classes:
         hint = "a yes-or-no model must return two columns"
@@ -64,12 +64,12 @@ def probe(
             hint = "a network in training mode mixes a batch: model.eval() before export"
             raise InputError(source, "answers an image otherwise when other images are beside it", hint)
     if float((first - first[:1]).abs().max()) <= 1e-6 * scale:
-        hint = "check value_range, mean and std, and that the weights are trained"
+        hint = "check --input-low, --input-high, --set mean=… and std=…, and that the weights are trained"
         raise InputError(source, "gives the same answer to every image", hint)
     sums = first.sum(1)
     rows_are = bool((first >= -1e-6).all()) and bool(((sums - 1).abs() <= 1e-3).all())
     if wants.outputs == "probabilities" and not rows_are:
-        raise InputError(source, "returns rows that are not probabilities", "say outputs='logits'")
+        raise InputError(source, "returns rows that are not probabilities", "--set outputs=logits")
     log = wants.outputs == "probabilities" or (wants.outputs is None and rows_are)
 
     def outputs(x_BCHW: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def answer(run: Run, x: Tensor, source: object, n_classes: int | None = None) ->
         raise
     except Exception as error:
         reason = f"fails on images {show(x.shape[1:])} ({type(error).__name__})"
-        raise InputError(source, reason, "check image_shape and layout") from error
+        raise InputError(source, reason, "check --shape and --set layout=…") from error
     if not rows.is_floating_point():
         raise InputError(source, f"returns {str(rows.dtype).removeprefix('torch.')}, wanted floats", "return logits")
     if rows.ndim != 2 or len(rows) != len(x) or n_classes not in (None, rows.shape[1]):
@@ -109,5 +109,7 @@ def answer(run: Run, x: Tensor, source: object, n_classes: int | None = None) ->
         )
     rows = rows.float()
     if not rows.isfinite().all():
-        raise InputError(source, "returns values that are not finite", "check value_range, mean and std")
+        raise InputError(
+            source, "returns values that are not finite", "check --input-low, --input-high, --set mean=… and std=…"
+        )
     return rows

@@ -96,5 +96,7 @@ def build(architecture: str) -> nn.Module:
             reason = f"fails when it is called without arguments ({type(error).__name__})"
             raise InputError(architecture, reason, "wrap it: def teacher(): return Net(n_classes=10)") from error
     if not isinstance(network, nn.Module):
-        raise InputError(architecture, f"returns a {type(network).__name__}, wanted a torch.nn.Module", "")
+        raise InputError(
+            architecture, f"returns a {type(network).__name__}, wanted a torch.nn.Module", "return the network"
+        )
     return network
