@@ -2,7 +2,8 @@ r"""`dpsad`, ours: DP-SAD done right. One budget, a few kinds of release, and ev
 
 1. Warm start (private), in one of two ways that both have a denoiser in closed form: there is nothing to train.
    `mixture`: three releases give a mixture of Gaussians for each class; one more its tones, since samples of a mixture are pale; and
-   a guide, a linear classifier on fixed features, says which samples look like their class, where there is more than one.
+   a guide, a linear classifier on fixed features, says which samples look like their class, where there is more than
+   one and the mixture is coarse.
    `embedding`, where records are few for the noise: one release and a generator fitted to it, to whose images a finer mixture is fitted.
 2. Teacher (private): a network that corrects that denoiser, trained on the records by DP-SGD with noise multiplicity.
 3. Student (free): stochastic adversarial distillation of the teacher, on inputs that derive from noise and released values only.
@@ -57,7 +58,7 @@ class Config(DenoiserConfig, DistillationConfig):
       share_denoiser: of Σ 1/σ², for DP-SGD; where it is 0 there is none. "auto" is a half where a sum's noise
         weighs little against the expected records (60,000 at ε = 4 and more), else 0.
       share_tones: of the rest, for the tones. The embedding needs none, nor a guide: it has all of the rest.
-      share_guide: of the rest of that, for the guide; what then remains is the mixture's.
+      share_guide: of the rest of that, for the guide where there is one (`guided`); what then remains is the mixture's.
       pixel_dims: of the mixture; "auto" is 64, or 256 where each class has many records for a sum's noise (6,000 at ε = 10).
       components: of the mixture; the one that is fitted to a generator's images has five times as many.
       embedding_batch: images of each class and step that the generator of an embedding is fitted by.
