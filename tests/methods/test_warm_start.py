@@ -51,7 +51,9 @@ def test_the_advice_says_why_there_is_no_dp_sgd() -> None:
         found = config(expected_records=records, target_epsilon=10.0, share_denoiser=share)
         (line,) = (line for line in dpsad.advice(found, public, 10.0, 1e-5) if "no DP-SGD" in line)
         assert said in line
-    assert config(expected_records=60_000, target_epsilon=10.0).share(PUBLIC) == 0.5  # coarse: 144 pixels are all there are
+    assert (
+        config(expected_records=60_000, target_epsilon=10.0).share(PUBLIC) == 0.5
+    )  # coarse: 144 pixels are all there are
     many = config(expected_records=60_000, target_epsilon=10.0, warm_start="embedding")
     assert not any("few records" in line for line in dpsad.advice(many, PUBLIC, 10.0, 1e-5))
 
