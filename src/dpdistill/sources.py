@@ -238,7 +238,10 @@ def _ledger_path(config: RunConfig, records: LabelledImages) -> Path:
         try:
             records = _read(config, None, None)
         except InputError:  # mixed or large images: they cannot be read as they are
-            records = _read(config, 64, 3)
+            try:
+                records = _read(config, 64, 3)
+            except InputError:  # arrays, whose channels are not converted
+                records = _read(config, 64, None)
     return default_ledger(records)
 
 
