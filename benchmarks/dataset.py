@@ -189,7 +189,7 @@ def table() -> None:
                 "note": note,
             }
         )
-    (DOCS / "dataset.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (DOCS / "dataset.json").write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
     head = (DOCS / "dataset.head.md").read_text() if (DOCS / "dataset.head.md").exists() else ""
     text = [
         head,

@@ -275,7 +275,7 @@ def table() -> None:
         text.append(
             f"| {dataset} | {epsilon:g} | {100 * lost:.1f} | {faster:.1f} | {steps} | {len(both_ways)} | {note} |"
         )
-    (DOCS / "diffusion.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (DOCS / "diffusion.json").write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
     (DOCS / "diffusion.md").write_text("\n".join(text) + "\n")
 
 

@@ -8,7 +8,8 @@ A cell is DATASET:SETTING:EPSILON; several are separated by commas. SETTING is
   teacher          the private teacher itself (many releases in one process: its features are computed once; EPSILON may be 1+3+10);
   private-teacher  teacher and student of one release, the student without a real image;
   votes            shard teachers that vote (--shards K; --by-id for one shard per id), and the student of what they say;
-  opaque           the paper's way with a teacher trained without privacy: EPSILON is its nominal ε (status none), `inf` is without noise;
+  opaque           the paper's way with a teacher trained without privacy: EPSILON is its nominal ε (status none), `inf` is without
+                   noise (and null in model.json);
   data-free        conversion of that same teacher without any noise and without its data: the data-free literature's setting.
 Runs are kept in docs/benchmarks/model.runs.jsonl, one line each, and a cell that has enough is not run again. Students see procedural
 images and their generator's only. DIR: see common.py. --cache keeps the non-private teachers between runs.
@@ -16,6 +17,7 @@ images and their generator's only. DIR: see common.py. --cache keeps the non-pri
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -282,7 +284,10 @@ def table() -> None:
                 "note": note,
             }
         )
-    (DOCS / "model.json").write_text(json.dumps(rows, indent=1) + "\n")
+    finite = [
+        {**row, "epsilon": row["epsilon"] if math.isfinite(row["epsilon"]) else None} for row in rows
+    ]  # JSON has no ∞
+    (DOCS / "model.json").write_text(json.dumps(finite, indent=1, allow_nan=False) + "\n")
     text = [(DOCS / "model.head.md").read_text() if (DOCS / "model.head.md").exists() else ""]
     text.append(
         "| data | setting | ε | per | teacher, % | student, % | spread | loss | releases | minutes | peak GiB | what |"

@@ -280,7 +280,8 @@ def table() -> None:
                     f"{1e6 * statistics.mean(cpu) / n:.0f} µs of the processor a record",
                 }
             )
-    (DOCS / "records.json").write_text("[\n" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n]\n")
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+    (DOCS / "records.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
     head = (DOCS / "records.head.md").read_text()
     columns = ("cell", "records", "processor seconds", "µs a record", "seconds by the clock", "peak memory, GiB")
     columns += ("of that by data and work", "ε", "runs")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
-from dpdistill.config import ModelConfig, RunConfig, build, config_hash, public_toml, read
+from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig, build, config_hash, public_toml, read
 from dpdistill.errors import ConfigError
 from dpdistill.methods import METHODS, MODEL_METHODS
 from dpdistill.methods.joint import Config as Joint
@@ -290,7 +290,7 @@ def test_every_way_out_that_a_reader_names_exists() -> None:
     named = set(re.findall(r"--set ([a-z_]+)=", text)) | {
         flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", text)
     }
-    known = {item.name for item in dataclasses.fields(ModelConfig)}
+    known = {item.name for kind in (ModelConfig, DiffusionConfig) for item in dataclasses.fields(kind)}
     assert {"image_column", "split", "channels", "layout", "value_low"} <= named
     assert named - {"set"} <= known
     assert not re.findall(r'"[^"]*\b(?:pass|say) [a-z_]+=', text)  # Python's names, which the command line has not

@@ -1,11 +1,24 @@
 """What pages say in words agrees with what the project's files and tables say."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.json")), ids=lambda path: path.name)
+def test_figures_are_json_that_any_reader_takes(path: Path) -> None:
+    """Python's own writes and reads NaN and Infinity, which JSON has not."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    assert json.loads(path.read_text(), parse_constant=refuse)
 
 
 def test_the_install_line_brings_what_the_readme_then_uses() -> None:

@@ -19,9 +19,10 @@ from PIL import Image
 
 from dpdistill import cli, pipeline, sources
 from dpdistill.bundle.verification import verify
-from dpdistill.config import ModelConfig, RunConfig, read
+from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig, read
 from dpdistill.conversion import convert
 from dpdistill.data import StoredArray, stored
+from dpdistill.diffusion import diffuse
 from dpdistill.errors import ConfigError
 from dpdistill.mechanisms import Vault
 from dpdistill.mechanisms.ensemble import assign
@@ -33,11 +34,23 @@ JOINT = {"steps": 2, "networks": 1, "feature_width": 4, "feature_dims": 6, "pixe
 JOINT |= {"pool_mixture": 4, "pool_public": 12, "width": 4}
 NDPDC = {"steps": 3, "sampling_prob": 0.5, "group_size": 10, "width": 4}
 STUDENT = {"steps": 2, "batch": 8, "width": 8, "generator_width": 4, "latent": 4, "pool": 64, "teacher_dims": 20}
+DPDM = {"steps": 2, "expected_batch": 8, "multiplicity": 2, "patch": 4, "width": 8, "depth": 1, "heads": 2} | {
+    "seed_images": 12,
+    "sampling_steps": 2,
+    "student_width": 8,
+    "student_steps": 2,
+    "student_batch": 8,
+    "critic_width": 4,
+    "pool": 8,
+    "answer_steps": 2,
+}
+RUNS: dict[type[RunConfig], Callable[..., Path]] = {RunConfig: distil, ModelConfig: convert, DiffusionConfig: diffuse}
 WAYS: dict[str, dict[str, Any]] = {
     "joint": {"method": "joint", "settings": JOINT},
     "ndpdc": {"method": "ndpdc", "settings": NDPDC},
     "teacher": {"settings": STUDENT | {"teacher_steps": 3, "components": 2}},
     "votes": {"shards": 5, "settings": STUDENT | {"queries": 40}},
+    "dpdm": {"method": "dpdm", "expected_records": 47, "settings": DPDM},
 }
 
 AT = 30  # the point at which a run is killed
@@ -181,7 +194,7 @@ def in_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Pa
 
 
 def config(way: str, data: Path, place: Path) -> RunConfig:
-    kind = ModelConfig if "shards" in WAYS[way] or way == "teacher" else RunConfig
+    kind = {"teacher": ModelConfig, "votes": ModelConfig, "dpdm": DiffusionConfig}.get(way, RunConfig)
     paths = {"data": str(data), "out": str(place / "out"), "ledger": str(place / "ledger.jsonl")}
     return kind(**paths, per_class=1, **WAYS[way])
 
@@ -198,7 +211,7 @@ def test_the_same_release_and_ledger_to_the_byte(
     Vault.open(first / "out.state" / "vault")  # the key and the ledger's name are random: made once
     Ledger.open(first / "ledger.jsonl", cap=(1.0, 1e-5)).close()
     second = Path(shutil.copytree(first, tmp_path / "files"))
-    run = convert if isinstance(config(way, data, first), ModelConfig) else distil
+    run = RUNS[type(config(way, data, first))]
     run(config(way, data, first), quiet=True)
     folder = in_files()
     assert isinstance(load_private(config(way, data, second)).images, StoredArray)

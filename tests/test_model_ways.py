@@ -192,6 +192,15 @@ def test_models_of_owners_vote(tmp_path: Path, run: Callable[..., ModelConfig]) 
     assert certificate(out)["mechanisms"][0]["models"] == "4"
 
 
+def test_two_owners_of_one_model_are_refused(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    """It would have two votes."""
+    for owner in range(3):
+        onnx_teacher(tmp_path / "models" / f"{owner}.onnx", owner % 2)
+    with pytest.raises(InputError, match=r"2\.onnx: is the same model as 0\.onnx \(keep one of every owner\)"):
+        convert(run(teachers=str(tmp_path / "models")), quiet=True)
+    assert not (tmp_path / "home").exists()
+
+
 def test_a_teacher_with_our_certificate_hands_its_guarantee_on(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
     first = convert(run(out=str(tmp_path / "first")), quiet=True)
     spent = len(the_ledger(tmp_path))

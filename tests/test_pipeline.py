@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dpdistill import pipeline, sources
 from dpdistill.bundle.verification import verify
@@ -260,6 +261,18 @@ def test_large_images_have_one_ledger_at_every_size(tmp_path: Path, tiny: Callab
         distil(tiny(data=data), quiet=True)
     places = {sources._ledger_path(c, sources.load_private(c)) for c in (tiny(data=data, resize=s) for s in (8, 16))}
     assert len(places) == 1
+
+
+def test_images_made_grey_or_colour_have_one_ledger(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    """Whatever they are read as, of mixed colours or all grey."""
+    rng = np.random.default_rng(0)
+    for name, shapes in (("mixed", [(8, 8), (8, 8, 3)]), ("grey", [(8, 8), (8, 8)])):
+        for number, shape in enumerate(shapes):
+            (tmp_path / name / "a").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / name / "a" / f"{number}.png")
+        configs = [tiny(data=str(tmp_path / name), channels=c, resize=r) for c in (1, 3) for r in (None, 8)]
+        configs += [tiny(data=str(tmp_path / name))] if name == "grey" else []
+        assert len({sources._ledger_path(c, sources.load_private(c)) for c in configs}) == 1
 
 
 def test_other_records_have_another_ledger(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:

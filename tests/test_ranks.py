@@ -26,6 +26,9 @@ from dpdistill.conversion import convert
 from dpdistill.diffusion import diffuse
 from dpdistill.errors import BudgetError, ConfigError, LedgerError
 from dpdistill.mechanisms import PrivateData, Vault
+from dpdistill.methods.diffusion import dpsad
+from dpdistill.methods.shared import linear
+from dpdistill.methods.shared.embedding import EmbeddingConfig
 from dpdistill.privacy import GaussianSum, Ledger, accounting, faults
 from several import several
 
@@ -41,6 +44,11 @@ JOINT = {
     "pool_public": 12,
     "width": 4,
 }
+DOSSER = {"sampling_steps": 3, "optimisation_steps": 2, "sampling_prob": 0.15, "group_size": 10, "width": 4} | {
+    "subspace_dim": 2,
+    "auxiliary_images": 8,
+    "checkpoint_steps": 1,
+}
 NDPDC = {"steps": 3, "sampling_prob": 0.15, "group_size": 10, "width": 4, "checkpoint_steps": 1}
 STUDENT = {"steps": 3, "batch": 16, "width": 8, "generator_width": 4, "latent": 4, "pool": 64, "teacher_dims": 20}
 NETWORK = {"patch": 4, "width": 8, "depth": 1, "heads": 2}
@@ -55,13 +63,17 @@ SAMPLER = {
     "answer_steps": 2,
 }
 DPSGD = {"steps": 2, "expected_batch": 6, "multiplicity": 2, **NETWORK, **SAMPLER}
+WARM = {"pixel_dims": 4, "components": 2}
 ACCOUNTING = {name: lru_cache(getattr(accounting, name)) for name in ("_pld_epsilon", "gaussian_epsilon")}
 WAYS: dict[str, dict[str, Any]] = {
     "joint": {"settings": JOINT},
+    "dosser": {"settings": DOSSER},
     "ndpdc": {"settings": NDPDC},
     "teacher": {"settings": STUDENT | {"teacher_steps": 3, "pixel_dims": 4, "components": 2}},
     "votes": {"settings": STUDENT | {"queries": 40}, "shards": 5},
     "dpdm": {"settings": DPSGD},
+    "dpsad": {"settings": SAMPLER | WARM | {"warm_start": "mixture", "share_denoiser": 0.0}},  # its DP-SGD is dpdm's
+    "dpsad by embedding": {"settings": SAMPLER | WARM | {"warm_start": "embedding", "embedding_batch": 2}},
     "shards": {"settings": {"models": 4, "teacher_steps": 2, "fit_steps": 2, "queries": 4, **NETWORK, **SAMPLER}},
 }
 
@@ -74,6 +86,10 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
     monkeypatch.setattr(sources, "PrivateData", partial(PrivateData, micro_batch=4))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr(pipeline, "calibrate", lambda *_: 1.0)  # the same accounting a dozen times over
+    monkeypatch.setattr(dpsad, "GUIDE", linear.Training(teacher_steps=2, teacher_dims=4))
+    small = EmbeddingConfig(n_frequencies=8, steps=4, at_once=3, latent=2, width=2, bf16=True, checkpoint_steps=2)
+    monkeypatch.setattr(dpsad, "EMBEDDING", small)
+    monkeypatch.setattr(dpsad, "N_GENERATED", 12)
     for name, cached in ACCOUNTING.items():
         monkeypatch.setattr(accounting, name, cached)
     torch.set_num_threads(1)
@@ -104,12 +120,13 @@ def run(way: str, place: Path) -> None:
         "per_class": 1,
         **WAYS[way],
     }
-    if way in ("joint", "ndpdc"):
+    if way in ("joint", "dosser", "ndpdc"):
         pipeline.distil(RunConfig(**facts, method=way), quiet=True)
     elif way in ("teacher", "votes"):
         convert(ModelConfig(**facts), quiet=True)
     else:
-        diffuse(DiffusionConfig(**facts, method=way, expected_records=N_RECORDS), quiet=True)
+        method = way.partition(" ")[0]
+        diffuse(DiffusionConfig(**facts, method=method, expected_records=N_RECORDS), quiet=True)
 
 
 def outcome(place: Path) -> dict[str, bytes | None]:
@@ -137,7 +154,7 @@ def test_any_number_of_processes_makes_the_same_release(
         assert outcome(place) == expected, [key for key in expected if outcome(place).get(key) != expected[key]]
     uneven = [n for n in batches if n % 3]
     assert uneven, "every process had as much"
-    assert way not in ("ndpdc", "dpdm") or min(batches) < 3, "no process had an empty batch"
+    assert way not in ("dosser", "ndpdc", "dpdm") or min(batches) < 3, "no process had an empty batch"
 
 
 def as_command(*arguments: str) -> None:

@@ -134,7 +134,7 @@ class Opaque(rp.Pipeline):
 @pytest.mark.mutants
 def test_the_papers_conversion_fails(tmp_path: Path) -> None:
     """One record moves every row of every step, and all rows together further than the two units that are counted for one."""
-    facts = {"data": "", "teacher": "played", "accept_no_record_guarantee": True}
+    facts = {"data": "", "teacher": "played", "accept_no_record_guarantee": True, "ledger": None}
     source, other = exchanged(tmp_path, Opaque("opaque", ModelConfig, rp.TINY["opaque"], facts))
     batch = rp.TINY["opaque"]["batch"]
     assert rows_moved(source, other, batch) == [batch] * len(source.sums)

@@ -235,10 +235,16 @@ def _ledger_path(config: RunConfig, records: LabelledImages) -> Path:
     if config.ledger is not None:
         return named_ledger(config)
     if config.resize is not None or config.channels is not None:
-        try:
-            records = _read(config, None, None)
-        except InputError:  # mixed or large images: they cannot be read as they are
-            records = _read(config, 64, 3)
+        for resize, channels in (
+            (None, None),
+            (64, None),
+            (64, 3),
+        ):  # large images need a size, mixed ones a colour as well
+            try:
+                records = _read(config, resize, channels)
+                break
+            except InputError:
+                continue
     return default_ledger(records)
 
 

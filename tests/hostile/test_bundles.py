@@ -1,4 +1,4 @@
-"""Tampered releases of every kind: each changed byte, each cut, each file that is something else fails, in printable lines."""
+"""Tampered releases of every kind: bytes changed all over each file, cuts, and each file that is something else fail in printable lines."""
 
 import os
 import shutil

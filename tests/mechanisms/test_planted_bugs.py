@@ -1639,7 +1639,11 @@ MUTANTS = [
     bug(
         "L1 shard sum: a made-up reservation",
         check_shard_sum,
-        (ENSEMBLE, "self._check_charged(held, index)\n        worst =", "worst ="),
+        (
+            ENSEMBLE,
+            "self._check_charged(held, index)\n        self.check(query, queries)\n        return self._noisy(held, index, lambda _: self._sum",
+            "self.check(query, queries)\n        return self._noisy(held, index, lambda _: self._sum",
+        ),
     ),
     bug(
         "T5 shard sum: a shard without records stops the run",

@@ -203,8 +203,8 @@ def test_queries_that_do_not_fit_are_refused(n: int, tmp_path: Path) -> None:
         reserved = held.reserve(query())
         with pytest.raises(ConfigError, match="other queries"):
             held.release_vectors(reserved, 0, QUERIES.repeat(2, 1, 1, 1)[:n])
-        with pytest.raises(ConfigError, match="other queries"):
-            held.release_reserved(reserved, 0, QUERIES)  # a sum is no vote
+        with pytest.raises(ConfigError, match="is not a vote"):
+            held.release_reserved(reserved, 0, QUERIES)
         with pytest.raises(LedgerError, match="not on the ledger"):
             held.release_vectors(Reservation(query(), 1, 0), 0, QUERIES)
     assert held._models is None

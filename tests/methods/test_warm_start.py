@@ -41,11 +41,19 @@ def test_few_records_for_the_noise_are_embedded(records: int, epsilon: float, st
 
 def test_the_advice_says_why_there_is_no_dp_sgd() -> None:
     """Few records, or a person who wants none: not the one for the other."""
-    given: list[tuple[int, Any, str]] = [(60_000, 0.0, "as share_denoiser=0 asks"), (2_000, "auto", "so few records")]
-    for records, share, said in given:
+    large = made_up_public(3, 28)
+    given: list[tuple[int, Any, Any, str]] = [
+        (60_000, 0.0, PUBLIC, "as share_denoiser=0 asks"),
+        (60_000, "auto", large, "was better without"),
+        (2_000, "auto", PUBLIC, "so few records"),
+    ]
+    for records, share, public, said in given:
         found = config(expected_records=records, target_epsilon=10.0, share_denoiser=share)
-        (line,) = (line for line in dpsad.advice(found, PUBLIC, 10.0, 1e-5) if "no DP-SGD" in line)
+        (line,) = (line for line in dpsad.advice(found, public, 10.0, 1e-5) if "no DP-SGD" in line)
         assert said in line
+    assert (
+        config(expected_records=60_000, target_epsilon=10.0).share(PUBLIC) == 0.5
+    )  # coarse: 144 pixels are all there are
     many = config(expected_records=60_000, target_epsilon=10.0, warm_start="embedding")
     assert not any("few records" in line for line in dpsad.advice(many, PUBLIC, 10.0, 1e-5))
 

@@ -59,8 +59,8 @@ def read_folder(
       InputError: the first file that cannot be used, or a layout that is not root/class/image.
     """
     if unlabelled:
-        files = image_files(os.fspath(root), limits)
-        return stacked(root, files, resize, channels, limits), np.zeros(len(files), np.int64), list(ONE_CLASS)
+        every = image_files(os.fspath(root), limits)
+        return stacked(root, every, resize, channels, limits), np.zeros(len(every), np.int64), list(ONE_CLASS)
     root = split_folder(root, split, limits)
     folders = list_folder(root, limits)
     for entry in folders:

@@ -2,7 +2,8 @@ r"""`dpsad`, ours: DP-SAD done right. One budget, a few kinds of release, and ev
 
 1. Warm start (private), in one of two ways that both have a denoiser in closed form: there is nothing to train.
    `mixture`: three releases give a mixture of Gaussians for each class; one more its tones, since samples of a mixture are pale; and
-   a guide, a linear classifier on fixed features, says which samples look like their class, where there is more than one.
+   a guide, a linear classifier on fixed features, says which samples look like their class, where there is more than
+   one and the mixture is coarse.
    `embedding`, where records are few for the noise: one release and a generator fitted to it, to whose images a finer mixture is fitted.
 2. Teacher (private): a network that corrects that denoiser, trained on the records by DP-SGD with noise multiplicity.
 3. Student (free): stochastic adversarial distillation of the teacher, on inputs that derive from noise and released values only.
@@ -54,10 +55,10 @@ class Config(DenoiserConfig, DistillationConfig):
       per_class: samples that are released beside the model.
       target_epsilon: the asked ε, for "auto" alone; what a run costs is calibrated elsewhere.
       warm_start: "auto" is "embedding" where the expected records are few for a sum's noise (below about 22,000 at ε = 1), else "mixture".
-      share_denoiser: of Σ 1/σ², for DP-SGD; where it is 0 there is none. "auto" is a half where a sum's noise
-        weighs little against the expected records (60,000 at ε = 4 and more), else 0.
+      share_denoiser: of Σ 1/σ², for DP-SGD; where it is 0 there is none. "auto" is a half where a sum's noise weighs little against
+        the expected records (60,000 at ε = 4 and more), but for a fine mixture, which was better without; else 0.
       share_tones: of the rest, for the tones. The embedding needs none, nor a guide: it has all of the rest.
-      share_guide: of the rest of that, for the guide; what then remains is the mixture's.
+      share_guide: of the rest of that, for the guide where there is one (`guided`); what then remains is the mixture's.
       pixel_dims: of the mixture; "auto" is 64, or 256 where each class has many records for a sum's noise (6,000 at ε = 10).
       components: of the mixture; the one that is fitted to a generator's images has five times as many.
       embedding_batch: images of each class and step that the generator of an embedding is fitted by.
@@ -109,10 +110,11 @@ class Config(DenoiserConfig, DistillationConfig):
         """Expected records for each unit of a sum's noise."""
         return self.expected_records / gaussian_multiplier(self.target_epsilon, DELTA)
 
-    @property
-    def share(self) -> float:
+    def share(self, public: Public) -> float:
         """What DP-SGD has of Σ 1/σ²."""
-        return (0.5 if self.weight >= MANY else 0.0) if self.share_denoiser == "auto" else self.share_denoiser
+        if self.share_denoiser != "auto":
+            return self.share_denoiser
+        return 0.5 if self.weight >= MANY and not self.fine(public) else 0.0
 
     def dims(self, public: Public) -> int:
         """Coordinates of the mixture: at most one for each pixel."""
@@ -121,12 +123,16 @@ class Config(DenoiserConfig, DistillationConfig):
 
     def distilling(self, public: Public) -> "Config":
         """These settings, with the student's steps where they are left open: what a fine mixture shows takes four times as many."""
-        longer = self.student_steps == "auto" and self.start == "mixture" and self.dims(public) >= mix.FINE_DIMS
+        longer = self.student_steps == "auto" and self.fine(public)
         return replace(self, student_steps=FINE_STEPS) if longer else self
 
     def guided(self, public: Public) -> bool:
         """Whether a guide chooses samples: of one class each fits, and those of a fine mixture are no better for it."""
-        return public.n_classes > 1 and self.dims(public) < mix.FINE_DIMS
+        return public.n_classes > 1 and not self.fine(public)
+
+    def fine(self, public: Public) -> bool:
+        """Whether the warm start is a mixture in fine coordinates."""
+        return self.start == "mixture" and self.dims(public) >= mix.FINE_DIMS
 
     @property
     def start(self) -> Literal["mixture", "embedding"]:
@@ -141,7 +147,8 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
     - 1) = share / σ². Calibration counts what it really costs; this only divides.
     """
     few_step.check(public.image_shape)
-    sigma, rest = noise_multiplier, 1 - config.share
+    sigma, share = noise_multiplier, config.share(public)
+    rest = 1 - share
     if config.start == "embedding":
         releases = [embedding.planned("dpsad", EMBEDDING, public, sigma / math.sqrt(rest))]
     else:
@@ -152,8 +159,8 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
         releases = mix.planned("dpsad", rows, dims, config.components, sigma, each, each)
         releases.append(tones.planned("dpsad", public, sigma, rest * config.share_tones))
         releases += linear.plan(GUIDE, public, sigma / math.sqrt(guide)) if guided else []
-    if config.share:
-        z = math.log1p(config.share / (sigma**2 * config.steps * config.rate**2)) ** -0.5
+    if share:
+        z = math.log1p(share / (sigma**2 * config.steps * config.rate**2)) ** -0.5
         releases.append(private_denoiser.planned(config, public, z))
     return releases
 
@@ -162,16 +169,16 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
     """What to expect, before anything is spent."""
     per_class, noise = config.expected_records / public.n_classes, gaussian_multiplier(epsilon, delta)
     lines = [f"about {per_class:.0f} records a class; the noise of one sum weighs like {noise:.1f} of them"]
-    if config.share:
-        lines.append(
-            f"DP-SGD has {config.share:.0%} of the budget: {config.steps} steps of {config.expected_batch} records"
-        )
+    if share := config.share(public):
+        lines.append(f"DP-SGD has {share:.0%} of the budget: {config.steps} steps of {config.expected_batch} records")
+    elif config.share_denoiser == "auto" and config.fine(public):
+        lines.append("no DP-SGD: a mixture as fine as this was better without (--set share_denoiser=0.5 to have it)")
     elif config.weight < MANY:
         lines.append(
             "no DP-SGD: with so few records, one-shot statistics are worth more (--set share_denoiser=0.5 to have it)"
         )
     else:
-        lines.append("no DP-SGD, as share_denoiser=0 asks: with so many records, auto would give it half of the budget")
+        lines.append("no DP-SGD, as share_denoiser=0 asks")
     if config.start == "embedding":
         why = "few records for this noise" if config.weight < FEW else "as warm_start=embedding asks"
         lines.append(
@@ -195,7 +202,7 @@ def train(config: Config, public: Public, private: PrivateData, plan: list[Plann
         config, public, private, plan, workspace
     )
     denoise: Denoising = start
-    if config.share:  # DP-SGD learns what the warm start does not know
+    if config.share(public):  # DP-SGD learns what the warm start does not know
         network = private_denoiser.network(config, public, workspace.generator("denoiser-model"), start)
         denoise = private_denoiser.train(network.to(workspace.device), config, public, private, plan[-1], workspace)
     if wanted is None:
