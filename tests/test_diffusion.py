@@ -15,24 +15,14 @@ from dpdistill.data import load_images
 from dpdistill.diffusion import diffuse
 from dpdistill.errors import ConfigError, DpdistillError, InputError, ReleaseError
 from dpdistill.sampling import draw_set, sample
+from small_sampler import NETWORK, SAMPLER
 
-STUDENT = {
-    "seed_images": 12,
-    "sampling_steps": 2,
-    "student_width": 8,
-    "student_steps": 3,
-    "student_batch": 8,
-    "critic_width": 4,
-    "pool": 8,
-    "answer_steps": 2,
-}
-NETWORK = {"patch": 4, "width": 8, "depth": 1, "heads": 2}
 DPSGD = {"steps": 2, "expected_batch": 15, "multiplicity": 2, **NETWORK}
 WAYS: dict[str, dict[str, Any]] = {
-    "dpsad": {"warm_start": "mixture", "share_denoiser": 0.5, "pixel_dims": 6, "components": 2, **DPSGD, **STUDENT},
-    "dpdm": {**DPSGD, **STUDENT},
-    "shards": {"models": 3, "teacher_steps": 2, "fit_steps": 2, "queries": 4, "rounds": 1, **NETWORK, **STUDENT},
-    "paper": {"steps": 2, "batch": 8, "teacher_steps": 2, "teacher_batch": 8, **NETWORK, **STUDENT},
+    "dpsad": {"warm_start": "mixture", "share_denoiser": 0.5, "pixel_dims": 6, "components": 2, **DPSGD, **SAMPLER},
+    "dpdm": {**DPSGD, **SAMPLER},
+    "shards": {"models": 3, "teacher_steps": 2, "fit_steps": 2, "queries": 4, "rounds": 1, **NETWORK, **SAMPLER},
+    "paper": {"steps": 2, "batch": 8, "teacher_steps": 2, "teacher_batch": 8, **NETWORK, **SAMPLER},
 }
 
 

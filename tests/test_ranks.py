@@ -31,6 +31,7 @@ from dpdistill.methods.shared import linear
 from dpdistill.methods.shared.embedding import EmbeddingConfig
 from dpdistill.privacy import GaussianSum, Ledger, accounting, faults
 from several import several
+from small_sampler import NETWORK, SAMPLER
 
 N_RECORDS = 37  # ten micro-batches of four, the last not full; three batches of rank-one vectors
 JOINT = {
@@ -51,17 +52,6 @@ DOSSER = {"sampling_steps": 6, "optimisation_steps": 2, "sampling_prob": 0.15, "
 }
 NDPDC = {"steps": 6, "sampling_prob": 0.15, "group_size": 10, "width": 4, "checkpoint_steps": 1}
 STUDENT = {"steps": 3, "batch": 16, "width": 8, "generator_width": 4, "latent": 4, "pool": 64, "teacher_dims": 20}
-NETWORK = {"patch": 4, "width": 8, "depth": 1, "heads": 2}
-SAMPLER = {
-    "seed_images": 12,
-    "sampling_steps": 2,
-    "student_width": 8,
-    "student_steps": 2,
-    "student_batch": 8,
-    "critic_width": 4,
-    "pool": 8,
-    "answer_steps": 2,
-}
 # Of six Poisson samples hardly ever all fall into equal shares.
 DPSGD = {"steps": 6, "expected_batch": 6, "multiplicity": 2, **NETWORK, **SAMPLER}
 WARM = {"pixel_dims": 4, "components": 2}

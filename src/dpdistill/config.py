@@ -85,9 +85,9 @@ class RunConfig:
         if self.classes is not None and not (1 <= self.classes <= DEFAULT_LIMITS.max_classes):
             most = DEFAULT_LIMITS.max_classes
             raise ConfigError(f"Expected at least one class and at most {most:,}, got classes={self.classes}.")
-        span = (self.value_low, self.value_high)
-        if span != (None, None) and (None in span or not span[0] < span[1]):  # type: ignore[operator]
-            raise ConfigError(f"Expected value_low below value_high, both or neither, got {span[0]} and {span[1]}.")
+        low, high = self.value_low, self.value_high
+        if not (low is high is None or (low is not None and high is not None and low < high)):
+            raise ConfigError(f"Expected value_low below value_high, both or neither, got {low} and {high}.")
         if not (1 <= self.max_gib <= 2**20):
             raise ConfigError(f"Expected max_gib in 1..{2**20}, got {self.max_gib}.")
         check_device_name(self.device)

@@ -24,6 +24,7 @@ from dpdistill.methods.shared.embedding import EmbeddingConfig
 from dpdistill.privacy import Ledger, Planned, accounting
 from dpdistill.privacy import ledger as ledgers
 from dpdistill.workspace import FolderWorkspace
+from small_sampler import NETWORK, SAMPLER
 
 TINY: dict[str, dict[str, Any]] = {  # a method of another name runs with its defaults: add a line for it
     "joint": {
@@ -49,18 +50,7 @@ TINY: dict[str, dict[str, Any]] = {  # a method of another name runs with its de
     },
     "ndpdc": {"steps": 4, "sampling_prob": 0.5, "group_size": 10, "width": 4, "checkpoint_steps": 2},
 }
-NETWORK: dict[str, Any] = {"patch": 4, "width": 8, "depth": 1, "heads": 2}
-STUDENT: dict[str, Any] = {
-    "checkpoint_steps": 2,
-    "seed_images": 12,
-    "sampling_steps": 2,
-    "student_width": 8,
-    "student_steps": 3,
-    "student_batch": 8,
-    "critic_width": 4,
-    "pool": 8,
-    "answer_steps": 2,
-}
+STUDENT = SAMPLER | {"checkpoint_steps": 2}
 DENOISER = NETWORK | STUDENT | {"expected_records": 60, "expected_batch": 20, "steps": 3, "multiplicity": 2}
 TINY["dpsad"] = DENOISER | {"warm_start": "mixture", "pixel_dims": 6, "components": 2, "share_denoiser": 0.5}
 TINY["dpsad by embedding"] = DENOISER | {

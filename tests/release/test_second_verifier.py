@@ -39,6 +39,7 @@ from dpdistill.methods.diffusion import dpsad
 from dpdistill.methods.shared import linear
 from dpdistill.models.wavelet_net import WaveletNet
 from dpdistill.privacy import GaussianSum, NoisyVotes, ShardSum, accounting
+from small_sampler import NETWORK, SAMPLER
 
 ROOT = Path(__file__).parents[2]
 Lines = list[dict[str, Any]]
@@ -121,18 +122,8 @@ DPSAD = {
     "steps": 3,
 } | {
     "multiplicity": 2,
-    "patch": 4,
-    "width": 8,
-    "depth": 1,
-    "heads": 2,
-    "seed_images": 12,
-    "sampling_steps": 2,
-    "student_width": 8,
-    "student_steps": 3,
-    "student_batch": 8,
-    "critic_width": 4,
-    "pool": 8,
-    "answer_steps": 2,
+    **NETWORK,
+    **SAMPLER,
 }
 SMALL = {"steps": 4, "batch": 16, "width": 8, "generator_width": 4, "latent": 4, "pool": 64}
 

@@ -165,7 +165,7 @@ def to_nchw(path: object, images: Images, scratch: str | None = None) -> Images:
         raise InputError(
             path,
             f"has images of dtype {images.dtype}",
-            "use uint8 in 0..255, or float32 with --set value_low=… value_high=…",
+            "use uint8 in 0..255, or float32 with --set value_low=… and --set value_high=…",
         )
     if images.ndim == 3:
         images, first = with_channel(images), True

@@ -101,13 +101,13 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
         f"on a public stand-in such votes gave {share:.0f} % of the accuracy of a private teacher of the same ε, from {GOOD_SHARD} "
         "records a shard; smaller shards give less"
     )
-    each = None if config.expected_records is None else config.expected_records / config.models
-    if each is None:
+    records, small = config.expected_records, False
+    if records is None:
         lines.append("how many records a shard has is not known: give --expected-records to have that judged, too")
-    elif each < GOOD_SHARD / 2:
+    elif small := records / config.models < GOOD_SHARD / 2:
         lines.append(
-            f"too small: about {each:.0f} records a shard teach a classifier little. Choose --shards of at most "
-            f"{max(2, round(config.expected_records / GOOD_SHARD))}, or train a private teacher (leave --shards out)"  # type: ignore[operator]
+            f"too small: about {records / config.models:.0f} records a shard teach a classifier little. Choose --shards of at most "
+            f"{max(2, round(records / GOOD_SHARD))}, or train a private teacher (leave --shards out)"
         )
     if config.models < needed:
         lines.append(
@@ -116,7 +116,7 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
         )
     elif config.models < 4 * needed:
         lines.append(f"enough to learn from, with a loss: {4 * needed} models or more would hardly feel the noise")
-    elif each is None or each >= GOOD_SHARD / 2:
+    elif not small:
         lines.append(
             "enough: the noise will hardly be felt; what limits the student is how good a single shard's model is"
         )
