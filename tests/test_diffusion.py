@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dpdistill import sources
 from dpdistill.bundle import verify
 from dpdistill.config import DiffusionConfig
 from dpdistill.data import load_images
@@ -74,6 +75,17 @@ def test_images_without_labels_are_of_one_class(method: str, config: Any, tmp_pa
     assert found["release"]["class_names"] == ["image"]
     assert "teacher-gradient" not in found["checks"]  # a guide would have nothing to choose
     assert draw_set(out, 4).labels.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_images_read_without_their_labels_have_the_same_ledger(named: bool, config: Any, tmp_path: Path) -> None:
+    """Else their budget could be had twice."""
+    with np.load(tmp_path / "x.npz") as held:
+        np.savez(tmp_path / "y.npz", **{name: held[name] for name in held if named or name != "classes"})
+    runs = [
+        config(data=str(tmp_path / "y.npz"), unlabelled=bare, classes=None if named or bare else 2) for bare in (0, 1)
+    ]
+    assert len({sources._ledger_path(run, sources.load_private(run)) for run in runs}) == 1
 
 
 def test_a_folder_of_images_needs_no_class_folders(tmp_path: Path) -> None:

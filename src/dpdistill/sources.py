@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ import numpy as np
 
 from .config import DiffusionConfig, ModelConfig, RunConfig
 from .data import LabelledImages, Limits, chunks, load_images
+from .data.limits import DEFAULT_LIMITS
 from .errors import ConfigError, InputError, LedgerError
 from .mechanisms import Door, Ensemble, PrivateData, Ranks, Vault
 from .privacy import Ledger
@@ -231,20 +232,25 @@ def open_source(config: RunConfig) -> Source:
 
 
 def _ledger_path(config: RunConfig, records: LabelledImages) -> Path:
-    """The ledger to charge. Data scaled or made grey is the same data: its ledger goes by the images as they are, or by 64 × 64."""
+    """The ledger to charge. Data that is scaled, made grey or read without its labels is the same data: its ledger goes by the images as
+    they are, or by 64 × 64, and by the labels if there are any."""
     if config.ledger is not None:
         return named_ledger(config)
-    if config.resize is not None or config.channels is not None:
-        for resize, channels in (
-            (None, None),
-            (64, None),
-            (64, 3),
-        ):  # large images need a size, mixed ones a colour as well
-            try:
-                records = _read(config, resize, channels)
-                break
-            except InputError:
-                continue
+    readings = [config]
+    if isinstance(config, DiffusionConfig) and config.unlabelled:
+        labelled = replace(config, unlabelled=False)
+        readings = [labelled, replace(labelled, classes=DEFAULT_LIMITS.max_classes), config]
+    if len(readings) > 1 or config.resize is not None or config.channels is not None:
+        for reading in readings:
+            for resize, channels in (
+                (None, None),
+                (64, None),
+                (64, 3),
+            ):  # large images need a size, mixed ones a colour as well
+                try:
+                    return default_ledger(_read(reading, resize, channels))
+                except InputError:
+                    continue
     return default_ledger(records)
 
 
