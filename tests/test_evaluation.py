@@ -114,3 +114,17 @@ def test_refuses_settings() -> None:
         Training(epochs=0)
     with pytest.raises(ValueError, match="blur"):
         Training(augment="blur")
+
+
+def test_shows_the_network_after_each_epoch() -> None:
+    seen: list[float] = []
+    watched = train_classifier(
+        synthetic(),
+        2,
+        QUICK,
+        torch.Generator().manual_seed(0),
+        after_epoch=lambda net: seen.append(float(net.head.weight.detach().norm())),
+    )
+    alone = train_classifier(synthetic(), 2, QUICK, torch.Generator().manual_seed(0))
+    assert len(seen) == QUICK.epochs and len(set(seen)) == len(seen)
+    assert torch.equal(watched.head.weight, alone.head.weight)

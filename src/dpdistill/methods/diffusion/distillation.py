@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...models.few_step import LEVELS, SIGMA, clean, encoded, noisy, student
+from ...models.precision import autocast
 from ..base import Denoising, Public, Synthetic, Workspace
 from ..shared.checkpoints import restore, saved
 
@@ -68,7 +69,7 @@ class DistillationConfig:
       adversarial: λ. At 1 the gradient of L_adv in the student's images is a fifth as long as that of L_dis; 0 leaves L_adv out.
       spread: length of the energy distance's gradient in the student's images, in that of L_dis; 0 leaves it out.
       critic_width, critic_lr: channels of the discriminator's first layer, and Adam's rate.
-      bf16: autocast the student to bfloat16.
+      bf16: train the student in bfloat16 where the device is quick in it.
       checkpoint_steps: steps between checkpoints; does not change the result.
     """
 
@@ -179,7 +180,7 @@ def distil(
             group["lr"] = config.student_lr * share
 
         # The student: L_dis + λ·L_adv, joined where they meet, at its image.
-        with torch.autocast(device, torch.bfloat16, enabled=config.bf16):
+        with autocast(device, config.bf16):
             answer = clean(model, pool.noisy, pool.level, pool.classes)
         shown, inside = (
             answer.detach().clamp(-1, 1),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...models import ConvNet, Dsa, expand
 from ...models.convnet import quick_pooling
+from ...models.precision import autocast
 from ..base import Workspace
 
 CHUNK = 100  # images at once: what a processor's cache holds; 500 take half as long again
@@ -71,7 +72,7 @@ def match_pool(
     draws = dsa.draw(workspace.generator("none"))
 
     def embedded(x: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device):
             return torch.cat([net.embed(dsa.apply(part, draws)).float() for part in x.split(CHUNK)])
 
     for step in workspace.track(range(first, steps), "fitting images"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...models.muon import Muon
+from ...models.precision import autocast
 from ...models.student_generator import StudentGenerator
 from ...models.wavelet_net import WaveletNet
 from ..base import Public, Workspace
@@ -48,7 +49,7 @@ class Networks:
       pool, reuse: prior images are drawn `pool` at a time, and each is used `reuse` times.
       generator_every, generator_lr, latent, generator_width: one generator step every so many steps, Adam; its size.
       one_hot, entropy: weights of the generator's losses.
-      bf16: autocast the student to bfloat16.
+      bf16: train the student in bfloat16 where the device is quick in it.
       checkpoint_steps: steps between checkpoints; does not change the result.
     """
 
@@ -186,7 +187,7 @@ def convert(
         return _centred(teacher(x)) / unit
 
     def outputs(model: nn.Module, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bf16):
+        with autocast(x.device, config.bf16):
             return model(x).float()
 
     state = workspace.load("conversion")

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...mechanisms import Vault, noisy_rows
 from ...models.muon import Muon
+from ...models.precision import autocast
 from ...models.student_generator import StudentGenerator
 from ...models.wavelet_net import WaveletNet
 from ...privacy import gaussian_multiplier
@@ -100,7 +101,7 @@ def run(config: Config, public: Public, teacher: Teacher, sigma: float, vault: V
     prior = Prior(config, public, workspace)
 
     def answer(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bf16):
+        with autocast(x.device, config.bf16):
             outputs: Tensor = student(x)
         return outputs.float()
 

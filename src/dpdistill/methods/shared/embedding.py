@@ -20,6 +20,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...mechanisms import PrivateData
 from ...models.generator import Generator
+from ...models.precision import autocast
 from ...privacy import GaussianSum, Planned
 from ..base import Public, Synthetic, Workspace
 from .checkpoints import restore, saved
@@ -39,7 +40,7 @@ class EmbeddingConfig:
         says the same of a generator, with more spread, at a part of the cost.
       batch: B, generated images per class and step.
       latent, width: of the generator.
-      bf16: autocast the generator to bfloat16 while it is fitted.
+      bf16: fit the generator in bfloat16 where the device is quick in it.
       checkpoint_steps: steps between checkpoints; does not change the result.
     """
 
@@ -154,7 +155,7 @@ def _matched(
     for step in workspace.track(range(start, config.steps), "fitting the generator"):
         z = torch.randn(len(classes), config.latent, generator=workspace.generator(f"{name}-step", step)).to(device)
         wanted, some = parts[step % len(parts)]
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=config.bf16):
+        with autocast(z.device, config.bf16):
             made = model(z, classes)
         mean = embedding(made.float(), some).view(k, config.batch, -1).mean(dim=1)
         loss = (weight_K1 * (wanted - mean).square()).sum()
