@@ -120,6 +120,8 @@ def test_from_records_to_a_student(more: dict[str, Any], tmp_path: Path, run: Ca
     same = verdict.guarantee.epsilon_replace_one == pytest.approx(verdict.guarantee.epsilon)
     assert same == ("id_column" in more)
     found = certificate(out)
+    assumed = {each["id"] for each in found["assumptions"]} & {"one-record", "one-unit"}
+    assert assumed == {"one-unit" if "id_column" in more else "one-record"}
     assert found["release"]["kind"] == "model"
     assert found["release"]["method"] == ("votes" if more else "teacher")
     assert sorted(os.listdir(tmp_path)) == ["data", "home", "out"]
@@ -218,6 +220,16 @@ def test_a_teacher_with_our_certificate_hands_its_guarantee_on(tmp_path: Path, r
     assert (out / "ledger.jsonl").read_bytes() == (first / "ledger.jsonl").read_bytes()
     assert load_student(out).config["width"] == 4
     assert convert(run(teacher=str(first), settings={"width": 4}), quiet=True) == out
+    # The promise rests on the public images of both: the student's are named beside the teacher's.
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "others.npz", images=pixels, labels=np.arange(40) % 2)
+    more = run(teacher=str(first), auxiliary=str(tmp_path / "others.npz"), out=str(tmp_path / "more"))
+    others = "procedural; of the conversion: others.npz, public by the user's word"
+    assert (certificate(convert(more, quiet=True))["auxiliary"], certificate(out)["auxiliary"]) == (
+        others,
+        "procedural",
+    )
+    assert verify(tmp_path / "more").ok
     (first / "model" / "student.onnx").write_bytes(b"x")
     with pytest.raises(DpdistillError):
         convert(run(teacher=str(first), out=str(tmp_path / "third")), quiet=True)

@@ -216,6 +216,11 @@ def _digest(teacher: Teacher) -> str:
     return "callable-" + hashlib.sha256(teacher.outputs(made_up).cpu().numpy().tobytes()).hexdigest()[:32]
 
 
+def _both(teacher: str, conversion: str) -> str:
+    """Where the public images of a teacher and of its conversion come from: the promise rests on both being public."""
+    return teacher if teacher == conversion else f"{teacher}; of the conversion: {conversion}"
+
+
 def _certified(config: ModelConfig, path: Path) -> Brought:
     """A model release of ours: its guarantee goes over to the new student, if it verifies."""
     if config.accept_no_record_guarantee or config.attested_epsilon is not None:
@@ -230,8 +235,9 @@ def _certified(config: ModelConfig, path: Path) -> Brought:
     model, origin = student_of(source.product).to(config.device), source.facts
     inherited = {
         name: getattr(origin, name)
-        for name in ("method", "run", "delta", "config_toml", "ledger_raw", "checks", "claim", "auxiliary", "seed")
+        for name in ("method", "run", "delta", "config_toml", "ledger_raw", "checks", "claim", "seed")
     }
+    inherited["auxiliary"] = _both(origin.auxiliary, auxiliary_of(config))
     return Brought(
         outputs=model,
         image_shape=origin.image_shape,
