@@ -15,12 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from dpdistill import pipeline, sources
 from dpdistill.bundle.verification import verify
 from dpdistill.config import RunConfig
+from dpdistill.data import Limits, load_images
 from dpdistill.errors import BudgetError, ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
 from dpdistill.mechanisms import Vault
 from dpdistill.methods import METHODS
@@ -275,14 +278,58 @@ def test_images_made_grey_or_colour_have_one_ledger(tmp_path: Path, tiny: Callab
         assert len({sources._ledger_path(c, sources.load_private(c)) for c in configs}) == 1
 
 
+def test_labels_names_and_order_have_no_ledger_of_their_own(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    """What the classes are called, which column holds them and how the records are sorted is a choice, and a choice buys no budget."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (6, 8, 8), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        (tmp_path / "f" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "f" / "ab"[number % 2] / f"{number}.png")
+    cells = [{"bytes": (tmp_path / "f" / "ab"[n % 2] / f"{n}.png").read_bytes(), "path": ""} for n in range(6)]
+    columns = {"image": cells, "label": [0, 1] * 3, "other": [0] * 6}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    folder, table = str(tmp_path / "f"), str(tmp_path / "t.parquet")
+    configs = [tiny(data=folder), tiny(data=folder, class_names="b,a"), tiny(data=folder, class_names="a,b,c")]
+    configs += [
+        tiny(data=table, classes=2),
+        tiny(data=table, classes=2, label_column="other"),
+        tiny(data=table, classes=5),
+    ]
+    assert len({sources._ledger_path(c, sources.load_private(c)) for c in configs}) == 1
+    np.savez(tmp_path / "twice.npz", images=pixels[[0, 0, 1, 2, 3, 4, 5]], labels=np.zeros(7, np.int64))
+    twice = tiny(data=str(tmp_path / "twice.npz"), classes=1)
+    assert sources._ledger_path(twice, sources.load_private(twice)) != sources._ledger_path(
+        configs[0], sources.load_private(configs[0])
+    )
+
+
+@pytest.mark.parametrize("refused", ["limit", "disk"])
+def test_a_reading_that_fails_gives_no_other_ledger(
+    refused: str, tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scaled images may be within a limit that the images as they are pass: that is said, and is no other data set."""
+    config = tiny(resize=8)
+
+    def load(*args: Any, resize: int | None, limits: Limits, **others: Any) -> Any:
+        if refused == "limit":
+            limits = dataclasses.replace(limits, max_array_bytes=N * 100)
+        elif resize is None:
+            raise InputError("scratch", "has no room for data that do not fit in memory", "point TMPDIR elsewhere")
+        return load_images(*args, resize=resize, limits=limits, **others)
+
+    records = sources.load_private(config)
+    monkeypatch.setattr(sources, "load_images", load)
+    with pytest.raises(InputError, match=r"--max-gib" if refused == "limit" else "has no room"):
+        sources._ledger_path(config, records)
+    assert not (tmp_path / "home").exists()
+
+
 def test_other_records_have_another_ledger(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
     places = set()
     for name, n, seed in (("a", N, 0), ("b", N, 1), ("c", N + 1, 0)):
         config = tiny(data=str(save(tmp_path / f"{name}.npz", n, seed)))
         places.add(sources.default_ledger(sources.load_private(config)))
-    config = tiny(data=str(save(tmp_path / "d.npz", N, 0, labels=np.zeros(N, np.int64))))
-    places.add(sources.default_ledger(sources.load_private(config)))
-    assert len(places) == 4
+    assert len(places) == 3
     key = (tmp_path / "home" / "key").read_bytes()
     assert len(key) == 32
     (tmp_path / "home" / "key").write_bytes(bytes(32))  # the name is keyed: it tells nothing to whoever guesses records

@@ -10,8 +10,8 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from itertools import chain
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,7 @@ import numpy as np
 
 from .config import DiffusionConfig, ModelConfig, RunConfig
 from .data import LabelledImages, Limits, chunks, load_images
-from .data.limits import DEFAULT_LIMITS
-from .errors import ConfigError, InputError, LedgerError
+from .errors import ConfigError, InputError, LedgerError, MisfitError
 from .mechanisms import Door, Ensemble, PrivateData, Ranks, Vault
 from .privacy import Ledger
 from .privacy.disk import write_atomically
@@ -37,10 +36,15 @@ def home() -> Path:
 
 
 def default_ledger(records: LabelledImages) -> Path:
-    """The ledger of these very records, wherever their file lies: named by a keyed hash, so that the name tells nothing about them."""
-    facts = repr((records.images.shape, str(records.images.dtype))).encode()
-    images = (np.ascontiguousarray(part).data for part in chunks(records.images))
-    return ledger_of(chain([facts], images, [np.ascontiguousarray(records.labels).data]))
+    """The ledger of these very images, wherever their file lies, in whatever order and with whatever labels they are read: named by a keyed
+    hash, so that the name tells nothing about them. Holds 32 bytes an image."""
+    images = records.images
+    digests = bytearray()
+    for part in chunks(images):
+        for image in part:
+            digests += hashlib.sha256(np.ascontiguousarray(image).data).digest()
+    in_order = np.sort(np.frombuffer(digests, "S32"))
+    return ledger_of([repr((images.shape[1:], str(images.dtype))).encode(), in_order.tobytes()])
 
 
 def ledger_of(contents: Iterable[bytes | memoryview]) -> Path:
@@ -232,26 +236,15 @@ def open_source(config: RunConfig) -> Source:
 
 
 def _ledger_path(config: RunConfig, records: LabelledImages) -> Path:
-    """The ledger to charge. Data that is scaled, made grey or read without its labels is the same data: its ledger goes by the images as
-    they are, or by 64 × 64, and by the labels if there are any."""
+    """The ledger to charge. Data that is scaled or made grey is the same data: its ledger goes by the images as they are, or by 64 × 64."""
     if config.ledger is not None:
         return named_ledger(config)
-    readings = [config]
-    if isinstance(config, DiffusionConfig) and config.unlabelled:
-        labelled = replace(config, unlabelled=False)
-        readings = [labelled, replace(labelled, classes=DEFAULT_LIMITS.max_classes), config]
-    if len(readings) > 1 or config.resize is not None or config.channels is not None:
-        for reading in readings:
-            for resize, channels in (
-                (None, None),
-                (64, None),
-                (64, 3),
-            ):  # large images need a size, mixed ones a colour as well
-                try:
-                    return default_ledger(_read(reading, resize, channels))
-                except InputError:
-                    continue
-    return default_ledger(records)
+    if config.resize is None and config.channels is None:
+        return default_ledger(records)
+    for resize in (None, 64):  # large images, or of several sizes, need a size
+        with suppress(MisfitError):  # anything else, such as a full disk, would be another ledger and a new budget
+            return default_ledger(_read(config, resize, None))
+    return default_ledger(_read(config, 64, 3))  # mixed ones need a colour as well
 
 
 def named_ledger(config: RunConfig) -> Path:
