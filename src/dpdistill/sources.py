@@ -9,7 +9,7 @@ import hmac
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,14 @@ from .data import LabelledImages, Limits, chunks, load_images
 from .errors import ConfigError, InputError, LedgerError, MisfitError
 from .mechanisms import Door, Ensemble, PrivateData, Ranks, Vault
 from .privacy import Ledger
-from .privacy.disk import write_atomically
+from .privacy.disk import sync_directories, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .models.teachers import Teacher
+
+Contents = Callable[[], Iterable[bytes | memoryview]]  # everything private that a run reads
 
 
 def home() -> Path:
@@ -51,12 +53,49 @@ def ledger_of(contents: Iterable[bytes | memoryview]) -> Path:
     """The ledger that goes by these contents."""
     folder = home()
     try:
-        digest = hmac.new(_home_key(folder), digestmod=hashlib.sha256)
+        key = _home_key(folder)
     except OSError as error:
         raise LedgerError(f"{folder}: no place for ledgers ({error.strerror}); name one with --ledger") from error
+    return folder / "ledgers" / f"{keyed_hash(key, contents)[:32]}.jsonl"
+
+
+def keyed_hash(key: bytes, contents: Iterable[bytes | memoryview]) -> str:
+    """HMAC-SHA-256 of contents, in hex: it tells nothing about them to whoever lacks the key."""
+    digest = hmac.new(key, digestmod=hashlib.sha256)
     for content in contents:
         digest.update(content)
-    return folder / "ledgers" / f"{digest.hexdigest()[:32]}.jsonl"
+    return digest.hexdigest()
+
+
+def contents_of(records: LabelledImages) -> Iterator[bytes | memoryview]:
+    """Everything that a run reads of its records, in their order."""
+    images, labels, ids = records.images, records.labels, records.ids
+    facts = (
+        images.shape,
+        str(images.dtype),
+        records.value_range,
+        records.class_names,
+        None if ids is None else ids.dtype.str,
+    )
+    yield repr(facts).encode()
+    for part in chunks(images):
+        yield np.ascontiguousarray(part).data
+    yield labels.tobytes()
+    yield b"" if ids is None else ids.tobytes()
+
+
+def releases() -> Path:
+    """The folder that says of which records a finished release is, made where it is missing: the release itself must not tell."""
+    place = home() / "releases"
+    try:
+        for folder in (place.parent, place):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        sync_directories(place)
+    except OSError as error:
+        raise LedgerError(
+            f"{place}: no place to note whose data a release is of ({error.strerror}); set DPDISTILL_HOME to another, or try again"
+        ) from error
+    return place
 
 
 def _home_key(folder: Path) -> bytes:
@@ -116,6 +155,7 @@ class Source:
       unit: whose presence the ledger counts by.
       ledger: finds the file to charge (and makes a home for ledgers where there is none).
       handle: makes the one handle that a method gets.
+      contents: what is private, to be hashed under a key.
       models: how many owners brought one, or 0.
     """
 
@@ -124,6 +164,7 @@ class Source:
     unit: str
     ledger: Callable[[], Path]
     handle: Callable[[Ledger, Vault, Ranks], Door]
+    contents: Contents
     models: int = 0
 
 
@@ -158,6 +199,7 @@ def owners(config: ModelConfig) -> Source:
         handle=lambda ledger, vault, ranks: Ensemble.of_models(
             [voting(t) for t in teachers], len(names), ledger, vault, ranks=ranks
         ),
+        contents=lambda: hashes,
         models=len(teachers),
     )
 
@@ -232,6 +274,7 @@ def open_source(config: RunConfig) -> Source:
         handle=lambda ledger, vault, ranks: PrivateData(
             records, ledger, vault, device=config.device, scratch=scratch_of(config), ranks=ranks
         ),
+        contents=lambda: contents_of(records),
     )
 
 
