@@ -24,7 +24,7 @@ from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.config import ModelConfig
 from dpdistill.conversion import convert
 from dpdistill.data import load_images, to_unit
-from dpdistill.errors import ConfigError, DpdistillError, InputError, LedgerError
+from dpdistill.errors import ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
 from dpdistill.models import ConvNet
 from dpdistill.models.teachers import from_callable
 from dpdistill.models.wavelet_net import WaveletNet
@@ -246,6 +246,48 @@ def test_an_attested_guarantee_is_repeated_as_attested(tmp_path: Path, run: Call
     assert (verdict.guarantee.epsilon, verdict.guarantee.delta, verdict.guarantee.unit) == (2.5, 1e-6, "patient")
     assert not (out / "ledger.jsonl").exists()
     assert not (tmp_path / "home").exists()
+
+
+def test_a_teacher_that_is_asked_otherwise_is_another_run(
+    tmp_path: Path, run: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    for place in ("0", "1"):
+        (tmp_path / place).mkdir()
+        images, names = rng.integers(0, 255, (60, 8, 8), dtype=np.uint8), np.array(["a", "b"])
+        np.savez(tmp_path / place / "open.npz", images=images, labels=np.arange(60) % 2, classes=names)
+    plain: dict[str, Any] = {
+        "teacher": str(onnx_teacher(tmp_path / "t.onnx")),
+        "attested_epsilon": 2.5,
+        "attested_delta": 1e-6,
+    }
+    plain["auxiliary"] = str(tmp_path / "0" / "open.npz")
+    others = [run(**plain | change) for change in ({"input_high": 255.0}, {"attested_epsilon": 1.5}, {"mean": "0.5"})]
+    others.append(run(**plain | {"auxiliary": str(tmp_path / "1" / "open.npz")}))
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "write_result", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert(run(**plain), quiet=True)
+    for other in others:
+        with pytest.raises(ConfigError, match="other settings"):
+            convert(other, quiet=True)
+    out = convert(run(**plain), quiet=True)
+    assert convert(run(**plain), quiet=True) == out
+    for other in others:
+        with pytest.raises(ReleaseError, match="holds something else"):
+            convert(other, quiet=True)
+
+
+def test_the_release_of_other_owners_is_no_answer(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    """Also on a ledger that all of it is charged to."""
+    ledger, budget = str(tmp_path / "l.jsonl"), 99.0
+    for seed in range(8):
+        onnx_teacher(tmp_path / ("some" if seed < 4 else "others") / f"{seed}.onnx", seed)
+    some, others = (run(teachers=str(tmp_path / name), ledger=ledger, budget=budget) for name in ("some", "others"))
+    out = convert(some, quiet=True)
+    with pytest.raises(ReleaseError, match="other data's release"):
+        convert(others, quiet=True)
+    assert convert(some, quiet=True) == out
 
 
 @pytest.mark.parametrize("noise", [True, False])

@@ -365,22 +365,69 @@ def _toml(value: Any) -> str:
     return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\u{ord(match[0]):04x}", escaped) + '"'
 
 
-def public_toml(config: RunConfig, settings: Any, noise_multiplier: float) -> str:
-    """Returns the configuration as it may be released: everything that shaped the result, no path of this machine."""
+# How what is private is read, and as what type it is written: from Python nothing converts it. The list of classes is in the certificate.
+READING_IMAGES: dict[str, type] = {
+    "image_column": str,
+    "label_column": str,
+    "id_column": str,
+    "split": str,
+    "unlabelled": bool,
+    "channels": int,
+    "resize": int,
+    "value_low": float,
+    "value_high": float,
+}
+READING_MODELS: dict[str, type] = {
+    "architecture": str,
+    "shape": str,
+    "input_low": float,
+    "input_high": float,
+    "mean": str,
+    "std": str,
+    "layout": str,
+    "outputs": str,
+}
+
+
+def public_toml(config: RunConfig, settings: Any, noise_multiplier: float, auxiliary_sha256: str = "") -> str:
+    """Returns the configuration as it may be released: everything public that shaped the result, no path of this machine.
+
+    Args:
+      auxiliary_sha256: of the auxiliary images, where a person gave any: two sets may bear one name.
+
+    Raises:
+      ConfigError: it is longer than a release may hold.
+    """
     lines = ["# The configuration of this release, as resolved. Every value is public."]
     chosen: dict[str, Any] = {"method": config.method}
     if config.method in NOMINAL:  # of a count that covers no record
         chosen |= {"nominal_epsilon": float(config.epsilon), "nominal_delta": float(config.delta)}
     elif config.method != "conversion":  # whose ε and δ are the teacher's
         chosen |= {"epsilon": float(config.epsilon), "delta": float(config.delta)}
+    if isinstance(config, ModelConfig) and config.attested_epsilon is not None:
+        chosen |= {
+            "attested_epsilon": float(config.attested_epsilon),
+            "attested_delta": float(config.attested_delta or 0),
+        }
+        chosen["attested_unit"] = config.attested_unit
     chosen |= {"per_class": config.per_class, "seed": config.seed, "auxiliary": Path(config.auxiliary).name}
+    chosen |= {"auxiliary_sha256": auxiliary_sha256} if auxiliary_sha256 else {}
     chosen["noise_multiplier"] = noise_multiplier
     lines += [f"{name} = {_toml(value)}" for name, value in chosen.items()]
+    lines += ["", "[reading]"]
+    for name, kind in (READING_IMAGES if config.data else READING_MODELS).items():
+        value = getattr(config, name, None)
+        lines += [] if value is None else [f"{name} = {_toml(kind(value))}"]
     lines += ["", "[settings]"]
     for item in dataclasses.fields(settings):
         value = getattr(settings, item.name)
         lines.append(f"# {item.name}: not set" if value is None else f"{item.name} = {_toml(value)}")
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    if len(text.encode()) > MAX_TOML:
+        raise ConfigError(
+            f"the settings take more than the {MAX_TOML:,} bytes that a release may hold; use shorter names"
+        )
+    return text
 
 
 def config_hash(toml: str) -> str:

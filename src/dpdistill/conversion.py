@@ -24,9 +24,10 @@ from .config import ModelConfig, build, config_hash, public_toml
 from .data import procedural_images, to_unit
 from .errors import ConfigError, InputError, ReleaseError
 from .mechanisms import Vault
-from .methods import MODEL_METHODS, Student
+from .methods import MODEL_METHODS, Public, Student
 from .models.teachers import Teacher
 from .pipeline import (
+    auxiliary_hash,
     auxiliary_of,
     begin,
     check_alone,
@@ -73,6 +74,7 @@ class Prepared:
     Attributes:
       settings: the way's `Config`.
       sigma: the paper's σ, where nothing is known of the teacher; else 0.
+      public: what the way may know.
       toml: the public configuration.
       nominal: what the release will say instead of a guarantee, where nothing is known of the teacher.
     """
@@ -80,6 +82,7 @@ class Prepared:
     brought: Brought
     settings: Any
     sigma: float
+    public: Public
     toml: str
     nominal: Nominal | None
 
@@ -116,7 +119,7 @@ def convert(
     check_same_run(state, toml)
     begin(state, toml)
     vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
-    public = public_facts(config, brought.image_shape, brought.class_names)
+    public = ready.public
     workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)
     claim: dict[str, Any] = dict(brought.facts)
     made: Student
@@ -166,8 +169,9 @@ def prepare(config: ModelConfig, teacher: Teacher | None = None) -> Prepared:
         nominal = Nominal(
             steps=settings.steps, batch=settings.batch, sigma=sigma, delta=config.delta, teacher=brought.sha256
         )
-    toml = f"# teacher: {brought.sha256}\n" + public_toml(config, settings, sigma)
-    return Prepared(brought=brought, settings=settings, sigma=sigma, toml=toml, nominal=nominal)
+    public = public_facts(config, brought.image_shape, brought.class_names)
+    toml = f"# teacher: {brought.sha256}\n" + public_toml(config, settings, sigma, auxiliary_hash(public))
+    return Prepared(brought=brought, settings=settings, sigma=sigma, public=public, toml=toml, nominal=nominal)
 
 
 def _same_release(out: Path, state: Path, toml: str) -> Path:

@@ -6,9 +6,11 @@ Everything that can be wrong is found before a record is read by a method and be
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from .bundle.diffusion_product import shapes as sampler_shapes
 from .bundle.onnx_file import student_shapes
 from .bundle.release import restore
 from .bundle.tensors import MAX_ARRAYS, MAX_HEADER
+from .bundle.verification import run_of
 from .config import DiffusionConfig, ModelConfig, RunConfig, build, check_device_name, config_hash, public_toml
 from .data import LabelledImages, Limits, check_public_range, load_images, procedural_images, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError, StorageError
@@ -35,7 +38,7 @@ from .privacy import Ledger, Planned, accounting, calibrate
 from .privacy import ledger as ledgers
 from .privacy.disk import sync_directory, write_atomically
 from .privacy.faults import point
-from .sources import Source, open_source
+from .sources import Contents, Source, home, keyed_hash, open_source, releases
 from .workspace import FolderWorkspace
 
 N_PROCEDURAL = 4000
@@ -83,6 +86,16 @@ def public_facts(config: RunConfig, image_shape: tuple[int, int, int], class_nam
         auxiliary_labels=torch.from_numpy(auxiliary.labels),
         procedural=made_up,
     )
+
+
+def auxiliary_hash(public: Public) -> str:
+    """SHA-256 of the images and labels that a person gave; empty for procedural ones, of which the seed says all."""
+    if public.procedural is None or public.auxiliary_labels is None:
+        return ""
+    digest = hashlib.sha256(repr(tuple(public.auxiliary.shape)).encode())
+    for part in (public.auxiliary, public.auxiliary_labels):
+        digest.update(np.ascontiguousarray(part.numpy()).data)
+    return digest.hexdigest()
 
 
 def _load_auxiliary(spec: str, resize: int | None) -> LabelledImages:
@@ -145,7 +158,7 @@ def make_plan(
         noise_multiplier=sigma,
         epsilon=accounting.epsilon(parts, config.delta),
         epsilon_replace_one=accounting.epsilon(exchanged, config.delta, "replace_one"),
-        toml=public_toml(config, settings, sigma),
+        toml=public_toml(config, settings, sigma, auxiliary_hash(public)),
         advice=tuple(method.advice(settings, public, config.epsilon, config.delta))
         if hasattr(method, "advice")
         else (),
@@ -285,16 +298,17 @@ def _state(config: RunConfig) -> Path:
 def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | None, stack: ExitStack) -> Held | None:
     """Opens the ledger until the end of `stack`, and the vault, and announces the run. None where its release is there already."""
     out, state = Path(config.out), _state(config)
-    restore(out, lambda found: _same(found, plan, source.ledger))
+    restore(out, lambda found: _same(found, plan, source))
     if os.path.lexists(out):
-        if not _same(out, plan, source.ledger):
+        if not _same(out, plan, source):
             raise ReleaseError(
-                f"{out} exists and holds something else, or other data's release; choose another --out or remove it"
+                f"{out} exists and holds something else, a release with other settings, or, as far as {home()} knows, other data's "
+                "release; choose another --out, give the options that it was made with, or remove it"
             )
-        forget_rest(state, plan.toml)
+        forget_rest(state, plan.toml, source.contents)
         return None
     check_target(out)
-    check_same_run(state, plan.toml)
+    check_same_run(state, plan.toml, source.contents)
     ledger_path = source.ledger()
     cap = (config.budget or config.epsilon, config.delta)
     ledger = stack.enter_context(Ledger.open(ledger_path, cap=cap, unit=source.unit))
@@ -303,7 +317,8 @@ def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | No
     asked = [planned.part for planned in plan.releases]
     if not state.exists():
         ledger.check_affordable(asked)  # first, so that a refused run leaves nothing behind
-    begin(state, plan.toml)
+    releases()  # it is needed at the end: that it cannot be made is found out before anything is charged
+    begin(state, plan.toml, source.contents)
     vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
     if not ledgers.parts(ledger.lines, vault.run):
         ledger.check_affordable(asked)
@@ -335,6 +350,8 @@ def _hand_out(config: RunConfig, plan: Plan, source: Source, held: Held, handle:
         insecure=vault.insecure,
         seed=config.seed,
     )
+    identity = read_small(_state(config) / "run.json", MAX_TOML)
+    write_atomically(releases() / f"{vault.run}.json", identity)  # first: a crash may come after the release
     write_result(Path(config.out), made, facts)
     forget(
         _state(config), vault
@@ -375,8 +392,20 @@ def write_result(out: Path, made: Synthetic | Student | Sampler, facts: BundleFa
     return write_bundle(out, made.images, facts, product)
 
 
-def _identity(toml: str) -> bytes:
-    return json.dumps({"config": config_hash(toml)}).encode()
+def _identity(toml: str, contents: Contents, key: bytes) -> bytes:
+    """What tells a run from others: its configuration, and a keyed hash of what is private. It stays with who runs it."""
+    facts = {"config": config_hash(toml), "key": key.hex(), "records": keyed_hash(key, contents())}
+    return json.dumps(facts).encode()
+
+
+def _is_of(path: Path, toml: str, contents: Contents) -> bool:
+    """Whether the run whose identity lies there has this configuration and these records."""
+    try:
+        found = read_small(path, MAX_TOML)
+        key = bytes.fromhex(json.loads(found)["key"])
+    except (InputError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return found == _identity(toml, contents, key)
 
 
 def check_target(out: Path) -> None:
@@ -393,38 +422,42 @@ def check_target(out: Path) -> None:
         raise ConfigError(f"{out}: {place} is no folder that may be written; choose another --out")
 
 
-def check_same_run(state: Path, toml: str) -> None:
-    """Refuses to go on in a state folder that another configuration began. Writes nothing."""
+def check_same_run(state: Path, toml: str, contents: Contents = tuple) -> None:
+    """Refuses to go on in a state folder that a run with another configuration, or of other records, began. Writes nothing.
+
+    Args:
+      contents: of what is private; nothing where no record is read.
+    """
     path = state / "run.json"
-    try:
-        same = not os.path.lexists(path) or read_small(path, MAX_TOML) == _identity(toml)
-    except InputError:
-        same = False
-    if not same:
+    if os.path.lexists(path) and not _is_of(path, toml, contents):
         raise ConfigError(
-            f"{state} belongs to a run with other settings; finish that one, choose another --out, or remove the folder"
+            f"{state} belongs to a run with other settings or other data; finish that one with the options that it had, choose "
+            "another --out, or remove the folder"
         )
 
 
-def begin(state: Path, toml: str) -> None:
+def begin(state: Path, toml: str, contents: Contents = tuple) -> None:
     """Makes the state folder and says whose it is, if it is new."""
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not (state / "run.json").exists():
-            write_atomically(state / "run.json", _identity(toml))
+            write_atomically(state / "run.json", _identity(toml, contents, secrets.token_bytes(32)))
     except OSError as error:
         raise ConfigError(f"{state}: cannot be written ({error.strerror}); choose another --out") from error
 
 
-def _same(folder: Path, plan: Plan, ledger: Callable[[], Path]) -> bool:
-    """Whether this is a finished release of this configuration, on a ledger that this data's goes on from: then it is the answer."""
-    try:
-        mine = (
-            read_small(folder / "ledger.jsonl", ledgers.MAX_BYTES) if holds(folder / "config.toml", plan.toml) else None
-        )
-        return mine is not None and read_small(ledger(), ledgers.MAX_BYTES).startswith(mine)
-    except InputError:
+def _same(folder: Path, plan: Plan, source: Source) -> bool:
+    """Whether this is a finished release of this configuration and these records, on a ledger that this data's goes on from: then it is
+    the answer."""
+    if not holds(folder / "config.toml", plan.toml):
         return False
+    ledger = source.ledger()
+    try:
+        mine, all_runs = (read_small(path, ledgers.MAX_BYTES) for path in (folder / "ledger.jsonl", ledger))
+        known = home() / "releases" / f"{run_of(folder)}.json"
+    except (InputError, ReleaseError):
+        return False
+    return all_runs.startswith(mine) and _is_of(known, plan.toml, source.contents)
 
 
 def holds(path: Path, toml: str) -> bool:
@@ -435,10 +468,10 @@ def holds(path: Path, toml: str) -> bool:
         return False
 
 
-def forget_rest(state: Path, toml: str) -> None:
+def forget_rest(state: Path, toml: str, contents: Contents = tuple) -> None:
     """After a crash between a release and `forget`: what that left. Another run's state is not touched."""
     if state.exists():
-        check_same_run(state, toml)
+        check_same_run(state, toml, contents)
         forget(state, Vault(state / "vault", run="", key=b"", insecure=False))  # can erase, and nothing else
 
 

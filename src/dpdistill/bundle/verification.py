@@ -280,6 +280,15 @@ def read_file(root: Path, name: str) -> bytes:
     return raw
 
 
+def run_of(root: Path) -> str:
+    """The run that a release says it is of; whether that is true is not checked. Raises ReleaseError where it says none."""
+    try:
+        run = _read_certificate(read_file(root, "certificate.json"))["release"]["run"]
+    except (KeyError, TypeError):
+        raise ReleaseError("certificate.json: names no run") from None
+    return str(expect(run, str, "run", ID.fullmatch(str(run)) is not None))
+
+
 def checksums(files: dict[str, bytes]) -> bytes:
     """The one way to write SHA256SUMS: every other file, in order, as `sha256sum -c` reads it."""
     hashes = {name: hashlib.sha256(raw).hexdigest() for name, raw in files.items() if name != "SHA256SUMS"}
