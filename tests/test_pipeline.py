@@ -166,6 +166,22 @@ def test_no_release_names_a_path_or_the_number_of_records(tmp_path: Path, tiny: 
     assert "open.npz" in (out / "certificate.json").read_text()  # the auxiliary set is named, by its last name
 
 
+@pytest.mark.parametrize("form", ["npz", "folder"])
+def test_public_images_need_no_labels(form: str, tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    given = np.load(save(tmp_path / "open.npz", 60, side=8))["images"]
+    if form == "npz":
+        np.savez(tmp_path / "bare.npz", images=given)
+    else:
+        (tmp_path / "bare").mkdir()
+        for number, image in enumerate(given):
+            Image.fromarray(image.squeeze()).save(tmp_path / "bare" / f"{number}.png")
+    bare = pipeline.public_facts(
+        tiny(auxiliary=str(tmp_path / "bare.npz" if form == "npz" else tmp_path / "bare")), (1, 8, 8), ("a",)
+    )
+    labelled = pipeline.public_facts(tiny(auxiliary=str(tmp_path / "open.npz")), (1, 8, 8), ("a",))
+    assert sorted(bare.auxiliary.flatten().tolist()) == sorted(labelled.auxiliary.flatten().tolist())
+
+
 def test_another_configuration_in_the_same_place(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
     distil(tiny(), quiet=True)
     before = listing(tmp_path)

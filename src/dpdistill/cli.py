@@ -31,7 +31,8 @@ Delta = Annotated[float | None, typer.Option(help="δ asked for.")]
 PerClass = Annotated[int | None, typer.Option(help="Synthetic images per class.")]
 MethodName = Annotated[str | None, typer.Option(help="joint (ours), dosser (the paper's, sound), ndpdc.")]
 Auxiliary = Annotated[
-    str | None, typer.Option(help="Public images in any of the forms of --data, or 'none' (procedural).")
+    str | None,
+    typer.Option(help="Public images in any of the forms of --data, with labels or without, or 'none' (procedural)."),
 ]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, where the files do not say.")]
 Resize = Annotated[int | None, typer.Option(help="Side length in pixels to scale images to.")]

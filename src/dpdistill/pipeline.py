@@ -83,28 +83,30 @@ def public_facts(config: RunConfig, image_shape: tuple[int, int, int], class_nam
         image_shape=image_shape,
         class_names=class_names,
         auxiliary=torch.from_numpy(unit),
-        auxiliary_labels=torch.from_numpy(auxiliary.labels),
         procedural=made_up,
     )
 
 
 def auxiliary_hash(public: Public) -> str:
-    """SHA-256 of the images and labels that a person gave; empty for procedural ones, of which the seed says all."""
-    if public.procedural is None or public.auxiliary_labels is None:
+    """SHA-256 of the images that a person gave; empty for procedural ones, of which the seed says all."""
+    if public.procedural is None:
         return ""
     digest = hashlib.sha256(repr(tuple(public.auxiliary.shape)).encode())
-    for part in (public.auxiliary, public.auxiliary_labels):
-        digest.update(np.ascontiguousarray(part.numpy()).data)
+    digest.update(np.ascontiguousarray(public.auxiliary.numpy()).data)
     return digest.hexdigest()
 
 
 def _load_auxiliary(spec: str, resize: int | None) -> LabelledImages:
+    """Public images. Their labels are of no account: any will do, or none."""
     try:
         found = load_images(spec, resize=resize)
     except InputError as error:
-        if error.reason != "does not list its classes":
+        if error.reason == "does not list its classes":
+            found = load_images(spec, resize=resize, n_classes=Limits().max_classes)
+        elif error.reason in ("has no array 'labels'", "lies beside the class folders"):
+            found = load_images(spec, resize=resize, unlabelled=True)
+        else:
             raise
-        found = load_images(spec, resize=resize, n_classes=Limits().max_classes)  # public labels: any will do
     check_public_range(found)
     return found
 

@@ -85,6 +85,6 @@ def with_mixture(
     if wanted is not None:
         images = tones.Curve.between(images, wanted)(images)
     if public.procedural is None:  # then what is called auxiliary is made up
-        return dataclasses.replace(public, auxiliary=images, procedural=public.auxiliary, auxiliary_labels=None)
+        return dataclasses.replace(public, auxiliary=images, procedural=public.auxiliary)
     given = torch.cat([images, public.auxiliary[:N_DRAWN]])
-    return dataclasses.replace(public, auxiliary=given, auxiliary_labels=None)
+    return dataclasses.replace(public, auxiliary=given)
