@@ -297,6 +297,22 @@ def test_images_made_grey_or_colour_have_one_ledger(tmp_path: Path, tiny: Callab
         assert len({sources._ledger_path(c, sources.load_private(c)) for c in configs}) == 1
 
 
+def test_a_ledger_named_as_before_is_taken_over(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    """Its name was a hash of images and labels in their order."""
+    config = tiny()
+    records = sources.load_private(config)
+    facts = repr((records.images.shape, str(records.images.dtype))).encode()
+    before = sources.ledger_of([facts, records.images.tobytes(), records.labels.tobytes()])
+    distil(config, quiet=True)
+    now = the_ledger(tmp_path)
+    spent = now.read_bytes()
+    now.rename(before)
+    with pytest.raises(BudgetError):
+        distil(tiny(out=str(tmp_path / "second"), seed=1), quiet=True)
+    assert not before.exists()
+    assert now.read_bytes() == spent
+
+
 def test_labels_names_and_order_have_no_ledger_of_their_own(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
     """What the classes are called, which column holds them and how the records are sorted is a choice, and a choice buys no budget."""
     rng = np.random.default_rng(0)

@@ -11,14 +11,16 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .bundle.contents import printable_names
 from .config import DiffusionConfig, ModelConfig, RunConfig
-from .data import LabelledImages, Limits, chunks, load_images
+from .data import LabelledImages, Limits, check_public_range, chunks, load_images
 from .errors import ConfigError, InputError, LedgerError, MisfitError
 from .mechanisms import Door, Ensemble, PrivateData, Ranks, Vault
 from .privacy import Ledger
@@ -46,7 +48,20 @@ def default_ledger(records: LabelledImages) -> Path:
         for image in part:
             digests += hashlib.sha256(np.ascontiguousarray(image).data).digest()
     in_order = np.sort(np.frombuffer(digests, "S32"))
-    return ledger_of([repr((images.shape[1:], str(images.dtype))).encode(), in_order.tobytes()])
+    found = ledger_of([repr((images.shape[1:], str(images.dtype))).encode(), in_order.tobytes()])
+    if not os.path.lexists(found):
+        _take_over(records, found)
+    return found
+
+
+def _take_over(records: LabelledImages, name: Path) -> None:
+    """Gives the ledger of these records its name of now, if it has that of before: what was spent stays spent."""
+    facts = repr((records.images.shape, str(records.images.dtype))).encode()
+    images = (np.ascontiguousarray(part).data for part in chunks(records.images))
+    before = ledger_of(chain([facts], images, [np.ascontiguousarray(records.labels).data]))
+    with suppress(FileNotFoundError):  # none, or another process was first
+        before.rename(name)
+        sync_directories(name.parent)
 
 
 def ledger_of(contents: Iterable[bytes | memoryview]) -> Path:
@@ -120,6 +135,36 @@ def load_private(config: RunConfig) -> LabelledImages:
             "--set value_low=0 --set value_high=1 (or 0 and 255, or -1 and 1)",
         )
     return records
+
+
+def load_test(config: RunConfig, class_names: tuple[str, ...], image_shape: tuple[int, ...]) -> LabelledImages:
+    """Reads public test images for a release: labels are numbered as its classes are, by their names.
+
+    Raises:
+      InputError: they are of another shape, or of a class that the release has not.
+    """
+    try:
+        found = _read(config, config.resize, config.channels)
+    except InputError as error:
+        if error.reason != "does not list its classes":
+            raise
+        found = _read(replace(config, classes=len(class_names)), config.resize, config.channels)
+    check_public_range(found)
+    if found.image_shape != image_shape:
+        reason = (
+            f"holds images of {found.image_shape} (channels, height, width), and the release those of {image_shape}"
+        )
+        raise InputError(config.data, reason, "see --resize and --set channels=")
+    names = printable_names(found.class_names)
+    if names == tuple(map(str, range(len(names)))) and not set(names) <= set(class_names):
+        names = (
+            class_names[: len(names)] + names[len(class_names) :]
+        )  # a file without names: its numbers are the release's
+    if strange := [name for name in names if name not in class_names]:
+        hint = "name classes as the release does, by --set class_names=A,B,… or by the folders"
+        raise InputError(config.data, f"has a class {strange[0]!r} that the release has not", hint)
+    number = np.array([class_names.index(name) for name in names], np.int64)
+    return replace(found, labels=number[found.labels], class_names=class_names)
 
 
 def _read(config: RunConfig, resize: int | None, channels: int | None) -> LabelledImages:

@@ -205,9 +205,12 @@ class Ledger:
                 raise LedgerError(f"{path}: {error}") from error.__cause__
             _settle(descriptor, raw, whole)
             ledger = cls(path, descriptor, lines)
-            if lines and ((data or lines[0]["data"]), unit) != (lines[0]["data"], lines[0]["unit"]):
+            if lines and data not in (None, lines[0]["data"]):
+                raise LedgerError(f"{path}: this ledger belongs to other data, {lines[0]['data']!r}")
+            if lines and unit != lines[0]["unit"]:
                 raise LedgerError(
-                    f"{path}: this ledger belongs to other data, {lines[0]['data']!r} by {lines[0]['unit']!r}"
+                    f"{path}: this ledger protects each {lines[0]['unit']}, and the run would each {unit}: one account counts by one unit. "
+                    "A second account by --ledger does not know of this one: what a person loses is the sum of both"
                 )
             if not lines:
                 name = data or "data-" + secrets.token_hex(8)
