@@ -155,6 +155,8 @@ def test_a_wrong_type_is_one_line(name: str, value: Any) -> None:
         {"delta": 0.0},
         {"delta": 1.0},
         {"delta": -1e-5},
+        {"delta": 1e-11},
+        {"epsilon": 1001.0},
         {"delta": float("nan")},
         {"per_class": 0},
         {"per_class": 1001},
@@ -178,6 +180,7 @@ def test_out_of_range(changes: dict[str, Any]) -> None:
 
 def test_bounds_that_hold() -> None:
     RunConfig(data="d", epsilon=1e-3, budget=1e-3, delta=0.5, per_class=1000, seed=2**63 - 1)
+    RunConfig(data="d", epsilon=1000.0, delta=1e-10)
 
 
 @pytest.mark.parametrize(

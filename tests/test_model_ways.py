@@ -92,10 +92,21 @@ def the_ledger(tmp_path: Path) -> list[ledgers.Line]:
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"width": 10}, "groups do not divide"), ({"depth": 17}, "depth is not"), ({"width": 4000, "groups": 4}, "MiB")],
+    [
+        ({"width": 10}, "groups do not divide"),
+        ({"depth": 17}, "depth is not"),
+        ({"width": 4000, "groups": 4}, "student.safetensors .* in one file"),
+        ({"width": 1080, "groups": 4}, "all files together"),  # 240 MiB, but there twice
+        ({"latent": 10**7}, r"generator.safetensors .*generator_width=, --set latent="),
+        ({"lr": 1e30}, "lr from"),
+        ({"matrix_lr": 1e30}, "matrix_lr from"),
+        ({"clip_norm": 1e-300}, "clip_norm from"),
+        ({"reach": 1e300, "reach_max": 1e300}, "reach from"),
+        ({"reach_max": 1e300}, "reach_max from"),
+    ],
 )
 def test_a_student_that_cannot_be_is_refused_before_anything_is_charged(
-    settings: dict[str, int], words: str, tmp_path: Path, run: Callable[..., ModelConfig]
+    settings: dict[str, float], words: str, tmp_path: Path, run: Callable[..., ModelConfig]
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         convert(run(settings=settings), quiet=True)
@@ -383,6 +394,16 @@ WRONG = {
     "shards of no data": ({"teacher": "y", "shards": 3}, ConfigError, "--shards and --id-column cut --data"),
     "ids without shards": ({"id_column": "person"}, ConfigError, "--id-column needs --shards"),
     "half an attestation": ({"teacher": "t", "attested_epsilon": 1.0}, ConfigError, "go together"),
+    "a δ that nothing adds up at": (
+        {"teacher": "t", "attested_epsilon": 1.0, "attested_delta": 1e-12},
+        ConfigError,
+        "attested delta in [1e-10, 1)",
+    ),
+    "an attested ε of 0": (
+        {"teacher": "t", "attested_epsilon": 0.0, "attested_delta": 1e-5},
+        ConfigError,
+        "attested epsilon > 0",
+    ),
     "a word and its opposite": (
         {"teacher": "t", "attested_epsilon": 1.0, "attested_delta": 1e-5, "accept_no_record_guarantee": True},
         ConfigError,

@@ -23,13 +23,13 @@ from PIL import Image
 
 from dpdistill import pipeline, sources
 from dpdistill.bundle.verification import verify
-from dpdistill.config import RunConfig
+from dpdistill.config import ModelConfig, RunConfig
 from dpdistill.data import Limits, load_images
 from dpdistill.errors import BudgetError, ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
 from dpdistill.mechanisms import Vault
-from dpdistill.methods import METHODS
+from dpdistill.methods import METHODS, MODEL_METHODS
 from dpdistill.pipeline import distil, make_plan
-from dpdistill.privacy import Ledger, accounting
+from dpdistill.privacy import GaussianSum, Ledger, accounting
 from dpdistill.privacy import ledger as ledgers
 
 TINY: dict[str, dict[str, Any]] = {
@@ -396,6 +396,14 @@ def test_an_empty_home_is_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         ({"method": "ndpdc", "settings": {"sampling_prob": 2.0}}, ConfigError),
         ({"method": "ndpdc", "settings": {"sampling_prob": None}}, ConfigError),
         ({"method": "ndpdc", "settings": {"clip_norm": -1.0}}, ConfigError),
+        ({"method": "ndpdc", "settings": {"parts": 13}}, ConfigError),
+        ({"method": "dosser", "settings": {"parts": 13}}, ConfigError),
+        ({"method": "dosser", "settings": {"clip_norm": 1e300}}, ConfigError),
+        ({"method": "dosser", "settings": {"clip_norm": 1e-300}}, ConfigError),
+        ({"method": "dosser", "settings": {"lr": 1e38}}, ConfigError),
+        ({"method": "dosser", "settings": {"group_size": 1e300}}, ConfigError),
+        ({"method": "ndpdc", "settings": {"augment": "_".join(["crop"] * 4000)}}, ConfigError),
+        ({"epsilon": 900.0}, ConfigError),  # below what a run may ask for, above what a verifier adds up
         ({"device": "cuda"}, ConfigError),
     ],
     ids=str,
@@ -532,6 +540,139 @@ def test_no_place_to_note_whose_data_it_is(tmp_path: Path, tiny: Callable[..., R
         distil(tiny(ledger=str(tmp_path / "l.jsonl")), quiet=True)
     assert b"intent" not in (tmp_path / "l.jsonl").read_bytes()
     assert not (tmp_path / "out.state").exists()
+
+
+def killed(config: RunConfig, charges: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped before its next charge, after so many."""
+    reserve, made = Ledger.reserve, []
+
+    def counted(self: Ledger, *args: Any, **more: Any) -> int:
+        if len(made) == charges:
+            raise KeyboardInterrupt
+        made.append(args)
+        return reserve(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "reserve", counted)
+        with pytest.raises(KeyboardInterrupt):
+            distil(config, quiet=True)
+
+
+def test_a_stopped_run_that_can_be_afforded_no_more_is_charged_no_more(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run was let in while it stood still."""
+    killed(tiny(), 2, monkeypatch)
+    other = distil(tiny(out=str(tmp_path / "b"), epsilon=0.6, seed=1), quiet=True)
+    before = listing(tmp_path)
+    with pytest.raises(BudgetError, match="nothing was read") as error:
+        distil(tiny(), quiet=True)
+    assert listing(tmp_path) == before
+    needed = float(re.search(r"--budget ([\d.]+)", str(error.value)).group(1))
+    assert verify(distil(tiny(budget=needed), quiet=True)).ok
+    assert verify(other).ok
+
+
+def test_a_run_whose_plan_is_charged_goes_on_below_a_lowered_cap(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(tiny(), monkeypatch)
+    with Ledger.open(the_ledger(tmp_path), cap=(1.0, 1e-5)) as ledger:
+        ledger.raise_cap((0.5, 1e-5))
+    assert verify(distil(tiny(), quiet=True)).ok
+
+
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, caps: int = 0, kinds: int = 0) -> str:
+    """A ledger whose cap was changed so often, or that holds so many sampled releases, no two alike."""
+    path = tmp_path / "full.jsonl"
+    with monkeypatch.context() as patch, Ledger.open(path, cap=(5.0, 1e-5)) as ledger:
+        patch.setattr(Ledger, "check_affordable", lambda *_: None)
+        for number in range(caps):
+            ledger.raise_cap((5.0 + number % 2 + 1, 1e-5))
+        ledger.start("before", "ndpdc", "0" * 64)
+        for number in range(kinds):
+            ledger.reserve("before", GaussianSum(name="x", dim=1, noise_multiplier=900.0 + number, sampling_prob=0.1))
+        ledger.finish("before")
+    return str(path)
+
+
+def refused(config: RunConfig, tmp_path: Path, message: str) -> None:
+    before = listing(tmp_path)
+    with pytest.raises(LedgerError, match=message) as error:
+        distil(config, quiet=True)
+    assert "\n" not in str(error.value)
+    assert listing(tmp_path) == before
+
+
+def test_a_cap_that_was_changed_too_often_is_not_changed_again(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = full(tmp_path, monkeypatch, caps=64)
+    refused(tiny(ledger=path, budget=9.0), tmp_path, "the cap was changed over 64 times.*leave --budget out")
+    assert verify(distil(tiny(ledger=path), quiet=True)).ok
+    with Ledger.open(Path(path), cap=(1.0, 1e-5)) as ledger:
+        ledger.raise_cap((50.0, 1e-5))
+    refused(
+        tiny(ledger=path, out=str(tmp_path / "b")), tmp_path, "the cap was changed over 64 times.*nothing was charged"
+    )
+
+
+def test_one_kind_of_sampled_release_too_many_is_not_charged(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = full(tmp_path, monkeypatch, kinds=64)
+    refused(tiny("ndpdc", ledger=path), tmp_path, "too many kinds of release.*choose another method")
+
+
+def test_an_epsilon_that_the_accountants_do_not_agree_on_is_not_charged(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = full(tmp_path, monkeypatch)
+    monkeypatch.setattr(accounting, "rdp_epsilon", lambda *_: 0.5)
+    refused(tiny(ledger=path), tmp_path, "the accountants contradict each other")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_foreseen_is_what_is_on_the_ledger(
+    method: str, tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    foreseen = Ledger.foreseen
+    monkeypatch.setattr(Ledger, "foreseen", lambda *args: seen.append(foreseen(*args)) or seen[-1])
+    distil(tiny(method), quiet=True)
+
+    def facts(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{key: value for key, value in line.items() if key not in ("run", "hash")} for line in lines]
+
+    assert facts(seen[0]) == facts(ledgers.parse(the_ledger(tmp_path).read_bytes()))
+
+
+def test_soft_labels_count_among_what_a_release_holds() -> None:
+    names = tuple(map(str, range(300)))
+    settings = MODEL_METHODS["teacher"].Config()
+    for per_class, fits in ((1000, False), (300, True)):
+        config = ModelConfig(data="d", per_class=per_class)
+        if fits:
+            pipeline.check_size(config, settings, (1, 8, 8), names)
+        else:
+            with pytest.raises(ConfigError, match=r"synthetic.safetensors would have 4\d\d MiB.*--per-class"):
+                pipeline.check_size(config, settings, (1, 8, 8), names)
+            pipeline.check_size(RunConfig(data="d", per_class=per_class), None, (1, 8, 8), names)
+
+
+def test_a_fit_that_diverged_loses_no_release(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ndpdc = METHODS["ndpdc"]
+
+    def run(*args: Any) -> Any:
+        made = ndpdc.run(*args)
+        return dataclasses.replace(made, images=made.images * float("nan"))
+
+    monkeypatch.setitem(METHODS, "ndpdc", SimpleNamespace(Config=ndpdc.Config, plan=ndpdc.plan, run=run))
+    with pytest.warns(RuntimeWarning, match="the fit diverged"):
+        out = distil(tiny("ndpdc"), quiet=True)
+    assert verify(out).ok
 
 
 @pytest.mark.parametrize("lost", ["key", "seed", "ledger"])

@@ -18,8 +18,7 @@ from typing import Any, Literal
 from .data.limits import DEFAULT_LIMITS
 from .errors import ConfigError, InputError
 from .files import MAX_TOML, parse_toml, read_small
-
-MIN_DELTA = 1e-30  # below it the distance of our noise from the ideal one, 2**-127 for each coordinate, would count
+from .privacy.accounting import MAX_EPSILON, MIN_DELTA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +71,12 @@ class RunConfig:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (1e-3 <= self.epsilon < math.inf):
-            raise ConfigError(f"Expected a finite epsilon of at least 0.001, got {self.epsilon}.")
+        if not (1e-3 <= self.epsilon <= MAX_EPSILON):
+            raise ConfigError(f"Expected epsilon of at least 0.001 and at most {MAX_EPSILON:g}, got {self.epsilon}.")
         if not (MIN_DELTA <= self.delta < 1):
-            raise ConfigError(f"Expected delta in [{MIN_DELTA}, 1), got {self.delta}; 1e-5 is usual.")
+            raise ConfigError(
+                f"Expected delta in [{MIN_DELTA:g}, 1), got {self.delta}; below, no ε can be computed. 1e-5 is usual."
+            )
         if not (1 <= self.per_class <= 1000):
             raise ConfigError(f"Expected per_class in 1..1000, got {self.per_class}.")
         if self.budget is not None and not (self.epsilon <= self.budget < math.inf):
@@ -174,8 +175,13 @@ class ModelConfig(RunConfig):
         if any(value is not None for value in attested):
             if None in attested or not self.teacher:
                 raise ConfigError("--attested-epsilon and --attested-delta go together, with --teacher")
-            if not (0 < float(self.attested_epsilon or 0) < math.inf and 0 < float(self.attested_delta or 0) < 1):
-                raise ConfigError("Expected an attested epsilon > 0 and an attested delta in (0, 1).")
+            if not (0 < float(self.attested_epsilon or 0) < math.inf):
+                raise ConfigError(f"Expected a finite attested epsilon > 0, got {self.attested_epsilon}.")
+            if not (MIN_DELTA <= float(self.attested_delta or 0) < 1):
+                raise ConfigError(
+                    f"Expected an attested delta in [{MIN_DELTA:g}, 1), got {self.attested_delta}; what is attested at a smaller one "
+                    f"holds at {MIN_DELTA:g} as well"
+                )
             if self.accept_no_record_guarantee:
                 raise ConfigError("a teacher is attested or has no guarantee, not both")
         if not (self.attested_unit.isascii() and self.attested_unit.isalpha() and len(self.attested_unit) <= 30):

@@ -33,7 +33,7 @@ from .pipeline import (
     check_alone,
     check_device,
     check_same_run,
-    check_student,
+    check_size,
     check_target,
     distil,
     forget,
@@ -162,7 +162,7 @@ def prepare(config: ModelConfig, teacher: Teacher | None = None) -> Prepared:
     brought = bring(config, teacher)
     method: Any = MODEL_METHODS[config.method]
     settings = build(method.Config, {"per_class": config.per_class, **config.settings}, "settings.")
-    check_student(settings, brought.image_shape, len(brought.class_names))
+    check_size(config, settings, brought.image_shape, brought.class_names)
     sigma, nominal = 0.0, None
     if config.method == "opaque":
         sigma = settings.sigma(config.epsilon, config.delta)

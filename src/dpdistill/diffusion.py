@@ -24,7 +24,7 @@ from .pipeline import (
     check_alone,
     check_device,
     check_same_run,
-    check_sampler,
+    check_size,
     check_target,
     distil,
     forget,
@@ -92,7 +92,7 @@ def prepare(config: DiffusionConfig) -> Prepared:
     given = {"per_class": config.per_class, "expected_records": config.expected_records}
     settings = build(method.Config, {**given, **config.settings}, "settings.")
     check_patch(settings.patch, records.image_shape)
-    check_sampler(settings, records.image_shape, len(records.class_names))
+    check_size(config, settings, records.image_shape, records.class_names)
     sigma = settings.sigma(config.epsilon, config.delta)
     claim = NominalDiffusion(
         steps=settings.steps,

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -20,12 +19,12 @@ from typing import Any, ParamSpec
 import numpy as np
 import torch
 
-from .bundle import BundleFacts, product_of, product_of_sampler, write_bundle
-from .bundle.diffusion_product import HEADS, MAX_WIDTH
+from .bundle import BundleFacts, product_of, product_of_sampler, room, write_bundle
+from .bundle.diffusion_product import HEADS, MAX_WIDTH, WEIGHTS
 from .bundle.diffusion_product import shapes as sampler_shapes
+from .bundle.ledger_check import check_foreseen, too_large
 from .bundle.onnx_file import student_shapes
 from .bundle.release import restore
-from .bundle.tensors import MAX_ARRAYS, MAX_HEADER
 from .bundle.verification import run_of
 from .config import DiffusionConfig, ModelConfig, RunConfig, build, check_device_name, config_hash, public_toml
 from .data import LabelledImages, Limits, check_public_range, load_images, procedural_images, to_unit
@@ -33,7 +32,9 @@ from .errors import ConfigError, InputError, LedgerError, ReleaseError, StorageE
 from .files import MAX_TOML, read_small
 from .mechanisms import Door, Vault, joined
 from .methods import DIFFUSION_METHODS, METHODS, MODEL_METHODS, Method, Public, Sampler, Student, Synthetic
+from .methods.shared.diverged import mended
 from .models import few_step
+from .models.student_generator import StudentGenerator
 from .privacy import Ledger, Planned, accounting, calibrate
 from .privacy import ledger as ledgers
 from .privacy.disk import sync_directory, write_atomically
@@ -42,6 +43,7 @@ from .sources import Contents, Source, home, keyed_hash, open_source, releases
 from .workspace import FolderWorkspace
 
 N_PROCEDURAL = 4000
+NEW_RUN = "run-xxxxxxxxxxxxxxxx"  # stands for the name of a run that has none yet: those that have are in hex
 P = ParamSpec("P")
 
 
@@ -142,16 +144,15 @@ def make_plan(
             )
     others = [item.name for item in dataclasses.fields(type(config))]
     settings = build(method.Config, {**given, **config.settings}, "settings.", others)
-    check_size(config, image_shape, len(class_names))
-    if isinstance(config, ModelConfig):
-        check_student(settings, image_shape, len(class_names))
-    if isinstance(config, DiffusionConfig):
-        check_sampler(settings, image_shape, len(class_names))
+    check_size(config, settings, image_shape, class_names)
     public = public_facts(config, image_shape, class_names)
     sigma = calibrate(lambda value: method.plan(settings, public, value), config.epsilon, config.delta)
     releases = method.plan(settings, public, sigma)
     parts = [planned.part for planned in releases]
     exchanged = [planned.part_replace_one for planned in releases]
+    for problem in too_large(parts):
+        raise ConfigError(f"--epsilon {config.epsilon:g}: {problem}; ask for less")
+    toml = public_toml(config, settings, sigma, auxiliary_hash(public))
     return Plan(
         method=method,
         settings=settings,
@@ -160,35 +161,46 @@ def make_plan(
         noise_multiplier=sigma,
         epsilon=accounting.epsilon(parts, config.delta),
         epsilon_replace_one=accounting.epsilon(exchanged, config.delta, "replace_one"),
-        toml=public_toml(config, settings, sigma, auxiliary_hash(public)),
+        toml=toml,
         advice=tuple(method.advice(settings, public, config.epsilon, config.delta))
         if hasattr(method, "advice")
         else (),
     )
 
 
-def check_size(config: RunConfig, image_shape: tuple[int, int, int], n_classes: int) -> None:
-    """Raises ConfigError where the released images would be more than a release may hold: before anything is charged for them."""
-    n_images = config.per_class * n_classes
-    if 4 * n_images * math.prod(image_shape) > MAX_ARRAYS:
-        raise ConfigError(
-            f"{n_images:,} images of {'x'.join(map(str, image_shape))} are more than the {MAX_ARRAYS >> 20} MiB that a release may "
-            "hold; choose a smaller --per-class or --resize"
-        )
+def check_size(
+    config: RunConfig, settings: Any, image_shape: tuple[int, int, int], class_names: tuple[str, ...]
+) -> None:
+    """Raises ConfigError where what is asked for cannot be made, or is more than a release may hold: before anything is charged for it."""
+    room.check_names(class_names)
+    k, soft = len(class_names), isinstance(config, ModelConfig)
+    files = room.dataset(config.per_class * k, image_shape, k, soft)
+    if isinstance(config, ModelConfig):
+        files |= _student_files(settings, image_shape, k)
+    if isinstance(config, DiffusionConfig):
+        files |= _sampler_files(settings, image_shape, k)
+    room.check_files(files)
 
 
-def check_student(settings: Any, image_shape: tuple[int, int, int], n_classes: int) -> None:
-    """Raises ConfigError where the student that a `Conversion` asks for cannot be made, or is more than a release may hold."""
+def _student_files(settings: Any, image_shape: tuple[int, int, int], n_classes: int) -> dict[str, room.Size]:
+    """The student that a `Networks` asks for, twice, and its generator. Raises ConfigError where it cannot be made."""
     config = {name: getattr(settings, name) for name in ("width", "depth", "groups")}
     try:
         shapes = student_shapes({"image_shape": list(image_shape), "n_classes": n_classes, **config})
     except ReleaseError as error:
         raise ConfigError(str(error)) from None
-    _check_held(shapes, "width")
+    student = (room.weights(shapes), "--set width= or --resize")
+    latent, width = settings.latent, settings.generator_width
+    generator = room.weights(StudentGenerator.shapes(image_shape, n_classes, latent=latent, width=width))
+    return {
+        "model/student.safetensors": student,
+        "model/student.onnx": student,
+        "model/generator.safetensors": (generator, "--set generator_width=, --set latent="),
+    }
 
 
-def check_sampler(settings: Any, image_shape: tuple[int, int, int], n_classes: int) -> None:
-    """Raises ConfigError where the student that a `DistillationConfig` asks for cannot be made, or is more than a release may hold."""
+def _sampler_files(settings: Any, image_shape: tuple[int, int, int], n_classes: int) -> dict[str, room.Size]:
+    """The student that a `DistillationConfig` asks for. Raises ConfigError where it cannot be made."""
     few_step.check(image_shape)
     channels, side, _ = image_shape
     width = settings.token_width(image_shape)
@@ -196,17 +208,8 @@ def check_sampler(settings: Any, image_shape: tuple[int, int, int], n_classes: i
         raise ConfigError(f"Expected student_width of auto or a multiple of {HEADS} up to {MAX_WIDTH}, got {width}.")
     if n_classes > MAX_WIDTH:
         raise ConfigError(f"a diffusion student knows at most {MAX_WIDTH} classes, not {n_classes:,}; merge some")
-    _check_held(sampler_shapes({"channels": channels, "side": side, "width": width}, n_classes), "student_width")
-
-
-def _check_held(shapes: Mapping[str, tuple[int, ...]], setting: str) -> None:
-    """Raises ConfigError where the arrays of a student are more than one file of a release may hold, its header too."""
-    size = 4 * sum(math.prod(shape) for shape in shapes.values())
-    if size > MAX_ARRAYS - MAX_HEADER:
-        raise ConfigError(
-            f"a student of {-(-size >> 20):,} MiB is more than the {(MAX_ARRAYS - MAX_HEADER) >> 20} MiB that a release may hold; "
-            f"choose a smaller --set {setting}= or --resize"
-        )
+    shapes = sampler_shapes({"channels": channels, "side": side, "width": width}, n_classes)
+    return {WEIGHTS: (room.weights(shapes), "--set student_width= or --resize")}
 
 
 def methods_of(config: RunConfig) -> Mapping[str, Any]:
@@ -314,27 +317,61 @@ def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | No
     ledger_path = source.ledger()
     cap = (config.budget or config.epsilon, config.delta)
     ledger = stack.enter_context(Ledger.open(ledger_path, cap=cap, unit=source.unit))
-    if config.budget is not None:
-        ledger.raise_cap((config.budget, ledger.cap[1]))
-    asked = [planned.part for planned in plan.releases]
-    if not state.exists():
-        ledger.check_affordable(asked)  # first, so that a refused run leaves nothing behind
+    vault = (
+        _vault(state, plan.toml, source.contents, insecure_seed) if state.exists() else None
+    )  # else later: a refused run leaves nothing behind
+    left = plan.releases[len(_planned(ledger, vault.run)) :] if vault else plan.releases
+    cap = ledger.cap if config.budget is None else (config.budget, ledger.cap[1])
+    _check_foreseen(config, plan, ledger, vault.run if vault else NEW_RUN, left, cap, insecure_seed is not None)
+    ledger.raise_cap(cap)
+    if left:  # of a run that goes on, too: another may have been let in since
+        ledger.check_affordable([planned.part for planned in left])
     releases()  # it is needed at the end: that it cannot be made is found out before anything is charged
-    begin(state, plan.toml, source.contents)
-    vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
-    if not ledgers.parts(ledger.lines, vault.run):
-        ledger.check_affordable(asked)
+    vault = vault or _vault(state, plan.toml, source.contents, insecure_seed)
     # Checkpoints derive from releases of one key on one ledger: with another of either, they would bring in what it did not charge.
     work = state / "work" / f"{vault.run}-{ledger.lines[0]['hash'][:16]}"
     ledger.start(vault.run, config.method, config_hash(plan.toml))
     return Held(ledger, vault, work)
 
 
+def _vault(state: Path, toml: str, contents: Contents, insecure_seed: int | None) -> Vault:
+    """The noise key of the run in a state folder, which is begun if it is new."""
+    begin(state, toml, contents)
+    return Vault.open(state / "vault", insecure_seed=insecure_seed)
+
+
+def _planned(ledger: Ledger, run: str) -> list[ledgers.Line]:
+    """What a run has been charged of its plan, in order."""
+    return [line for line in ledger.intents(run) if not line["again"]]
+
+
+def _check_foreseen(
+    config: RunConfig,
+    plan: Plan,
+    ledger: Ledger,
+    run: str,
+    left: list[Planned],
+    cap: tuple[float, float],
+    insecure: bool,
+) -> None:
+    """Raises LedgerError where no release could be written once the run has ended: before anything of it is charged."""
+    lines = ledger.foreseen(run, config.method, config_hash(plan.toml), left, cap)
+    for problem in check_foreseen(lines, run, config.delta, insecure):
+        way = (
+            "leave --budget out"
+            if cap != ledger.cap
+            else "choose another method, another δ, fewer steps, or a smaller ε"
+        )
+        raise LedgerError(
+            f"{ledger.path}: no release of this run could be verified ({problem}); nothing was charged for it; {way}"
+        )
+
+
 def _hand_out(config: RunConfig, plan: Plan, source: Source, held: Held, handle: Door, made: Any) -> None:
     """Writes the release, if the run asked for what it planned, and forgets the key."""
     ledger, vault = held.ledger, held.vault
     planned = [(p.query.describe(), p.count) for p in plan.releases]
-    charged = [(line["query"], line["count"]) for line in ledger.intents(vault.run) if not line["again"]]
+    charged = [(line["query"], line["count"]) for line in _planned(ledger, vault.run)]
     if planned != charged:
         raise LedgerError("the method asked for other releases than it planned; this is a bug, and nothing was written")
     ledger.finish(vault.run)
@@ -382,7 +419,8 @@ def auxiliary_of(config: RunConfig) -> str:
 
 
 def write_result(out: Path, made: Synthetic | Student | Sampler, facts: BundleFacts) -> Path:
-    """Writes what a method made."""
+    """Writes what a method made, whatever came of its fit."""
+    made = mended(made)
     if isinstance(made, Synthetic):
         return write_bundle(out, made, facts)
     facts = dataclasses.replace(facts, figures=made.figures)
