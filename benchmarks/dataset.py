@@ -60,7 +60,6 @@ def public_of(folder: Path, dataset: str, records: LabelledImages, seed: int) ->
         image_shape=records.image_shape,
         class_names=records.class_names,
         auxiliary=torch.from_numpy(auxiliary.to_unit()),
-        auxiliary_labels=torch.from_numpy(auxiliary.labels),
         procedural=torch.from_numpy(to_unit(procedural_images(4000, *records.image_shape, seed))),
     )
 

@@ -23,6 +23,7 @@ from dpdistill.evaluation import Training, accuracy, evaluate, train_on_real
 
 OUT = Path("out/demo")
 PRIVATE = RunConfig(data="digits:train", out=str(OUT / "release"), ledger=str(OUT / "ledger.jsonl"), epsilon=3.0)
+os.environ["DPDISTILL_HOME"] = str(OUT / "home")  # where it is noted from which records the release is
 console = Console(highlight=False, soft_wrap=True)
 
 

@@ -94,7 +94,37 @@ def test_a_release_from_first_look_to_page(dp: Cli, tmp_path: Path) -> None:
     code, out, err = dp("report", "out", "--out", "page.html", "--evaluation", "e.json")
     assert (code, err) == (0, "")
     assert "accuracies" in (tmp_path / "page.html").read_text()
+    # Labels go by the names of their classes, in whatever order a file lists these; of a file without names, by their numbers.
+    mean = json.loads((tmp_path / "e.json").read_text())["mean"]
+    given = dict(np.load("test.npz"))
+    names_of = given.pop("classes")
+    turned = {"labels": len(names_of) - 1 - given["labels"], "images": given["images"]}
+    np.savez("turned.npz", classes=names_of[::-1], **turned)
+    np.savez("bare.npz", **given)
+    np.savez(
+        "part.npz",
+        classes=names_of[:1],
+        images=given["images"][given["labels"] == 0],
+        labels=given["labels"][given["labels"] == 0],
+    )
+    np.savez("strange.npz", classes=np.array(["zebra", *names_of[1:]]), **given)
+    for file in ("turned.npz", "bare.npz", "part.npz"):
+        code, _, err = dp("evaluate", "out", "--data", file, "--epochs", 2, "--seeds", 2, "--out", "f.json")
+        assert (code, "is not" in err) == (0, False), (file, err)
+        if file != "part.npz":
+            assert json.loads((tmp_path / "f.json").read_text())["mean"] == mean, file
+    code, _, err = dp("evaluate", "out", "--data", "strange.npz")
+    assert (code, "has a class 'zebra' that the release has not" in err) == (2, True)
+    np.savez("floats.npz", classes=names_of, labels=given["labels"], images=given["images"].astype(np.float32))
+    read = ("--set", "value_low=0", "--set", "value_high=255")
+    code, _, err = dp("evaluate", "out", "--data", "floats.npz", *read, "--epochs", 2, "--seeds", 2, "--out", "f.json")
+    assert (code, json.loads((tmp_path / "f.json").read_text())["mean"]) == (0, mean)
+    (tmp_path / "other.json").write_text(json.dumps({"mean": 1.0, "run": "another"}))
     for wrong in (
+        ("report", "out", "--evaluation", "other.json"),
+        ("evaluate", "out", "--data", "floats.npz"),
+        ("audit", "out", "--quick", "--data", "floats.npz"),
+        ("audit", "out", "--quick", "--json", "none/found.json"),
         ("evaluate", "out", "--data", "test.npz", "--out", "out/e.json"),
         ("evaluate", "out", "--data", "test.npz", "--out", "none/e.json"),
         ("evaluate", "out", "--data", "test.npz", "--resize", 16),
@@ -109,6 +139,7 @@ def test_a_release_from_first_look_to_page(dp: Cli, tmp_path: Path) -> None:
     assert verify(tmp_path / "out").ok  # nothing was put into it
     pages = tmp_path / "out" / "report.html"
     pages.write_bytes(pages.read_bytes().replace(b"a", b"b", 1))
+    assert dp("evaluate", "out", "--data", "test.npz")[0] == 2
     code, out, err = dp("verify", "out")
     assert (code, err) == (1, "")
     assert out.startswith("FAIL  report.html")

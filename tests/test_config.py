@@ -155,6 +155,8 @@ def test_a_wrong_type_is_one_line(name: str, value: Any) -> None:
         {"delta": 0.0},
         {"delta": 1.0},
         {"delta": -1e-5},
+        {"delta": 1e-11},
+        {"epsilon": 1001.0},
         {"delta": float("nan")},
         {"per_class": 0},
         {"per_class": 1001},
@@ -178,6 +180,7 @@ def test_out_of_range(changes: dict[str, Any]) -> None:
 
 def test_bounds_that_hold() -> None:
     RunConfig(data="d", epsilon=1e-3, budget=1e-3, delta=0.5, per_class=1000, seed=2**63 - 1)
+    RunConfig(data="d", epsilon=1000.0, delta=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +284,47 @@ def test_the_hash_is_of_what_shaped_the_result() -> None:
         assert public_toml(dataclasses.replace(base, **change), Joint(), 1.25) != text
     for settings, sigma in ((Joint(steps=399), 1.25), (Joint(), 1.26)):
         assert public_toml(base, settings, sigma) != text
+
+
+@pytest.mark.parametrize(
+    ("config", "others"),
+    [
+        (
+            RunConfig(data="d"),
+            [
+                *({"resize": 8}, {"channels": 1}, {"split": "x"}, {"image_column": "x"}, {"label_column": "x"}),
+                *({"value_low": 0.0, "value_high": high} for high in (1.0, 255.0)),
+            ],
+        ),
+        (ModelConfig(data="d", shards=5, method="votes"), [{"id_column": "x"}, {"resize": 8}]),
+        (DiffusionConfig(data="d", expected_records=9), [{"unlabelled": True}, {"resize": 8}]),
+        (
+            ModelConfig(teacher="t", attested_epsilon=1, attested_delta=0.1, method="conversion"),
+            [
+                *({"attested_epsilon": 2.0}, {"attested_delta": 0.2}, {"attested_unit": "person"}),
+                *({"architecture": "a:b"}, {"shape": "1,8,8"}, {"input_low": -1.0}, {"input_high": 255.0}),
+                *({"mean": "0.5"}, {"std": "0.5"}, {"layout": "NHWC"}, {"outputs": "logits"}),
+            ],
+        ),
+    ],
+    ids=["dataset", "model", "diffusion", "teacher"],
+)
+def test_how_it_is_read_is_in_the_public_file(config: RunConfig, others: list[dict[str, Any]]) -> None:
+    texts = [public_toml(dataclasses.replace(config, **change), Joint(), 1.0) for change in ({}, *others)]
+    assert len(set(texts)) == len(texts)
+    for change, text in zip(others, texts[1:], strict=True):
+        values = tomllib.loads(text)
+        assert change.items() <= (values | values["reading"]).items()
+    assert public_toml(config, Joint(), 1.0, "f" * 64) != texts[0]
+    of_python = RunConfig(data="d", value_low=0, value_high=1)  # nothing converts them
+    assert public_toml(of_python, Joint(), 1.0) == public_toml(
+        RunConfig(data="d", value_low=0.0, value_high=1.0), Joint(), 1.0
+    )
+
+
+def test_more_settings_than_a_release_may_hold_are_refused() -> None:
+    with pytest.raises(ConfigError, match="shorter names"):
+        public_toml(RunConfig(data="d", label_column="x" * 2**14), Joint(), 1.0)
 
 
 def test_every_way_out_that_a_reader_names_exists() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpdistill import sources
+from dpdistill import diffusion, pipeline, sources
 from dpdistill.bundle import verify
 from dpdistill.config import DiffusionConfig
 from dpdistill.data import load_images
@@ -131,6 +131,24 @@ def test_the_papers_form_promises_nothing_and_charges_nothing(config: Any, tmp_p
     claim["sigma"] = "0.5"
     (out / "certificate.json").write_text(json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     assert any("certificate.json" in problem for problem in verify(out).problems)
+
+
+@pytest.mark.parametrize("method", ["paper", "dpdm"])
+def test_other_records_do_not_go_on_with_a_run(
+    method: str, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither before nor after its release is written, where a crash comes before the run's state is removed."""
+    with np.load(tmp_path / "x.npz") as held:
+        np.savez(tmp_path / "y.npz", **{**held, "labels": 1 - held["labels"]})
+    other = config(method, data=str(tmp_path / "y.npz"))
+    for step in ("write_result", "forget"):
+        with monkeypatch.context() as patch:
+            patch.setattr(diffusion if method == "paper" else pipeline, step, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                diffuse(config(method), quiet=True)
+        with pytest.raises((ConfigError, ReleaseError), match="other data"):
+            diffuse(other, quiet=True)
+    assert verify(diffuse(config(method), quiet=True)).ok == (method == "dpdm")
 
 
 @pytest.mark.parametrize(

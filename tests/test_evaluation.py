@@ -126,5 +126,6 @@ def test_shows_the_network_after_each_epoch() -> None:
         after_epoch=lambda net: seen.append(float(net.head.weight.detach().norm())),
     )
     alone = train_classifier(synthetic(), 2, QUICK, torch.Generator().manual_seed(0))
-    assert len(seen) == QUICK.epochs and len(set(seen)) == len(seen)
+    assert len(seen) == QUICK.epochs
+    assert len(set(seen)) == len(seen)
     assert torch.equal(watched.head.weight, alone.head.weight)

@@ -24,7 +24,7 @@ from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.config import ModelConfig
 from dpdistill.conversion import convert
 from dpdistill.data import load_images, to_unit
-from dpdistill.errors import ConfigError, DpdistillError, InputError, LedgerError
+from dpdistill.errors import ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
 from dpdistill.models import ConvNet
 from dpdistill.models.teachers import from_callable
 from dpdistill.models.wavelet_net import WaveletNet
@@ -92,10 +92,21 @@ def the_ledger(tmp_path: Path) -> list[ledgers.Line]:
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"width": 10}, "groups do not divide"), ({"depth": 17}, "depth is not"), ({"width": 4000, "groups": 4}, "MiB")],
+    [
+        ({"width": 10}, "groups do not divide"),
+        ({"depth": 17}, "depth is not"),
+        ({"width": 4000, "groups": 4}, "student.safetensors .* in one file"),
+        ({"width": 1080, "groups": 4}, "all files together"),  # 240 MiB, but there twice
+        ({"latent": 10**7}, r"generator.safetensors .*generator_width=, --set latent="),
+        ({"lr": 1e30}, "lr from"),
+        ({"matrix_lr": 1e30}, "matrix_lr from"),
+        ({"clip_norm": 1e-300}, "clip_norm from"),
+        ({"reach": 1e300, "reach_max": 1e300}, "reach from"),
+        ({"reach_max": 1e300}, "reach_max from"),
+    ],
 )
 def test_a_student_that_cannot_be_is_refused_before_anything_is_charged(
-    settings: dict[str, int], words: str, tmp_path: Path, run: Callable[..., ModelConfig]
+    settings: dict[str, float], words: str, tmp_path: Path, run: Callable[..., ModelConfig]
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         convert(run(settings=settings), quiet=True)
@@ -120,6 +131,8 @@ def test_from_records_to_a_student(more: dict[str, Any], tmp_path: Path, run: Ca
     same = verdict.guarantee.epsilon_replace_one == pytest.approx(verdict.guarantee.epsilon)
     assert same == ("id_column" in more)
     found = certificate(out)
+    assumed = {each["id"] for each in found["assumptions"]} & {"one-record", "one-unit"}
+    assert assumed == {"one-unit" if "id_column" in more else "one-record"}
     assert found["release"]["kind"] == "model"
     assert found["release"]["method"] == ("votes" if more else "teacher")
     assert sorted(os.listdir(tmp_path)) == ["data", "home", "out"]
@@ -218,6 +231,16 @@ def test_a_teacher_with_our_certificate_hands_its_guarantee_on(tmp_path: Path, r
     assert (out / "ledger.jsonl").read_bytes() == (first / "ledger.jsonl").read_bytes()
     assert load_student(out).config["width"] == 4
     assert convert(run(teacher=str(first), settings={"width": 4}), quiet=True) == out
+    # The promise rests on the public images of both: the student's are named beside the teacher's.
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "others.npz", images=pixels, labels=np.arange(40) % 2)
+    more = run(teacher=str(first), auxiliary=str(tmp_path / "others.npz"), out=str(tmp_path / "more"))
+    others = "procedural; of the conversion: others.npz, public by the user's word"
+    assert (certificate(convert(more, quiet=True))["auxiliary"], certificate(out)["auxiliary"]) == (
+        others,
+        "procedural",
+    )
+    assert verify(tmp_path / "more").ok
     (first / "model" / "student.onnx").write_bytes(b"x")
     with pytest.raises(DpdistillError):
         convert(run(teacher=str(first), out=str(tmp_path / "third")), quiet=True)
@@ -234,6 +257,48 @@ def test_an_attested_guarantee_is_repeated_as_attested(tmp_path: Path, run: Call
     assert (verdict.guarantee.epsilon, verdict.guarantee.delta, verdict.guarantee.unit) == (2.5, 1e-6, "patient")
     assert not (out / "ledger.jsonl").exists()
     assert not (tmp_path / "home").exists()
+
+
+def test_a_teacher_that_is_asked_otherwise_is_another_run(
+    tmp_path: Path, run: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    for place in ("0", "1"):
+        (tmp_path / place).mkdir()
+        images, names = rng.integers(0, 255, (60, 8, 8), dtype=np.uint8), np.array(["a", "b"])
+        np.savez(tmp_path / place / "open.npz", images=images, labels=np.arange(60) % 2, classes=names)
+    plain: dict[str, Any] = {
+        "teacher": str(onnx_teacher(tmp_path / "t.onnx")),
+        "attested_epsilon": 2.5,
+        "attested_delta": 1e-6,
+    }
+    plain["auxiliary"] = str(tmp_path / "0" / "open.npz")
+    others = [run(**plain | change) for change in ({"input_high": 255.0}, {"attested_epsilon": 1.5}, {"mean": "0.5"})]
+    others.append(run(**plain | {"auxiliary": str(tmp_path / "1" / "open.npz")}))
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "write_result", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert(run(**plain), quiet=True)
+    for other in others:
+        with pytest.raises(ConfigError, match="other settings"):
+            convert(other, quiet=True)
+    out = convert(run(**plain), quiet=True)
+    assert convert(run(**plain), quiet=True) == out
+    for other in others:
+        with pytest.raises(ReleaseError, match="holds something else"):
+            convert(other, quiet=True)
+
+
+def test_the_release_of_other_owners_is_no_answer(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    """Also on a ledger that all of it is charged to."""
+    ledger, budget = str(tmp_path / "l.jsonl"), 99.0
+    for seed in range(8):
+        onnx_teacher(tmp_path / ("some" if seed < 4 else "others") / f"{seed}.onnx", seed)
+    some, others = (run(teachers=str(tmp_path / name), ledger=ledger, budget=budget) for name in ("some", "others"))
+    out = convert(some, quiet=True)
+    with pytest.raises(ReleaseError, match="other data's release"):
+        convert(others, quiet=True)
+    assert convert(some, quiet=True) == out
 
 
 @pytest.mark.parametrize("noise", [True, False])
@@ -329,6 +394,16 @@ WRONG = {
     "shards of no data": ({"teacher": "y", "shards": 3}, ConfigError, "--shards and --id-column cut --data"),
     "ids without shards": ({"id_column": "person"}, ConfigError, "--id-column needs --shards"),
     "half an attestation": ({"teacher": "t", "attested_epsilon": 1.0}, ConfigError, "go together"),
+    "a δ that nothing adds up at": (
+        {"teacher": "t", "attested_epsilon": 1.0, "attested_delta": 1e-12},
+        ConfigError,
+        "attested delta in [1e-10, 1)",
+    ),
+    "an attested ε of 0": (
+        {"teacher": "t", "attested_epsilon": 0.0, "attested_delta": 1e-5},
+        ConfigError,
+        "attested epsilon > 0",
+    ),
     "a word and its opposite": (
         {"teacher": "t", "attested_epsilon": 1.0, "attested_delta": 1e-5, "accept_no_record_guarantee": True},
         ConfigError,

@@ -5,6 +5,7 @@ N records; 12x12 images of 3 classes. Every run has its own DPDISTILL_HOME.
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,17 +16,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from dpdistill import pipeline, sources
 from dpdistill.bundle.verification import verify
-from dpdistill.config import RunConfig
+from dpdistill.config import ModelConfig, RunConfig
+from dpdistill.data import Limits, load_images
 from dpdistill.errors import BudgetError, ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
 from dpdistill.mechanisms import Vault
-from dpdistill.methods import METHODS
+from dpdistill.methods import METHODS, MODEL_METHODS
 from dpdistill.pipeline import distil, make_plan
-from dpdistill.privacy import Ledger, accounting
+from dpdistill.privacy import GaussianSum, Ledger, accounting
 from dpdistill.privacy import ledger as ledgers
 
 TINY: dict[str, dict[str, Any]] = {
@@ -130,11 +134,13 @@ def test_from_records_to_a_release_that_verifies(
     certificate = json.loads((out / "certificate.json").read_text())
     assert certificate["release"]["per_class"] == 2
     assert certificate["release"]["class_names"] == ["top", "left", "none"]
-    # The key and all that was beside the release is gone; what is left is the release, the ledger and the home's own key.
+    # The key and all that was beside the release is gone; what is left is the release, the ledger, the home's key and whose data it was.
     assert sorted(os.listdir(tmp_path)) == ["data", "home", "out"]
-    assert sorted(os.listdir(tmp_path / "home")) == ["key", "ledgers"]
+    assert sorted(os.listdir(tmp_path / "home")) == ["key", "ledgers", "releases"]
     assert the_ledger(tmp_path).read_bytes() == (out / "ledger.jsonl").read_bytes()
-    for private in (tmp_path / "home", tmp_path / "home" / "key", the_ledger(tmp_path)):
+    (noted,) = (json.loads(path.read_text()) for path in (tmp_path / "home" / "releases").iterdir())
+    assert not any(noted[name].encode() in (raw or b"") for name in ("key", "records") for raw in listing(out).values())
+    for private in (tmp_path / "home", tmp_path / "home" / "releases", tmp_path / "home" / "key", the_ledger(tmp_path)):
         assert private.stat().st_mode & 0o077 == 0
     # The same command again: the same folder at once, nothing charged, nothing written.
     before = listing(tmp_path)
@@ -158,6 +164,22 @@ def test_no_release_names_a_path_or_the_number_of_records(tmp_path: Path, tiny: 
             assert str(tmp_path).encode() not in raw, name
             assert b"private.npz" not in raw, name
     assert "open.npz" in (out / "certificate.json").read_text()  # the auxiliary set is named, by its last name
+
+
+@pytest.mark.parametrize("form", ["npz", "folder"])
+def test_public_images_need_no_labels(form: str, tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    given = np.load(save(tmp_path / "open.npz", 60, side=8))["images"]
+    if form == "npz":
+        np.savez(tmp_path / "bare.npz", images=given)
+    else:
+        (tmp_path / "bare").mkdir()
+        for number, image in enumerate(given):
+            Image.fromarray(image.squeeze()).save(tmp_path / "bare" / f"{number}.png")
+    bare = pipeline.public_facts(
+        tiny(auxiliary=str(tmp_path / "bare.npz" if form == "npz" else tmp_path / "bare")), (1, 8, 8), ("a",)
+    )
+    labelled = pipeline.public_facts(tiny(auxiliary=str(tmp_path / "open.npz")), (1, 8, 8), ("a",))
+    assert sorted(bare.auxiliary.flatten().tolist()) == sorted(labelled.auxiliary.flatten().tolist())
 
 
 def test_another_configuration_in_the_same_place(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
@@ -275,14 +297,74 @@ def test_images_made_grey_or_colour_have_one_ledger(tmp_path: Path, tiny: Callab
         assert len({sources._ledger_path(c, sources.load_private(c)) for c in configs}) == 1
 
 
+def test_a_ledger_named_as_before_is_taken_over(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    """Its name was a hash of images and labels in their order."""
+    config = tiny()
+    records = sources.load_private(config)
+    facts = repr((records.images.shape, str(records.images.dtype))).encode()
+    before = sources.ledger_of([facts, records.images.tobytes(), records.labels.tobytes()])
+    distil(config, quiet=True)
+    now = the_ledger(tmp_path)
+    spent = now.read_bytes()
+    now.rename(before)
+    with pytest.raises(BudgetError):
+        distil(tiny(out=str(tmp_path / "second"), seed=1), quiet=True)
+    assert not before.exists()
+    assert now.read_bytes() == spent
+
+
+def test_labels_names_and_order_have_no_ledger_of_their_own(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    """What the classes are called, which column holds them and how the records are sorted is a choice, and a choice buys no budget."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (6, 8, 8), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        (tmp_path / "f" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "f" / "ab"[number % 2] / f"{number}.png")
+    cells = [{"bytes": (tmp_path / "f" / "ab"[n % 2] / f"{n}.png").read_bytes(), "path": ""} for n in range(6)]
+    columns = {"image": cells, "label": [0, 1] * 3, "other": [0] * 6}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    folder, table = str(tmp_path / "f"), str(tmp_path / "t.parquet")
+    configs = [tiny(data=folder), tiny(data=folder, class_names="b,a"), tiny(data=folder, class_names="a,b,c")]
+    configs += [
+        tiny(data=table, classes=2),
+        tiny(data=table, classes=2, label_column="other"),
+        tiny(data=table, classes=5),
+    ]
+    assert len({sources._ledger_path(c, sources.load_private(c)) for c in configs}) == 1
+    np.savez(tmp_path / "twice.npz", images=pixels[[0, 0, 1, 2, 3, 4, 5]], labels=np.zeros(7, np.int64))
+    twice = tiny(data=str(tmp_path / "twice.npz"), classes=1)
+    assert sources._ledger_path(twice, sources.load_private(twice)) != sources._ledger_path(
+        configs[0], sources.load_private(configs[0])
+    )
+
+
+@pytest.mark.parametrize("refused", ["limit", "disk"])
+def test_a_reading_that_fails_gives_no_other_ledger(
+    refused: str, tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scaled images may be within a limit that the images as they are pass: that is said, and is no other data set."""
+    config = tiny(resize=8)
+
+    def load(*args: Any, resize: int | None, limits: Limits, **others: Any) -> Any:
+        if refused == "limit":
+            limits = dataclasses.replace(limits, max_array_bytes=N * 100)
+        elif resize is None:
+            raise InputError("scratch", "has no room for data that do not fit in memory", "point TMPDIR elsewhere")
+        return load_images(*args, resize=resize, limits=limits, **others)
+
+    records = sources.load_private(config)
+    monkeypatch.setattr(sources, "load_images", load)
+    with pytest.raises(InputError, match=r"--max-gib" if refused == "limit" else "has no room"):
+        sources._ledger_path(config, records)
+    assert not (tmp_path / "home").exists()
+
+
 def test_other_records_have_another_ledger(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
     places = set()
     for name, n, seed in (("a", N, 0), ("b", N, 1), ("c", N + 1, 0)):
         config = tiny(data=str(save(tmp_path / f"{name}.npz", n, seed)))
         places.add(sources.default_ledger(sources.load_private(config)))
-    config = tiny(data=str(save(tmp_path / "d.npz", N, 0, labels=np.zeros(N, np.int64))))
-    places.add(sources.default_ledger(sources.load_private(config)))
-    assert len(places) == 4
+    assert len(places) == 3
     key = (tmp_path / "home" / "key").read_bytes()
     assert len(key) == 32
     (tmp_path / "home" / "key").write_bytes(bytes(32))  # the name is keyed: it tells nothing to whoever guesses records
@@ -314,6 +396,14 @@ def test_an_empty_home_is_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         ({"method": "ndpdc", "settings": {"sampling_prob": 2.0}}, ConfigError),
         ({"method": "ndpdc", "settings": {"sampling_prob": None}}, ConfigError),
         ({"method": "ndpdc", "settings": {"clip_norm": -1.0}}, ConfigError),
+        ({"method": "ndpdc", "settings": {"parts": 13}}, ConfigError),
+        ({"method": "dosser", "settings": {"parts": 13}}, ConfigError),
+        ({"method": "dosser", "settings": {"clip_norm": 1e300}}, ConfigError),
+        ({"method": "dosser", "settings": {"clip_norm": 1e-300}}, ConfigError),
+        ({"method": "dosser", "settings": {"lr": 1e38}}, ConfigError),
+        ({"method": "dosser", "settings": {"group_size": 1e300}}, ConfigError),
+        ({"method": "ndpdc", "settings": {"augment": "_".join(["crop"] * 4000)}}, ConfigError),
+        ({"epsilon": 900.0}, ConfigError),  # below what a run may ask for, above what a verifier adds up
         ({"device": "cuda"}, ConfigError),
     ],
     ids=str,
@@ -370,6 +460,219 @@ def test_the_state_of_another_configuration(
     assert verify(distil(tiny(), quiet=True)).ok
     assert the_ledger(tmp_path).read_bytes().startswith(before[str(the_ledger(tmp_path).relative_to(tmp_path))])
     assert not (tmp_path / "out.state").exists()
+
+
+def two_readings(kind: str, place: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two ways to read, of the same shape where they can be, that give other images, other labels or other public images."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (12, 16, 16), dtype=np.uint8)
+    if kind in ("range", "size"):
+        np.savez(
+            place / "f.npz", images=pixels / np.float32(255), labels=np.arange(12) % 2, classes=np.array(["a", "b"])
+        )
+        first = {"data": str(place / "f.npz"), "value_low": 0.0, "value_high": 1.0, "resize": 16}
+        return first, first | ({"value_high": 255.0} if kind == "range" else {"resize": 8})
+    if kind in ("labels", "images"):
+        cells = []
+        for image in pixels:
+            Image.fromarray(image).save(buffer := io.BytesIO(), "PNG")
+            cells.append({"bytes": buffer.getvalue(), "path": ""})
+        columns = {"image": cells, "left": cells[::-1], "label": [0, 1] * 6, "other": [1, 0] * 6}
+        pq.write_table(pa.table(columns), place / "t.parquet")
+        first = {"data": str(place / "t.parquet"), "classes": 2, "ledger": str(place / "l.jsonl")}
+        return first, first | ({"label_column": "other"} if kind == "labels" else {"image_column": "left"})
+    if kind in ("names", "colour", "split"):
+        for number, image in enumerate(pixels):
+            folder = place / "f" / ("train", "val")[number % 2] / "ab"[number // 2 % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number}.png")
+        first = {"data": str(place / "f"), "split": "train", "ledger": str(place / "l.jsonl")}
+        return first, first | {"names": {"class_names": "b,a"}, "colour": {"channels": 3}, "split": {"split": "val"}}[
+            kind
+        ]
+    if kind == "auxiliary":
+        for seed in (0, 1):
+            save(place / str(seed) / "open.npz", 60, seed)
+        return {"auxiliary": str(place / "0" / "open.npz")}, {"auxiliary": str(place / "1" / "open.npz")}
+    first = {"ledger": str(place / "l.jsonl")}
+    return first, first | {"data": str(save(place / "other.npz", seed=5))}
+
+
+READINGS = ("range", "size", "labels", "images", "names", "colour", "split", "auxiliary", "data")
+
+
+@pytest.mark.parametrize("kind", READINGS)
+def test_what_is_read_otherwise_is_another_run(
+    kind: str, tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a release of the one and half of the other would be no release of either; and a finished one is no answer to the other."""
+    first, other = (tiny(budget=9.0, **reading) for reading in two_readings(kind, tmp_path / "data"))
+    stopped(first, monkeypatch)
+    before = listing(tmp_path)
+    with pytest.raises(ConfigError, match=r"other settings or other data.*another --out"):
+        distil(dataclasses.replace(other, budget=19.0), quiet=True)
+    assert listing(tmp_path) == before
+    out = distil(first, quiet=True)
+    assert verify(out).ok
+    before = listing(tmp_path)
+    with pytest.raises(ReleaseError, match=r"other data's release; choose another --out"):
+        distil(other, quiet=True)
+    assert distil(first, quiet=True) == out
+    assert listing(tmp_path) == before
+
+
+def test_the_same_records_from_another_file_go_on(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(tiny(), monkeypatch)
+    copy = tiny(data=str(save(tmp_path / "elsewhere" / "copy.npz")))
+    out = distil(copy, quiet=True)
+    assert verify(out).ok
+    assert distil(tiny(), quiet=True) == out
+    shutil.rmtree(tmp_path / "home" / "releases")  # what is not known to be of these records is no answer
+    with pytest.raises(ReleaseError, match=r"as far as .*home knows"):
+        distil(tiny(), quiet=True)
+
+
+def test_no_place_to_note_whose_data_it_is(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    (tmp_path / "home").write_text("")
+    with pytest.raises(LedgerError, match="set DPDISTILL_HOME"):
+        distil(tiny(ledger=str(tmp_path / "l.jsonl")), quiet=True)
+    assert b"intent" not in (tmp_path / "l.jsonl").read_bytes()
+    assert not (tmp_path / "out.state").exists()
+
+
+def killed(config: RunConfig, charges: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped before its next charge, after so many."""
+    reserve, made = Ledger.reserve, []
+
+    def counted(self: Ledger, *args: Any, **more: Any) -> int:
+        if len(made) == charges:
+            raise KeyboardInterrupt
+        made.append(args)
+        return reserve(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "reserve", counted)
+        with pytest.raises(KeyboardInterrupt):
+            distil(config, quiet=True)
+
+
+def test_a_stopped_run_that_can_be_afforded_no_more_is_charged_no_more(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run was let in while it stood still."""
+    killed(tiny(), 2, monkeypatch)
+    other = distil(tiny(out=str(tmp_path / "b"), epsilon=0.6, seed=1), quiet=True)
+    before = listing(tmp_path)
+    with pytest.raises(BudgetError, match="nothing was read") as error:
+        distil(tiny(), quiet=True)
+    assert listing(tmp_path) == before
+    needed = float(re.search(r"--budget ([\d.]+)", str(error.value)).group(1))
+    assert verify(distil(tiny(budget=needed), quiet=True)).ok
+    assert verify(other).ok
+
+
+def test_a_run_whose_plan_is_charged_goes_on_below_a_lowered_cap(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(tiny(), monkeypatch)
+    with Ledger.open(the_ledger(tmp_path), cap=(1.0, 1e-5)) as ledger:
+        ledger.raise_cap((0.5, 1e-5))
+    assert verify(distil(tiny(), quiet=True)).ok
+
+
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, caps: int = 0, kinds: int = 0) -> str:
+    """A ledger whose cap was changed so often, or that holds so many sampled releases, no two alike."""
+    path = tmp_path / "full.jsonl"
+    with monkeypatch.context() as patch, Ledger.open(path, cap=(5.0, 1e-5)) as ledger:
+        patch.setattr(Ledger, "check_affordable", lambda *_: None)
+        for number in range(caps):
+            ledger.raise_cap((5.0 + number % 2 + 1, 1e-5))
+        ledger.start("before", "ndpdc", "0" * 64)
+        for number in range(kinds):
+            ledger.reserve("before", GaussianSum(name="x", dim=1, noise_multiplier=900.0 + number, sampling_prob=0.1))
+        ledger.finish("before")
+    return str(path)
+
+
+def refused(config: RunConfig, tmp_path: Path, message: str) -> None:
+    before = listing(tmp_path)
+    with pytest.raises(LedgerError, match=message) as error:
+        distil(config, quiet=True)
+    assert "\n" not in str(error.value)
+    assert listing(tmp_path) == before
+
+
+def test_a_cap_that_was_changed_too_often_is_not_changed_again(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = full(tmp_path, monkeypatch, caps=64)
+    refused(tiny(ledger=path, budget=9.0), tmp_path, "the cap was changed over 64 times.*leave --budget out")
+    assert verify(distil(tiny(ledger=path), quiet=True)).ok
+    with Ledger.open(Path(path), cap=(1.0, 1e-5)) as ledger:
+        ledger.raise_cap((50.0, 1e-5))
+    refused(
+        tiny(ledger=path, out=str(tmp_path / "b")), tmp_path, "the cap was changed over 64 times.*nothing was charged"
+    )
+
+
+def test_one_kind_of_sampled_release_too_many_is_not_charged(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = full(tmp_path, monkeypatch, kinds=64)
+    refused(tiny("ndpdc", ledger=path), tmp_path, "too many kinds of release.*choose another method")
+
+
+def test_an_epsilon_that_the_accountants_do_not_agree_on_is_not_charged(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = full(tmp_path, monkeypatch)
+    monkeypatch.setattr(accounting, "rdp_epsilon", lambda *_: 0.5)
+    refused(tiny(ledger=path), tmp_path, "the accountants contradict each other")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_foreseen_is_what_is_on_the_ledger(
+    method: str, tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    foreseen = Ledger.foreseen
+    monkeypatch.setattr(Ledger, "foreseen", lambda *args: seen.append(foreseen(*args)) or seen[-1])
+    distil(tiny(method), quiet=True)
+
+    def facts(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{key: value for key, value in line.items() if key not in ("run", "hash")} for line in lines]
+
+    assert facts(seen[0]) == facts(ledgers.parse(the_ledger(tmp_path).read_bytes()))
+
+
+def test_soft_labels_count_among_what_a_release_holds() -> None:
+    names = tuple(map(str, range(300)))
+    settings = MODEL_METHODS["teacher"].Config()
+    for per_class, fits in ((1000, False), (300, True)):
+        config = ModelConfig(data="d", per_class=per_class)
+        if fits:
+            pipeline.check_size(config, settings, (1, 8, 8), names)
+        else:
+            with pytest.raises(ConfigError, match=r"synthetic.safetensors would have 4\d\d MiB.*--per-class"):
+                pipeline.check_size(config, settings, (1, 8, 8), names)
+            pipeline.check_size(RunConfig(data="d", per_class=per_class), None, (1, 8, 8), names)
+
+
+def test_a_fit_that_diverged_loses_no_release(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ndpdc = METHODS["ndpdc"]
+
+    def run(*args: Any) -> Any:
+        made = ndpdc.run(*args)
+        return dataclasses.replace(made, images=made.images * float("nan"))
+
+    monkeypatch.setitem(METHODS, "ndpdc", SimpleNamespace(Config=ndpdc.Config, plan=ndpdc.plan, run=run))
+    with pytest.warns(RuntimeWarning, match="the fit diverged"):
+        out = distil(tiny("ndpdc"), quiet=True)
+    assert verify(out).ok
 
 
 @pytest.mark.parametrize("lost", ["key", "seed", "ledger"])

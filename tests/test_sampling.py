@@ -110,6 +110,14 @@ def test_what_cannot_be_is_refused_in_one_line(case: str, release: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
+@pytest.mark.parametrize("inside", ["x.npz", "pipeline/x"])
+def test_nothing_is_put_into_the_release(inside: str, release: Path, tmp_path: Path) -> None:
+    (tmp_path / release / "pipeline").mkdir(parents=True)
+    with pytest.raises(InputError, match="lies in the release"):
+        sampling.sample(tmp_path / release, out=tmp_path / release / inside, count=2, quiet=True)
+    assert [path.name for path in (tmp_path / release).rglob("*")] == ["pipeline"]
+
+
 def test_steps_are_refused_before_a_release_is_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"steps of 1, 2 or 4"):
         sampling.sample(tmp_path / "nowhere", tmp_path / "x.npz", 2, steps=3, quiet=True)

@@ -35,7 +35,7 @@ ATTESTED = {"kind": "attested", "teacher": ID, "epsilon": NUMBER, "delta": NUMBE
 FREE = dict.fromkeys(("auxiliary", "python", "dpdistill", "dp-accounting", "numpy", "torch", "pages"), TEXT)
 VARYING = dict.fromkeys(("version", "rdp_epsilon", "coordinates", "distance_to_ideal"))
 WORDS = {"69d594f3d7e4f114161c9337e2291e2b", "d896e57246ee577a8dfb297d6749a26f"}  # docs/bundle.md#words: records,
-WORDS |= {"ed3a3289abc0542fe1fbf396ebea2775", "f88073979fc4023d5d1a6d3bb8e1a29d"}  # shards; other units; attested
+WORDS |= {"ab3f8fa387fff03f25fcb4f2dce94327", "f88073979fc4023d5d1a6d3bb8e1a29d"}  # shards; other units; attested
 UNCHECKED = """      not checkable: who made it, that the code ran as stated, the noise key erased, the ledger complete
       taken as claimed: the auxiliary sentence, seed, versions, record-wise checks, figures (an audit's too), the Rényi ceiling
       left to `dpdistill verify`: the Parquet table, samples.png, the networks' architecture, pages beyond the promise"""
@@ -155,7 +155,7 @@ def read_ledger(raw):
             state += {"run": [line.get("method"), line.get("config")], "intent": [], "final": ["ended"]}[kind]
         if kind in ("open", "cap"):
             cap = float(line["cap_epsilon"]), float(line["cap_delta"])
-            need(cap[0] > 0 and 0 < cap[1] < 1, "the ledger has a cap that is none")
+            need(cap[0] > 0 and 1e-10 <= cap[1] < 1, "the ledger has a cap that is none")
         if kind == "intent":
             query, count = line["query"], line["count"]
             fits(query, QUERIES[query["mechanism"]])
@@ -247,7 +247,10 @@ def check(folder):
     need(g["basis"] != "none" and not release["run"].startswith("insecure-"), "NOT PRIVATE: no guarantee")
     names = {name for name in FILES if "/" not in name or name.startswith(KINDS[release["kind"]])}
     names -= ({"ledger.jsonl"} if claim else set()) | (set() if "conversion_sha256" in release else {"conversion.toml"})
-    need(set(files) == names and 0 < float(g["delta"]) < 1, "a file is missing, or one too many; or delta is none")
+    need(
+        set(files) == names and (0 if claim else 1e-10) <= float(g["delta"]) < 1,
+        "a file is missing, or one too many; or delta is none",
+    )
     run = {key: release[key] for key in ("kind", "method", "run", "seed")}
     fits(run | {"delta": g["delta"]}, {"kind": WORD, "method": ID, "run": ID, "seed": int, "delta": NUMBER})
     wanted |= {"release": run | describe(files), "claim": claim or None}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,8 @@ Delta = Annotated[float | None, typer.Option(help="δ asked for.")]
 PerClass = Annotated[int | None, typer.Option(help="Synthetic images per class.")]
 MethodName = Annotated[str | None, typer.Option(help="joint (ours), dosser (the paper's, sound), ndpdc.")]
 Auxiliary = Annotated[
-    str | None, typer.Option(help="Public images in any of the forms of --data, or 'none' (procedural).")
+    str | None,
+    typer.Option(help="Public images in any of the forms of --data, with labels or without, or 'none' (procedural)."),
 ]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, where the files do not say.")]
 Resize = Annotated[int | None, typer.Option(help="Side length in pixels to scale images to.")]
@@ -336,7 +338,8 @@ def _tell(folder: Path) -> None:
     said = verdict.guarantee or " ".join(verdict.problems) or "no guarantee"
     console.print(str(said), style="bold" if verdict.guarantee else "bold red", markup=False)
     console.print(
-        f"release: {folder}   page: {folder / 'report.html'}   check: dpdistill verify {folder}", markup=False
+        f"release: {folder}   page: {folder / 'report.html'}   check: dpdistill verify {shlex.quote(str(folder))}",
+        markup=False,
     )
 
 
@@ -399,7 +402,7 @@ def audit(
     if kernel == (release is not None):
         raise ConfigError("give a release folder, or --kernel without one")
     if json_file is not None:
-        _check_outside(json_file, release or Path("-"))
+        _check_outside(json_file, release or Path("-"), "--json")
     if release is None:
         draws = audits.QUICK if quick else audits.DRAWS
         rows = audits.kernels(audits.every_kind(), audits.DELTA, draws=draws, passing=passing)
@@ -483,19 +486,29 @@ def evaluate(
     classes: Classes = None,
     resize: Resize = None,
     device: Device = None,
+    reading: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="name=value, for how the images are read, as of `dataset`: label_column, class_names, value_low …",
+        ),
+    ] = None,
 ) -> None:
     """Tests a release on your images: a student as it is, synthetic images and samples by networks trained on them. It stays outside."""
     from .bundle.release import load_student, read_bundle
-    from .data import check_public_range, load_images
-    from .errors import InputError
+    from .bundle.verification import open_release
     from .evaluation import Training, accuracy, evaluate
     from .files import write_whole
     from .pipeline import check_device
+    from .sources import load_test
     from .workspace import passing
 
     device = device or "cpu"
     check_device(device)
     _check_outside(out, release)
+    facts = open_release(release).facts  # a changed one would be tested as if it were this
+    chosen = _config(data=data, classes=classes, resize=resize, device=device, config=None, assignments=reading)
+    test = load_test(chosen, facts.class_names, facts.image_shape)
     synthetic = read_bundle(release)
     drawn = (release / "pipeline").is_dir()
     if drawn:  # of a diffusion model the shown samples are few: draw what a person would
@@ -503,16 +516,10 @@ def evaluate(
 
         synthetic = draw_set(release, SAMPLES, device=device)
     student = load_student(release).to(device) if (release / "model").is_dir() else None
-    test = load_images(data, n_classes=classes, resize=resize)
-    check_public_range(test)
-    if test.images.shape[1:] != synthetic.images.shape[1:] or int(synthetic.labels.max()) >= test.n_classes:
-        wanted, k = tuple(synthetic.images.shape[1:]), int(synthetic.labels.max()) + 1
-        raise InputError(
-            data, f"does not fit the release, of {k} classes of {wanted} images", "see --classes and --resize"
-        )
+    of = {"run": facts.run, "data": Path(data).name}
     if student is not None:
         right = accuracy(student, test.images, test.labels, value_range=test.value_range)
-        write_whole(out, json.dumps({"mean": right, "images": len(test.images)}, indent=2) + "\n")
+        write_whole(out, json.dumps({"mean": right, "images": len(test.images), **of}, indent=2) + "\n")
         console.print(
             f"accuracy {100 * right:.2f} %; about the test data, so not covered by the guarantee; written to {out}"
         )
@@ -521,7 +528,7 @@ def evaluate(
     training = Training() if epochs is None else Training(epochs=epochs)
     with passing("training on the release") as progress:
         result = evaluate(synthetic, test, training, seeds=range(seeds), progress=progress, device=device)
-    write_whole(out, json.dumps(result, indent=2) + "\n")
+    write_whole(out, json.dumps({**result, **of}, indent=2) + "\n")
     said = f"accuracy {100 * result['mean']:.2f} % ± {100 * result['std']:.2f} over {seeds} networks"
     console.print(f"{said}; about the test data, so not covered by the guarantee; written to {out}", markup=False)
 
@@ -534,19 +541,24 @@ def report(
 ) -> None:
     """Writes the page of a release anew, with the utility you measured if you name it."""
     from .bundle.report import write_report
+    from .bundle.verification import open_release
+    from .errors import InputError
 
-    write_report(release, out, _read_evaluation(evaluation) if evaluation else None)
+    found = _read_evaluation(evaluation) if evaluation else None
+    if found is not None and found.get("run") != open_release(release).facts.run:
+        raise InputError(evaluation, "is not of this release", "give the file that `dpdistill evaluate` wrote of it")
+    write_report(release, out, found)
     console.print(f"page: {out}", markup=False)
 
 
-def _check_outside(out: Path, release: Path) -> None:
+def _check_outside(out: Path, release: Path, option: str = "--out") -> None:
     """Before the work: the result needs a folder to lie in, and must not lie in the release, which would not verify any more."""
     from .errors import InputError
 
     if not out.parent.is_dir() or (os.path.lexists(out) and not out.is_file()):
-        raise InputError(out, "no file can be written there", "choose another --out")
+        raise InputError(out, "no file can be written there", f"choose another {option}")
     if out.resolve().is_relative_to(release.resolve()):
-        raise InputError(out, "lies in the release, which must not change", "choose another --out")
+        raise InputError(out, "lies in the release, which must not change", f"choose another {option}")
 
 
 def _read_evaluation(path: Path) -> Any:

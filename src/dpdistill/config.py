@@ -18,8 +18,7 @@ from typing import Any, Literal
 from .data.limits import DEFAULT_LIMITS
 from .errors import ConfigError, InputError
 from .files import MAX_TOML, parse_toml, read_small
-
-MIN_DELTA = 1e-30  # below it the distance of our noise from the ideal one, 2**-127 for each coordinate, would count
+from .privacy.accounting import MAX_EPSILON, MIN_DELTA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +71,12 @@ class RunConfig:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (1e-3 <= self.epsilon < math.inf):
-            raise ConfigError(f"Expected a finite epsilon of at least 0.001, got {self.epsilon}.")
+        if not (1e-3 <= self.epsilon <= MAX_EPSILON):
+            raise ConfigError(f"Expected epsilon of at least 0.001 and at most {MAX_EPSILON:g}, got {self.epsilon}.")
         if not (MIN_DELTA <= self.delta < 1):
-            raise ConfigError(f"Expected delta in [{MIN_DELTA}, 1), got {self.delta}; 1e-5 is usual.")
+            raise ConfigError(
+                f"Expected delta in [{MIN_DELTA:g}, 1), got {self.delta}; below, no ε can be computed. 1e-5 is usual."
+            )
         if not (1 <= self.per_class <= 1000):
             raise ConfigError(f"Expected per_class in 1..1000, got {self.per_class}.")
         if self.budget is not None and not (self.epsilon <= self.budget < math.inf):
@@ -174,8 +175,13 @@ class ModelConfig(RunConfig):
         if any(value is not None for value in attested):
             if None in attested or not self.teacher:
                 raise ConfigError("--attested-epsilon and --attested-delta go together, with --teacher")
-            if not (0 < float(self.attested_epsilon or 0) < math.inf and 0 < float(self.attested_delta or 0) < 1):
-                raise ConfigError("Expected an attested epsilon > 0 and an attested delta in (0, 1).")
+            if not (0 < float(self.attested_epsilon or 0) < math.inf):
+                raise ConfigError(f"Expected a finite attested epsilon > 0, got {self.attested_epsilon}.")
+            if not (MIN_DELTA <= float(self.attested_delta or 0) < 1):
+                raise ConfigError(
+                    f"Expected an attested delta in [{MIN_DELTA:g}, 1), got {self.attested_delta}; what is attested at a smaller one "
+                    f"holds at {MIN_DELTA:g} as well"
+                )
             if self.accept_no_record_guarantee:
                 raise ConfigError("a teacher is attested or has no guarantee, not both")
         if not (self.attested_unit.isascii() and self.attested_unit.isalpha() and len(self.attested_unit) <= 30):
@@ -365,22 +371,69 @@ def _toml(value: Any) -> str:
     return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\u{ord(match[0]):04x}", escaped) + '"'
 
 
-def public_toml(config: RunConfig, settings: Any, noise_multiplier: float) -> str:
-    """Returns the configuration as it may be released: everything that shaped the result, no path of this machine."""
+# How what is private is read, and as what type it is written: from Python nothing converts it. The list of classes is in the certificate.
+READING_IMAGES: dict[str, type] = {
+    "image_column": str,
+    "label_column": str,
+    "id_column": str,
+    "split": str,
+    "unlabelled": bool,
+    "channels": int,
+    "resize": int,
+    "value_low": float,
+    "value_high": float,
+}
+READING_MODELS: dict[str, type] = {
+    "architecture": str,
+    "shape": str,
+    "input_low": float,
+    "input_high": float,
+    "mean": str,
+    "std": str,
+    "layout": str,
+    "outputs": str,
+}
+
+
+def public_toml(config: RunConfig, settings: Any, noise_multiplier: float, auxiliary_sha256: str = "") -> str:
+    """Returns the configuration as it may be released: everything public that shaped the result, no path of this machine.
+
+    Args:
+      auxiliary_sha256: of the auxiliary images, where a person gave any: two sets may bear one name.
+
+    Raises:
+      ConfigError: it is longer than a release may hold.
+    """
     lines = ["# The configuration of this release, as resolved. Every value is public."]
     chosen: dict[str, Any] = {"method": config.method}
     if config.method in NOMINAL:  # of a count that covers no record
         chosen |= {"nominal_epsilon": float(config.epsilon), "nominal_delta": float(config.delta)}
     elif config.method != "conversion":  # whose ε and δ are the teacher's
         chosen |= {"epsilon": float(config.epsilon), "delta": float(config.delta)}
+    if isinstance(config, ModelConfig) and config.attested_epsilon is not None:
+        chosen |= {
+            "attested_epsilon": float(config.attested_epsilon),
+            "attested_delta": float(config.attested_delta or 0),
+        }
+        chosen["attested_unit"] = config.attested_unit
     chosen |= {"per_class": config.per_class, "seed": config.seed, "auxiliary": Path(config.auxiliary).name}
+    chosen |= {"auxiliary_sha256": auxiliary_sha256} if auxiliary_sha256 else {}
     chosen["noise_multiplier"] = noise_multiplier
     lines += [f"{name} = {_toml(value)}" for name, value in chosen.items()]
+    lines += ["", "[reading]"]
+    for name, kind in (READING_IMAGES if config.data else READING_MODELS).items():
+        value = getattr(config, name, None)
+        lines += [] if value is None else [f"{name} = {_toml(kind(value))}"]
     lines += ["", "[settings]"]
     for item in dataclasses.fields(settings):
         value = getattr(settings, item.name)
         lines.append(f"# {item.name}: not set" if value is None else f"{item.name} = {_toml(value)}")
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    if len(text.encode()) > MAX_TOML:
+        raise ConfigError(
+            f"the settings take more than the {MAX_TOML:,} bytes that a release may hold; use shorter names"
+        )
+    return text
 
 
 def config_hash(toml: str) -> str:

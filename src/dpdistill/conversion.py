@@ -24,15 +24,16 @@ from .config import ModelConfig, build, config_hash, public_toml
 from .data import procedural_images, to_unit
 from .errors import ConfigError, InputError, ReleaseError
 from .mechanisms import Vault
-from .methods import MODEL_METHODS, Student
+from .methods import MODEL_METHODS, Public, Student
 from .models.teachers import Teacher
 from .pipeline import (
+    auxiliary_hash,
     auxiliary_of,
     begin,
     check_alone,
     check_device,
     check_same_run,
-    check_student,
+    check_size,
     check_target,
     distil,
     forget,
@@ -73,6 +74,7 @@ class Prepared:
     Attributes:
       settings: the way's `Config`.
       sigma: the paper's σ, where nothing is known of the teacher; else 0.
+      public: what the way may know.
       toml: the public configuration.
       nominal: what the release will say instead of a guarantee, where nothing is known of the teacher.
     """
@@ -80,6 +82,7 @@ class Prepared:
     brought: Brought
     settings: Any
     sigma: float
+    public: Public
     toml: str
     nominal: Nominal | None
 
@@ -116,7 +119,7 @@ def convert(
     check_same_run(state, toml)
     begin(state, toml)
     vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
-    public = public_facts(config, brought.image_shape, brought.class_names)
+    public = ready.public
     workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)
     claim: dict[str, Any] = dict(brought.facts)
     made: Student
@@ -159,15 +162,16 @@ def prepare(config: ModelConfig, teacher: Teacher | None = None) -> Prepared:
     brought = bring(config, teacher)
     method: Any = MODEL_METHODS[config.method]
     settings = build(method.Config, {"per_class": config.per_class, **config.settings}, "settings.")
-    check_student(settings, brought.image_shape, len(brought.class_names))
+    check_size(config, settings, brought.image_shape, brought.class_names)
     sigma, nominal = 0.0, None
     if config.method == "opaque":
         sigma = settings.sigma(config.epsilon, config.delta)
         nominal = Nominal(
             steps=settings.steps, batch=settings.batch, sigma=sigma, delta=config.delta, teacher=brought.sha256
         )
-    toml = f"# teacher: {brought.sha256}\n" + public_toml(config, settings, sigma)
-    return Prepared(brought=brought, settings=settings, sigma=sigma, toml=toml, nominal=nominal)
+    public = public_facts(config, brought.image_shape, brought.class_names)
+    toml = f"# teacher: {brought.sha256}\n" + public_toml(config, settings, sigma, auxiliary_hash(public))
+    return Prepared(brought=brought, settings=settings, sigma=sigma, public=public, toml=toml, nominal=nominal)
 
 
 def _same_release(out: Path, state: Path, toml: str) -> Path:
@@ -216,6 +220,11 @@ def _digest(teacher: Teacher) -> str:
     return "callable-" + hashlib.sha256(teacher.outputs(made_up).cpu().numpy().tobytes()).hexdigest()[:32]
 
 
+def _both(teacher: str, conversion: str) -> str:
+    """Where the public images of a teacher and of its conversion come from: the promise rests on both being public."""
+    return teacher if teacher == conversion else f"{teacher}; of the conversion: {conversion}"
+
+
 def _certified(config: ModelConfig, path: Path) -> Brought:
     """A model release of ours: its guarantee goes over to the new student, if it verifies."""
     if config.accept_no_record_guarantee or config.attested_epsilon is not None:
@@ -230,8 +239,9 @@ def _certified(config: ModelConfig, path: Path) -> Brought:
     model, origin = student_of(source.product).to(config.device), source.facts
     inherited = {
         name: getattr(origin, name)
-        for name in ("method", "run", "delta", "config_toml", "ledger_raw", "checks", "claim", "auxiliary", "seed")
+        for name in ("method", "run", "delta", "config_toml", "ledger_raw", "checks", "claim", "seed")
     }
+    inherited["auxiliary"] = _both(origin.auxiliary, auxiliary_of(config))
     return Brought(
         outputs=model,
         image_shape=origin.image_shape,

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from .config import DiffusionConfig, build, public_toml
 from .data import LabelledImages
 from .errors import ReleaseError
 from .mechanisms import Vault
-from .methods import DIFFUSION_METHODS
+from .methods import DIFFUSION_METHODS, Public
 from .models.denoiser import check_patch
 from .pipeline import (
+    auxiliary_hash,
     auxiliary_of,
     begin,
     check_alone,
     check_device,
     check_same_run,
-    check_sampler,
+    check_size,
     check_target,
     distil,
     forget,
@@ -32,7 +34,7 @@ from .pipeline import (
     resumable,
     write_result,
 )
-from .sources import load_private
+from .sources import Contents, contents_of, load_private
 from .workspace import FolderWorkspace
 
 
@@ -44,6 +46,7 @@ class Prepared:
       records: PRIVATE, and read without a door.
       settings: the method's `Config`.
       sigma: the paper's σ.
+      public: what the method may know.
       toml: the public configuration.
       claim: what the release will say instead of a guarantee.
     """
@@ -51,6 +54,7 @@ class Prepared:
     records: LabelledImages
     settings: Any
     sigma: float
+    public: Public
     toml: str
     claim: NominalDiffusion
 
@@ -88,7 +92,7 @@ def prepare(config: DiffusionConfig) -> Prepared:
     given = {"per_class": config.per_class, "expected_records": config.expected_records}
     settings = build(method.Config, {**given, **config.settings}, "settings.")
     check_patch(settings.patch, records.image_shape)
-    check_sampler(settings, records.image_shape, len(records.class_names))
+    check_size(config, settings, records.image_shape, records.class_names)
     sigma = settings.sigma(config.epsilon, config.delta)
     claim = NominalDiffusion(
         steps=settings.steps,
@@ -98,22 +102,23 @@ def prepare(config: DiffusionConfig) -> Prepared:
         sigma=sigma,
         delta=config.delta,
     )
-    toml = public_toml(config, settings, sigma)
-    return Prepared(records=records, settings=settings, sigma=sigma, toml=toml, claim=claim)
+    public = public_facts(config, records.image_shape, records.class_names)
+    toml = public_toml(config, settings, sigma, auxiliary_hash(public))
+    return Prepared(records=records, settings=settings, sigma=sigma, public=public, toml=toml, claim=claim)
 
 
 def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> Path:
     """The paper's own form: the records are read without a door, nothing is charged, and the release says that it promises nothing."""
     ready = prepare(config)
-    records, toml = ready.records, ready.toml
+    records, toml, public = ready.records, ready.toml, ready.public
+    contents = partial(contents_of, records)
     out, state = Path(config.out), Path(f"{Path(config.out)}.state")
     if os.path.lexists(out):
-        return _finished(out, state, toml)
+        return _finished(out, state, toml, contents)
     check_target(out)
-    check_same_run(state, toml)
-    begin(state, toml)
+    check_same_run(state, toml, contents)
+    begin(state, toml, contents)
     vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
-    public = public_facts(config, records.image_shape, records.class_names)
     workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)
     images, labels = _readable(records)
     made = DIFFUSION_METHODS["paper"].release(ready.settings, public, images, labels, ready.sigma, vault, workspace)
@@ -137,12 +142,12 @@ def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> P
     return out
 
 
-def _finished(out: Path, state: Path, toml: str) -> Path:
+def _finished(out: Path, state: Path, toml: str, contents: Contents) -> Path:
     """A release that a crash left beside its own run's state is done but for forgetting that; any other is in the way: it does not say
     from which records it is."""
     if not state.exists() or not holds(out / "config.toml", toml):
         raise ReleaseError(f"{out} exists; choose another --out or remove it")
-    forget_rest(state, toml)
+    forget_rest(state, toml, contents)
     return out
 
 

@@ -27,6 +27,10 @@ class InputError(DpdistillError):
         super().__init__(f"{printable(path)}: {reason} ({hint})")
 
 
+class MisfitError(InputError):
+    """Images are too large or too small for the models, or not all of one size and colour: scaled and made one colour they would do."""
+
+
 class ConfigError(DpdistillError):
     """A setting is unknown, out of range, or does not fit another."""
 

@@ -6,9 +6,10 @@ Everything that can be wrong is found before a record is read by a method and be
 
 import dataclasses
 import functools
+import hashlib
 import json
-import math
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -18,27 +19,31 @@ from typing import Any, ParamSpec
 import numpy as np
 import torch
 
-from .bundle import BundleFacts, product_of, product_of_sampler, write_bundle
-from .bundle.diffusion_product import HEADS, MAX_WIDTH
+from .bundle import BundleFacts, product_of, product_of_sampler, room, write_bundle
+from .bundle.diffusion_product import HEADS, MAX_WIDTH, WEIGHTS
 from .bundle.diffusion_product import shapes as sampler_shapes
+from .bundle.ledger_check import check_foreseen, too_large
 from .bundle.onnx_file import student_shapes
 from .bundle.release import restore
-from .bundle.tensors import MAX_ARRAYS, MAX_HEADER
+from .bundle.verification import run_of
 from .config import DiffusionConfig, ModelConfig, RunConfig, build, check_device_name, config_hash, public_toml
 from .data import LabelledImages, Limits, check_public_range, load_images, procedural_images, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError, StorageError
 from .files import MAX_TOML, read_small
 from .mechanisms import Door, Vault, joined
 from .methods import DIFFUSION_METHODS, METHODS, MODEL_METHODS, Method, Public, Sampler, Student, Synthetic
+from .methods.shared.diverged import mended
 from .models import few_step
+from .models.student_generator import StudentGenerator
 from .privacy import Ledger, Planned, accounting, calibrate
 from .privacy import ledger as ledgers
 from .privacy.disk import sync_directory, write_atomically
 from .privacy.faults import point
-from .sources import Source, open_source
+from .sources import Contents, Source, home, keyed_hash, open_source, releases
 from .workspace import FolderWorkspace
 
 N_PROCEDURAL = 4000
+NEW_RUN = "run-xxxxxxxxxxxxxxxx"  # stands for the name of a run that has none yet: those that have are in hex
 P = ParamSpec("P")
 
 
@@ -80,18 +85,30 @@ def public_facts(config: RunConfig, image_shape: tuple[int, int, int], class_nam
         image_shape=image_shape,
         class_names=class_names,
         auxiliary=torch.from_numpy(unit),
-        auxiliary_labels=torch.from_numpy(auxiliary.labels),
         procedural=made_up,
     )
 
 
+def auxiliary_hash(public: Public) -> str:
+    """SHA-256 of the images that a person gave; empty for procedural ones, of which the seed says all."""
+    if public.procedural is None:
+        return ""
+    digest = hashlib.sha256(repr(tuple(public.auxiliary.shape)).encode())
+    digest.update(np.ascontiguousarray(public.auxiliary.numpy()).data)
+    return digest.hexdigest()
+
+
 def _load_auxiliary(spec: str, resize: int | None) -> LabelledImages:
+    """Public images. Their labels are of no account: any will do, or none."""
     try:
         found = load_images(spec, resize=resize)
     except InputError as error:
-        if error.reason != "does not list its classes":
+        if error.reason == "does not list its classes":
+            found = load_images(spec, resize=resize, n_classes=Limits().max_classes)
+        elif error.reason in ("has no array 'labels'", "lies beside the class folders"):
+            found = load_images(spec, resize=resize, unlabelled=True)
+        else:
             raise
-        found = load_images(spec, resize=resize, n_classes=Limits().max_classes)  # public labels: any will do
     check_public_range(found)
     return found
 
@@ -127,16 +144,15 @@ def make_plan(
             )
     others = [item.name for item in dataclasses.fields(type(config))]
     settings = build(method.Config, {**given, **config.settings}, "settings.", others)
-    check_size(config, image_shape, len(class_names))
-    if isinstance(config, ModelConfig):
-        check_student(settings, image_shape, len(class_names))
-    if isinstance(config, DiffusionConfig):
-        check_sampler(settings, image_shape, len(class_names))
+    check_size(config, settings, image_shape, class_names)
     public = public_facts(config, image_shape, class_names)
     sigma = calibrate(lambda value: method.plan(settings, public, value), config.epsilon, config.delta)
     releases = method.plan(settings, public, sigma)
     parts = [planned.part for planned in releases]
     exchanged = [planned.part_replace_one for planned in releases]
+    for problem in too_large(parts):
+        raise ConfigError(f"--epsilon {config.epsilon:g}: {problem}; ask for less")
+    toml = public_toml(config, settings, sigma, auxiliary_hash(public))
     return Plan(
         method=method,
         settings=settings,
@@ -145,35 +161,46 @@ def make_plan(
         noise_multiplier=sigma,
         epsilon=accounting.epsilon(parts, config.delta),
         epsilon_replace_one=accounting.epsilon(exchanged, config.delta, "replace_one"),
-        toml=public_toml(config, settings, sigma),
+        toml=toml,
         advice=tuple(method.advice(settings, public, config.epsilon, config.delta))
         if hasattr(method, "advice")
         else (),
     )
 
 
-def check_size(config: RunConfig, image_shape: tuple[int, int, int], n_classes: int) -> None:
-    """Raises ConfigError where the released images would be more than a release may hold: before anything is charged for them."""
-    n_images = config.per_class * n_classes
-    if 4 * n_images * math.prod(image_shape) > MAX_ARRAYS:
-        raise ConfigError(
-            f"{n_images:,} images of {'x'.join(map(str, image_shape))} are more than the {MAX_ARRAYS >> 20} MiB that a release may "
-            "hold; choose a smaller --per-class or --resize"
-        )
+def check_size(
+    config: RunConfig, settings: Any, image_shape: tuple[int, int, int], class_names: tuple[str, ...]
+) -> None:
+    """Raises ConfigError where what is asked for cannot be made, or is more than a release may hold: before anything is charged for it."""
+    room.check_names(class_names)
+    k, soft = len(class_names), isinstance(config, ModelConfig)
+    files = room.dataset(config.per_class * k, image_shape, k, soft)
+    if isinstance(config, ModelConfig):
+        files |= _student_files(settings, image_shape, k)
+    if isinstance(config, DiffusionConfig):
+        files |= _sampler_files(settings, image_shape, k)
+    room.check_files(files)
 
 
-def check_student(settings: Any, image_shape: tuple[int, int, int], n_classes: int) -> None:
-    """Raises ConfigError where the student that a `Conversion` asks for cannot be made, or is more than a release may hold."""
+def _student_files(settings: Any, image_shape: tuple[int, int, int], n_classes: int) -> dict[str, room.Size]:
+    """The student that a `Networks` asks for, twice, and its generator. Raises ConfigError where it cannot be made."""
     config = {name: getattr(settings, name) for name in ("width", "depth", "groups")}
     try:
         shapes = student_shapes({"image_shape": list(image_shape), "n_classes": n_classes, **config})
     except ReleaseError as error:
         raise ConfigError(str(error)) from None
-    _check_held(shapes, "width")
+    student = (room.weights(shapes), "--set width= or --resize")
+    latent, width = settings.latent, settings.generator_width
+    generator = room.weights(StudentGenerator.shapes(image_shape, n_classes, latent=latent, width=width))
+    return {
+        "model/student.safetensors": student,
+        "model/student.onnx": student,
+        "model/generator.safetensors": (generator, "--set generator_width=, --set latent="),
+    }
 
 
-def check_sampler(settings: Any, image_shape: tuple[int, int, int], n_classes: int) -> None:
-    """Raises ConfigError where the student that a `DistillationConfig` asks for cannot be made, or is more than a release may hold."""
+def _sampler_files(settings: Any, image_shape: tuple[int, int, int], n_classes: int) -> dict[str, room.Size]:
+    """The student that a `DistillationConfig` asks for. Raises ConfigError where it cannot be made."""
     few_step.check(image_shape)
     channels, side, _ = image_shape
     width = settings.token_width(image_shape)
@@ -181,17 +208,8 @@ def check_sampler(settings: Any, image_shape: tuple[int, int, int], n_classes: i
         raise ConfigError(f"Expected student_width of auto or a multiple of {HEADS} up to {MAX_WIDTH}, got {width}.")
     if n_classes > MAX_WIDTH:
         raise ConfigError(f"a diffusion student knows at most {MAX_WIDTH} classes, not {n_classes:,}; merge some")
-    _check_held(sampler_shapes({"channels": channels, "side": side, "width": width}, n_classes), "student_width")
-
-
-def _check_held(shapes: Mapping[str, tuple[int, ...]], setting: str) -> None:
-    """Raises ConfigError where the arrays of a student are more than one file of a release may hold, its header too."""
-    size = 4 * sum(math.prod(shape) for shape in shapes.values())
-    if size > MAX_ARRAYS - MAX_HEADER:
-        raise ConfigError(
-            f"a student of {-(-size >> 20):,} MiB is more than the {(MAX_ARRAYS - MAX_HEADER) >> 20} MiB that a release may hold; "
-            f"choose a smaller --set {setting}= or --resize"
-        )
+    shapes = sampler_shapes({"channels": channels, "side": side, "width": width}, n_classes)
+    return {WEIGHTS: (room.weights(shapes), "--set student_width= or --resize")}
 
 
 def methods_of(config: RunConfig) -> Mapping[str, Any]:
@@ -285,39 +303,75 @@ def _state(config: RunConfig) -> Path:
 def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | None, stack: ExitStack) -> Held | None:
     """Opens the ledger until the end of `stack`, and the vault, and announces the run. None where its release is there already."""
     out, state = Path(config.out), _state(config)
-    restore(out, lambda found: _same(found, plan, source.ledger))
+    restore(out, lambda found: _same(found, plan, source))
     if os.path.lexists(out):
-        if not _same(out, plan, source.ledger):
+        if not _same(out, plan, source):
             raise ReleaseError(
-                f"{out} exists and holds something else, or other data's release; choose another --out or remove it"
+                f"{out} exists and holds something else, a release with other settings, or, as far as {home()} knows, other data's "
+                "release; choose another --out, give the options that it was made with, or remove it"
             )
-        forget_rest(state, plan.toml)
+        forget_rest(state, plan.toml, source.contents)
         return None
     check_target(out)
-    check_same_run(state, plan.toml)
+    check_same_run(state, plan.toml, source.contents)
     ledger_path = source.ledger()
     cap = (config.budget or config.epsilon, config.delta)
     ledger = stack.enter_context(Ledger.open(ledger_path, cap=cap, unit=source.unit))
-    if config.budget is not None:
-        ledger.raise_cap((config.budget, ledger.cap[1]))
-    asked = [planned.part for planned in plan.releases]
-    if not state.exists():
-        ledger.check_affordable(asked)  # first, so that a refused run leaves nothing behind
-    begin(state, plan.toml)
-    vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
-    if not ledgers.parts(ledger.lines, vault.run):
-        ledger.check_affordable(asked)
+    vault = (
+        _vault(state, plan.toml, source.contents, insecure_seed) if state.exists() else None
+    )  # else later: a refused run leaves nothing behind
+    left = plan.releases[len(_planned(ledger, vault.run)) :] if vault else plan.releases
+    cap = ledger.cap if config.budget is None else (config.budget, ledger.cap[1])
+    _check_foreseen(config, plan, ledger, vault.run if vault else NEW_RUN, left, cap, insecure_seed is not None)
+    ledger.raise_cap(cap)
+    if left:  # of a run that goes on, too: another may have been let in since
+        ledger.check_affordable([planned.part for planned in left])
+    releases()  # it is needed at the end: that it cannot be made is found out before anything is charged
+    vault = vault or _vault(state, plan.toml, source.contents, insecure_seed)
     # Checkpoints derive from releases of one key on one ledger: with another of either, they would bring in what it did not charge.
     work = state / "work" / f"{vault.run}-{ledger.lines[0]['hash'][:16]}"
     ledger.start(vault.run, config.method, config_hash(plan.toml))
     return Held(ledger, vault, work)
 
 
+def _vault(state: Path, toml: str, contents: Contents, insecure_seed: int | None) -> Vault:
+    """The noise key of the run in a state folder, which is begun if it is new."""
+    begin(state, toml, contents)
+    return Vault.open(state / "vault", insecure_seed=insecure_seed)
+
+
+def _planned(ledger: Ledger, run: str) -> list[ledgers.Line]:
+    """What a run has been charged of its plan, in order."""
+    return [line for line in ledger.intents(run) if not line["again"]]
+
+
+def _check_foreseen(
+    config: RunConfig,
+    plan: Plan,
+    ledger: Ledger,
+    run: str,
+    left: list[Planned],
+    cap: tuple[float, float],
+    insecure: bool,
+) -> None:
+    """Raises LedgerError where no release could be written once the run has ended: before anything of it is charged."""
+    lines = ledger.foreseen(run, config.method, config_hash(plan.toml), left, cap)
+    for problem in check_foreseen(lines, run, config.delta, insecure):
+        way = (
+            "leave --budget out"
+            if cap != ledger.cap
+            else "choose another method, another δ, fewer steps, or a smaller ε"
+        )
+        raise LedgerError(
+            f"{ledger.path}: no release of this run could be verified ({problem}); nothing was charged for it; {way}"
+        )
+
+
 def _hand_out(config: RunConfig, plan: Plan, source: Source, held: Held, handle: Door, made: Any) -> None:
     """Writes the release, if the run asked for what it planned, and forgets the key."""
     ledger, vault = held.ledger, held.vault
     planned = [(p.query.describe(), p.count) for p in plan.releases]
-    charged = [(line["query"], line["count"]) for line in ledger.intents(vault.run) if not line["again"]]
+    charged = [(line["query"], line["count"]) for line in _planned(ledger, vault.run)]
     if planned != charged:
         raise LedgerError("the method asked for other releases than it planned; this is a bug, and nothing was written")
     ledger.finish(vault.run)
@@ -335,6 +389,8 @@ def _hand_out(config: RunConfig, plan: Plan, source: Source, held: Held, handle:
         insecure=vault.insecure,
         seed=config.seed,
     )
+    identity = read_small(_state(config) / "run.json", MAX_TOML)
+    write_atomically(releases() / f"{vault.run}.json", identity)  # first: a crash may come after the release
     write_result(Path(config.out), made, facts)
     forget(
         _state(config), vault
@@ -363,7 +419,8 @@ def auxiliary_of(config: RunConfig) -> str:
 
 
 def write_result(out: Path, made: Synthetic | Student | Sampler, facts: BundleFacts) -> Path:
-    """Writes what a method made."""
+    """Writes what a method made, whatever came of its fit."""
+    made = mended(made)
     if isinstance(made, Synthetic):
         return write_bundle(out, made, facts)
     facts = dataclasses.replace(facts, figures=made.figures)
@@ -375,8 +432,20 @@ def write_result(out: Path, made: Synthetic | Student | Sampler, facts: BundleFa
     return write_bundle(out, made.images, facts, product)
 
 
-def _identity(toml: str) -> bytes:
-    return json.dumps({"config": config_hash(toml)}).encode()
+def _identity(toml: str, contents: Contents, key: bytes) -> bytes:
+    """What tells a run from others: its configuration, and a keyed hash of what is private. It stays with who runs it."""
+    facts = {"config": config_hash(toml), "key": key.hex(), "records": keyed_hash(key, contents())}
+    return json.dumps(facts).encode()
+
+
+def _is_of(path: Path, toml: str, contents: Contents) -> bool:
+    """Whether the run whose identity lies there has this configuration and these records."""
+    try:
+        found = read_small(path, MAX_TOML)
+        key = bytes.fromhex(json.loads(found)["key"])
+    except (InputError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return found == _identity(toml, contents, key)
 
 
 def check_target(out: Path) -> None:
@@ -393,38 +462,42 @@ def check_target(out: Path) -> None:
         raise ConfigError(f"{out}: {place} is no folder that may be written; choose another --out")
 
 
-def check_same_run(state: Path, toml: str) -> None:
-    """Refuses to go on in a state folder that another configuration began. Writes nothing."""
+def check_same_run(state: Path, toml: str, contents: Contents = tuple) -> None:
+    """Refuses to go on in a state folder that a run with another configuration, or of other records, began. Writes nothing.
+
+    Args:
+      contents: of what is private; nothing where no record is read.
+    """
     path = state / "run.json"
-    try:
-        same = not os.path.lexists(path) or read_small(path, MAX_TOML) == _identity(toml)
-    except InputError:
-        same = False
-    if not same:
+    if os.path.lexists(path) and not _is_of(path, toml, contents):
         raise ConfigError(
-            f"{state} belongs to a run with other settings; finish that one, choose another --out, or remove the folder"
+            f"{state} belongs to a run with other settings or other data; finish that one with the options that it had, choose "
+            "another --out, or remove the folder"
         )
 
 
-def begin(state: Path, toml: str) -> None:
+def begin(state: Path, toml: str, contents: Contents = tuple) -> None:
     """Makes the state folder and says whose it is, if it is new."""
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not (state / "run.json").exists():
-            write_atomically(state / "run.json", _identity(toml))
+            write_atomically(state / "run.json", _identity(toml, contents, secrets.token_bytes(32)))
     except OSError as error:
         raise ConfigError(f"{state}: cannot be written ({error.strerror}); choose another --out") from error
 
 
-def _same(folder: Path, plan: Plan, ledger: Callable[[], Path]) -> bool:
-    """Whether this is a finished release of this configuration, on a ledger that this data's goes on from: then it is the answer."""
-    try:
-        mine = (
-            read_small(folder / "ledger.jsonl", ledgers.MAX_BYTES) if holds(folder / "config.toml", plan.toml) else None
-        )
-        return mine is not None and read_small(ledger(), ledgers.MAX_BYTES).startswith(mine)
-    except InputError:
+def _same(folder: Path, plan: Plan, source: Source) -> bool:
+    """Whether this is a finished release of this configuration and these records, on a ledger that this data's goes on from: then it is
+    the answer."""
+    if not holds(folder / "config.toml", plan.toml):
         return False
+    ledger = source.ledger()
+    try:
+        mine, all_runs = (read_small(path, ledgers.MAX_BYTES) for path in (folder / "ledger.jsonl", ledger))
+        known = home() / "releases" / f"{run_of(folder)}.json"
+    except (InputError, ReleaseError):
+        return False
+    return all_runs.startswith(mine) and _is_of(known, plan.toml, source.contents)
 
 
 def holds(path: Path, toml: str) -> bool:
@@ -435,10 +508,10 @@ def holds(path: Path, toml: str) -> bool:
         return False
 
 
-def forget_rest(state: Path, toml: str) -> None:
+def forget_rest(state: Path, toml: str, contents: Contents = tuple) -> None:
     """After a crash between a release and `forget`: what that left. Another run's state is not touched."""
     if state.exists():
-        check_same_run(state, toml)
+        check_same_run(state, toml, contents)
         forget(state, Vault(state / "vault", run="", key=b"", insecure=False))  # can erase, and nothing else
 
 

@@ -149,6 +149,8 @@ def sample(
         raise InputError(target, "exists", "choose another --out or remove it")
     if not target.absolute().parent.is_dir():
         raise InputError(target.parent, "is no folder", "make it first")
+    if target.resolve().is_relative_to(Path(release).resolve()):
+        raise InputError(target, "lies in the release, which must not change", "choose another --out")
     model = load_sampler(release, device)
     chosen = _chosen(model.class_names, classes)
     labels = np.repeat(chosen, [count // len(chosen) + (k < count % len(chosen)) for k in range(len(chosen))])

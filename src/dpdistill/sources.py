@@ -9,7 +9,8 @@ import hmac
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -17,18 +18,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .bundle.contents import printable_names
 from .config import DiffusionConfig, ModelConfig, RunConfig
-from .data import LabelledImages, Limits, chunks, load_images
-from .data.limits import DEFAULT_LIMITS
-from .errors import ConfigError, InputError, LedgerError
+from .data import LabelledImages, Limits, check_public_range, chunks, load_images
+from .errors import ConfigError, InputError, LedgerError, MisfitError
 from .mechanisms import Door, Ensemble, PrivateData, Ranks, Vault
 from .privacy import Ledger
-from .privacy.disk import write_atomically
+from .privacy.disk import sync_directories, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .models.teachers import Teacher
+
+Contents = Callable[[], Iterable[bytes | memoryview]]  # everything private that a run reads
 
 
 def home() -> Path:
@@ -37,22 +40,77 @@ def home() -> Path:
 
 
 def default_ledger(records: LabelledImages) -> Path:
-    """The ledger of these very records, wherever their file lies: named by a keyed hash, so that the name tells nothing about them."""
+    """The ledger of these very images, wherever their file lies, in whatever order and with whatever labels they are read: named by a keyed
+    hash, so that the name tells nothing about them. Holds 32 bytes an image."""
+    images = records.images
+    digests = bytearray()
+    for part in chunks(images):
+        for image in part:
+            digests += hashlib.sha256(np.ascontiguousarray(image).data).digest()
+    in_order = np.sort(np.frombuffer(digests, "S32"))
+    found = ledger_of([repr((images.shape[1:], str(images.dtype))).encode(), in_order.tobytes()])
+    if not os.path.lexists(found):
+        _take_over(records, found)
+    return found
+
+
+def _take_over(records: LabelledImages, name: Path) -> None:
+    """Gives the ledger of these records its name of now, if it has that of before: what was spent stays spent."""
     facts = repr((records.images.shape, str(records.images.dtype))).encode()
     images = (np.ascontiguousarray(part).data for part in chunks(records.images))
-    return ledger_of(chain([facts], images, [np.ascontiguousarray(records.labels).data]))
+    before = ledger_of(chain([facts], images, [np.ascontiguousarray(records.labels).data]))
+    with suppress(FileNotFoundError):  # none, or another process was first
+        before.rename(name)
+        sync_directories(name.parent)
 
 
 def ledger_of(contents: Iterable[bytes | memoryview]) -> Path:
     """The ledger that goes by these contents."""
     folder = home()
     try:
-        digest = hmac.new(_home_key(folder), digestmod=hashlib.sha256)
+        key = _home_key(folder)
     except OSError as error:
         raise LedgerError(f"{folder}: no place for ledgers ({error.strerror}); name one with --ledger") from error
+    return folder / "ledgers" / f"{keyed_hash(key, contents)[:32]}.jsonl"
+
+
+def keyed_hash(key: bytes, contents: Iterable[bytes | memoryview]) -> str:
+    """HMAC-SHA-256 of contents, in hex: it tells nothing about them to whoever lacks the key."""
+    digest = hmac.new(key, digestmod=hashlib.sha256)
     for content in contents:
         digest.update(content)
-    return folder / "ledgers" / f"{digest.hexdigest()[:32]}.jsonl"
+    return digest.hexdigest()
+
+
+def contents_of(records: LabelledImages) -> Iterator[bytes | memoryview]:
+    """Everything that a run reads of its records, in their order."""
+    images, labels, ids = records.images, records.labels, records.ids
+    facts = (
+        images.shape,
+        str(images.dtype),
+        records.value_range,
+        records.class_names,
+        None if ids is None else ids.dtype.str,
+    )
+    yield repr(facts).encode()
+    for part in chunks(images):
+        yield np.ascontiguousarray(part).data
+    yield labels.tobytes()
+    yield b"" if ids is None else ids.tobytes()
+
+
+def releases() -> Path:
+    """The folder that says of which records a finished release is, made where it is missing: the release itself must not tell."""
+    place = home() / "releases"
+    try:
+        for folder in (place.parent, place):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        sync_directories(place)
+    except OSError as error:
+        raise LedgerError(
+            f"{place}: no place to note whose data a release is of ({error.strerror}); set DPDISTILL_HOME to another, or try again"
+        ) from error
+    return place
 
 
 def _home_key(folder: Path) -> bytes:
@@ -77,6 +135,36 @@ def load_private(config: RunConfig) -> LabelledImages:
             "--set value_low=0 --set value_high=1 (or 0 and 255, or -1 and 1)",
         )
     return records
+
+
+def load_test(config: RunConfig, class_names: tuple[str, ...], image_shape: tuple[int, ...]) -> LabelledImages:
+    """Reads public test images for a release: labels are numbered as its classes are, by their names.
+
+    Raises:
+      InputError: they are of another shape, or of a class that the release has not.
+    """
+    try:
+        found = _read(config, config.resize, config.channels)
+    except InputError as error:
+        if error.reason != "does not list its classes":
+            raise
+        found = _read(replace(config, classes=len(class_names)), config.resize, config.channels)
+    check_public_range(found)
+    if found.image_shape != image_shape:
+        reason = (
+            f"holds images of {found.image_shape} (channels, height, width), and the release those of {image_shape}"
+        )
+        raise InputError(config.data, reason, "see --resize and --set channels=")
+    names = printable_names(found.class_names)
+    if names == tuple(map(str, range(len(names)))) and not set(names) <= set(class_names):
+        names = (
+            class_names[: len(names)] + names[len(class_names) :]
+        )  # a file without names: its numbers are the release's
+    if strange := [name for name in names if name not in class_names]:
+        hint = "name classes as the release does, by --set class_names=A,B,… or by the folders"
+        raise InputError(config.data, f"has a class {strange[0]!r} that the release has not", hint)
+    number = np.array([class_names.index(name) for name in names], np.int64)
+    return replace(found, labels=number[found.labels], class_names=class_names)
 
 
 def _read(config: RunConfig, resize: int | None, channels: int | None) -> LabelledImages:
@@ -112,6 +200,7 @@ class Source:
       unit: whose presence the ledger counts by.
       ledger: finds the file to charge (and makes a home for ledgers where there is none).
       handle: makes the one handle that a method gets.
+      contents: what is private, to be hashed under a key.
       models: how many owners brought one, or 0.
     """
 
@@ -120,6 +209,7 @@ class Source:
     unit: str
     ledger: Callable[[], Path]
     handle: Callable[[Ledger, Vault, Ranks], Door]
+    contents: Contents
     models: int = 0
 
 
@@ -154,6 +244,7 @@ def owners(config: ModelConfig) -> Source:
         handle=lambda ledger, vault, ranks: Ensemble.of_models(
             [voting(t) for t in teachers], len(names), ledger, vault, ranks=ranks
         ),
+        contents=lambda: hashes,
         models=len(teachers),
     )
 
@@ -228,30 +319,20 @@ def open_source(config: RunConfig) -> Source:
         handle=lambda ledger, vault, ranks: PrivateData(
             records, ledger, vault, device=config.device, scratch=scratch_of(config), ranks=ranks
         ),
+        contents=lambda: contents_of(records),
     )
 
 
 def _ledger_path(config: RunConfig, records: LabelledImages) -> Path:
-    """The ledger to charge. Data that is scaled, made grey or read without its labels is the same data: its ledger goes by the images as
-    they are, or by 64 × 64, and by the labels if there are any."""
+    """The ledger to charge. Data that is scaled or made grey is the same data: its ledger goes by the images as they are, or by 64 × 64."""
     if config.ledger is not None:
         return named_ledger(config)
-    readings = [config]
-    if isinstance(config, DiffusionConfig) and config.unlabelled:
-        labelled = replace(config, unlabelled=False)
-        readings = [labelled, replace(labelled, classes=DEFAULT_LIMITS.max_classes), config]
-    if len(readings) > 1 or config.resize is not None or config.channels is not None:
-        for reading in readings:
-            for resize, channels in (
-                (None, None),
-                (64, None),
-                (64, 3),
-            ):  # large images need a size, mixed ones a colour as well
-                try:
-                    return default_ledger(_read(reading, resize, channels))
-                except InputError:
-                    continue
-    return default_ledger(records)
+    if config.resize is None and config.channels is None:
+        return default_ledger(records)
+    for resize in (None, 64):  # large images, or of several sizes, need a size
+        with suppress(MisfitError):  # anything else, such as a full disk, would be another ledger and a new budget
+            return default_ledger(_read(config, resize, None))
+    return default_ledger(_read(config, 64, 3))  # mixed ones need a colour as well
 
 
 def named_ledger(config: RunConfig) -> Path:

@@ -114,7 +114,19 @@ def test_tiny_noise_is_bounded_in_closed_form_and_quickly(small: float) -> None:
     assert math.isfinite(sampled)
 
 
-@pytest.mark.parametrize("delta", [0, 1, -0.1, 2, math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("q", "sigma", "count"),
+    [(1.0, 0.5, 1), (0.001, 0.7, 10**4), (1e-4, 0.6, 10**6), (0.001, 1.0, 10**5), (0.5, 0.8, 10)],
+)
+def test_the_smallest_delta_still_works(q: float, sigma: float, count: int) -> None:
+    """A tenth of it, and the third of these is far above what Rényi DP proves."""
+    value, delta = accounting.epsilon([(q, sigma, count)], accounting.MIN_DELTA), accounting.MIN_DELTA
+    assert value <= accounting.rdp_epsilon([(q, sigma, count)], delta)
+    if q == 1:
+        assert value == pytest.approx(accounting.gaussian_epsilon(sigma, delta), rel=1e-6)
+
+
+@pytest.mark.parametrize("delta", [0, 1, -0.1, 2, math.nan, math.inf, 0.99 * accounting.MIN_DELTA, 1e-16])
 def test_bad_delta_is_refused(delta: float) -> None:
     for parts in ([], [(1.0, 1.0, 1)]):
         with pytest.raises(ConfigError):

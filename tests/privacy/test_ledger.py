@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dpdistill.errors import BudgetError, ConfigError, LedgerError
-from dpdistill.privacy import GaussianSum, Ledger, accounting
+from dpdistill.privacy import GaussianSum, Ledger, Planned, accounting
 from dpdistill.privacy import ledger as ledgers
 
 CAP = (50.0, 1e-5)
@@ -75,6 +75,29 @@ def test_same_calls_give_the_same_bytes(path: Path, tmp_path: Path) -> None:
         ledger.finish("run-1")
         ledger.start("run-1", "joint", "c0ffee")
     assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
+
+
+def test_what_is_foreseen_is_what_will_be(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every moment of a run: from nothing of it to all of it."""
+    plan = [Planned(query()), Planned(query(40.0, "t"), 3)]
+    with Ledger.open(path, cap=CAP) as ledger:
+        raw, cap = path.read_bytes(), (60.0, CAP[1])
+        foreseen = ledger.foreseen("run-2", "joint", "c0ffee", plan, cap)
+        assert path.read_bytes() == raw
+        ledger.raise_cap(cap)
+        ledger.start("run-2", "joint", "c0ffee")
+        for number, planned in enumerate(plan):
+            assert ledger.foreseen("run-2", "joint", "c0ffee", plan[number:], cap) == foreseen
+            ledger.reserve("run-2", planned.query, planned.count)
+        assert ledger.foreseen("run-2", "joint", "c0ffee", [], cap) == foreseen
+        ledger.finish("run-2")
+        assert ledger.lines == foreseen == ledger.foreseen("run-2", "joint", "c0ffee", [], cap)
+        size = path.stat().st_size
+        monkeypatch.setattr(ledgers, "MAX_BYTES", size)
+        ledger.foreseen("run-2", "joint", "c0ffee", [], cap)
+        with pytest.raises(LedgerError, match="no room for this run"):
+            ledger.foreseen("run-3", "joint", "c0ffee", [], cap)
+        assert path.stat().st_size == size
 
 
 def test_every_flipped_byte_is_refused(path: Path) -> None:
@@ -162,7 +185,7 @@ def test_a_forged_chain_with_unknown_content_is_refused(path: Path) -> None:
         ),
         [{**good[0], "format": "dpdistill-ledger-2"}, *good[1:]],
         *([{**good[0], "cap_epsilon": value}, *good[1:]] for value in ("nan", "inf", "-1.0", "50", "1e2", 50.0, "")),
-        *([{**good[0], "cap_delta": value}, *good[1:]] for value in ("nan", "0.0", "1.0", None)),
+        *([{**good[0], "cap_delta": value}, *good[1:]] for value in ("nan", "0.0", "1.0", "1e-12", None)),
         [*good, good[0]],
         good[1:],
     ]

@@ -125,7 +125,7 @@ def test_bad_target_is_refused(target: float) -> None:
         calibrate(one, target, 1e-5)
 
 
-@pytest.mark.parametrize("delta", [0, 1, math.nan])
+@pytest.mark.parametrize("delta", [0, 1, math.nan, 1e-11])
 def test_bad_delta_is_refused(delta: float) -> None:
     with pytest.raises(ConfigError):
         calibrate(one, 1.0, delta)

@@ -15,13 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from dpdistill.bundle import contents, png, release, tensors
+import small_release
+from dpdistill.bundle import contents, png, release, room, table, tensors
 from dpdistill.bundle.release import read_bundle, write_bundle
 from dpdistill.bundle.verification import SIZES, verify
-from dpdistill.errors import ReleaseError
+from dpdistill.errors import ConfigError, ReleaseError
 
 
 def all_bytes(folder: Path) -> dict[str, bytes]:
@@ -54,6 +57,60 @@ def test_a_release_verifies_and_reads_back(kit: Any, tmp_path: Path, options: di
         assert torch.equal(back.soft_labels, made.soft_labels)
     assert set(all_bytes(out)) == set(SIZES)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("kind", ["dataset", "model", "diffusion"])
+def test_no_release_is_larger_than_was_counted(kind: str, kit: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"classes": 10, "per_class": 30, "soft": kind == "model"}
+    made = kit.synthetic(**options)
+    if kind == "dataset":
+        out = write_bundle(tmp_path / "out", made, kit.facts(tmp_path, made))
+        counted = room.dataset(300, (1, 8, 8), 10, soft=False)
+    else:
+        out = small_release.write(tmp_path, kind)
+        counted = room.dataset(4, (1, 8, 8), 2, soft=kind == "model")
+    sizes = {name: len(raw) for name, raw in all_bytes(out).items()}
+    assert all(sizes[name] <= counted[name][0] for name in counted)
+    assert sum(sizes[name] for name in ("README.md", "report.html", "samples.png")) < room.PAGES
+    soft = kit.synthetic(**options | {"soft": True})
+    held = release.from_torch(soft, tuple(map(str, range(10))))
+    counted = room.dataset(300, (1, 8, 8), 10, soft=True)
+    assert len(held.pack()) <= counted["dataset/synthetic.safetensors"][0]
+    raw = table.write(held.pixels, held.labels, held.soft_labels, held.class_names)
+    assert len(raw) <= counted["dataset/train.parquet"][0]
+    assert len(raw) + tensors.MAX_HEADER > held.soft_labels.nbytes  # it is no idle bound
+
+
+def test_class_names_are_counted_as_they_are_written() -> None:
+    room.check_names(tuple(f"class {k}" for k in range(10_000)))
+    long = tuple(f"{k:04d}" + 80 * "é" for k in range(2400))  # 84 characters each, in 15 bytes of a header's JSON
+    with pytest.raises(ConfigError, match=r"2,400 class names .* choose shorter ones"):
+        room.check_names(long)
+    with pytest.raises(ConfigError, match="choose shorter ones"):
+        room.check_names(tuple(f"{k:04d}" + 80 * "<" for k in range(10_000)))  # five times as long on a card
+    for names in (
+        long[:1500],
+        tuple(f"{k:04d}" + 86 * '"' for k in range(1500)),
+        tuple(f"{k:080d}" for k in range(9999)),
+    ):
+        room.check_names(names)
+        shape = len(names), 1, 8, 8
+        held = contents.Contents(
+            images=np.zeros(shape, np.float32), labels=np.arange(len(names)), soft_labels=None, parts=1, gain=1, class_names=names
+        )  # fmt: skip
+        assert contents.unpack(held.pack()).class_names == names
+
+
+@given(
+    st.lists(
+        st.sampled_from(["x", " x", "x ", "x (0)", "x (1)", "x (4)", "", "class 1", "y" * 99 + "ab", "y" * 99 + "ac"])
+    )
+)
+def test_printable_names_are_all_different(names: list[str]) -> None:
+    """Those of other classes are not given once more: `Contents` would refuse that after the charge."""
+    found = contents.printable_names(tuple(names))
+    assert len(set(found)) == len(found) == len(names)
+    assert contents.printable_names(found) == found
 
 
 def test_the_bytes_depend_on_the_arguments_alone(kit: Any, pristine: Path, tmp_path: Path) -> None:

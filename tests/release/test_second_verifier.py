@@ -692,9 +692,12 @@ def test_the_schema_has_our_words() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     words, plain = SCHEMA["$defs"], certificates.ASSUMPTIONS
     attested = {key: plain[key] for key in ("code", "public-inputs")}
+    record, unit = ({key: certificates.UNIT_ASSUMPTIONS[key]} for key in ("one-record", "one-unit"))
+    shards = plain | {"disjoint": certificates.MODEL_ASSUMPTIONS["disjoint"]}
     wanted = {
-        "assumptions_of_records": plain,
-        "assumptions_of_shards": plain | {"disjoint": certificates.MODEL_ASSUMPTIONS["disjoint"]},
+        "assumptions_of_records": plain | record,
+        "assumptions_of_shards": shards | record,
+        "assumptions_of_other_units": shards | unit,
         "assumptions_attested": attested | {"attested": certificates.MODEL_ASSUMPTIONS["attested"]},
     }
     for name, texts in wanted.items():

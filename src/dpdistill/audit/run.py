@@ -111,6 +111,7 @@ def audit_release(
             "leave --two-worlds out"
         )
     claimed = _claim(checked)
+    records = public_records(data, checked.facts.image_shape)
     found = kernels(
         kinds_of(checked.certificate, config.epsilon),
         config.delta,
@@ -118,7 +119,6 @@ def audit_release(
         passing=passing,
         seed=seed,
     )
-    records = public_records(data, checked.facts.image_shape)
     coins = _coins(seed, "canaries")
     twin = Twin.of(config, records, most_canaries, coins)
     blind = twin.plan.releases[0].query.describe()["mechanism"] in ("noisy_votes", "shard_sum")

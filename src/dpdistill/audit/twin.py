@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..config import DiffusionConfig, ModelConfig, RunConfig
-from ..data import LabelledImages, load_images
-from ..errors import ConfigError
+from ..data import LabelledImages, check_public_range, load_images
+from ..errors import ConfigError, InputError
 from ..mechanisms import Vault
 from ..methods import Sampler, Student, Synthetic
 from ..pipeline import Plan, make_plan, with_way
@@ -28,6 +28,7 @@ from ..workspace import FolderWorkspace
 from .one_run import Enough, Told, Witness, canaries
 
 HELD_OUT = 5  # every fifth record is nobody's member
+FEWEST = 100  # records, so that twenty canaries are a quarter of who is not held out
 _OF_THE_RUN = ("per_class", "expected_records", "target_epsilon", "models", "unit_moves")
 _CAP = 1e15  # public data
 
@@ -58,6 +59,9 @@ def configuration(certificate: dict[str, Any], toml: str, data: str, auxiliary: 
 def public_records(data: str, image_shape: Sequence[int]) -> LabelledImages:
     """Public images, scaled and coloured to another set's shape where theirs differs."""
     records = load_images(data)
+    check_public_range(records)
+    if len(records.labels) < FEWEST:
+        raise InputError(data, f"an audit needs at least {FEWEST} public records", "--data digits has enough")
     if records.image_shape == tuple(image_shape):
         return records
     channels, height, width = image_shape
@@ -94,7 +98,7 @@ class Twin:
         m = min(most_canaries, len(kept.labels) // 4)
         if m < 20:
             raise ConfigError(
-                f"{config.data}: an audit needs at least {20 * 4 * HELD_OUT // (HELD_OUT - 1)} public records"
+                f"{config.data}: an audit needs at least {FEWEST} public records; --data digits has enough"
             )
         made = canaries(kept, m, coins)
         plan = make_plan(config, records.image_shape, records.class_names)

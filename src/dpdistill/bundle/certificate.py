@@ -35,10 +35,13 @@ ASSUMPTIONS = {
     "csprng": "AES-256 in counter mode cannot be told from randomness, and the operating system's key from chance.",
     "key-erased": "The noise key was erased when this release was written, and nobody kept a copy of it.",
     "ledger-complete": "The ledger holds every private release ever made from this data; none is elsewhere or deleted.",
-    "one-record": "Each person is in one record. For a person in k records, ε is k times as large and δ grows as well.",
     "public-inputs": "Auxiliary images, class names, image size and settings were chosen without the private records.",
     "rounding": "The rounding of a record's vector does not depend on the other records (docs/known-limits.md).",
     "side-channels": "Nobody watched time, memory or power while it ran.",
+}
+UNIT_ASSUMPTIONS = {
+    "one-record": "Each person is in one record. For a person in k records, ε is k times as large and δ grows as well.",
+    "one-unit": "A person's records are under one id, or with one owner. For a person under k, ε is k times as large and δ grows as well.",
 }
 MODEL_ASSUMPTIONS = {
     "attested": "What the teacher's supplier says about how it was trained is true; nobody checked it here.",
@@ -305,7 +308,8 @@ def build(
 
 
 def _assumptions(facts: BundleFacts, mechanisms: list[dict[str, Any]]) -> list[dict[str, str]]:
-    texts = dict(ASSUMPTIONS)
+    unit = "one-record" if facts.unit == "record" else "one-unit"
+    texts = ASSUMPTIONS | {unit: UNIT_ASSUMPTIONS[unit]}
     if facts.claim is not None:
         texts = {key: texts[key] for key in ("code", "public-inputs")}
         texts["attested"] = MODEL_ASSUMPTIONS["attested"]

@@ -4,6 +4,7 @@ M images, C channels, H, W size, K classes; each image holds parts × parts trai
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,9 +85,13 @@ class Contents:
         arrays: dict[str, tensors.Array] = {"images": self.images, "labels": self.labels}
         if self.soft_labels is not None:
             arrays["soft_labels"] = self.soft_labels
-        names = json.dumps(list(self.class_names))
-        numbers = {"parts": str(self.parts), "gain": str(self.gain), "range": "-1 to 1"}
-        return tensors.pack(arrays, {"format": "pt", "class_names": names, **numbers})
+        return tensors.pack(arrays, metadata(self.class_names, self.parts, self.gain))
+
+
+def metadata(class_names: tuple[str, ...], parts: int, gain: int) -> dict[str, str]:
+    """What the header of the safetensors file says."""
+    numbers = {"parts": str(parts), "gain": str(gain), "range": "-1 to 1"}
+    return {"format": "pt", "class_names": json.dumps(list(class_names)), **numbers}
 
 
 def unpack(raw: bytes) -> Contents:
@@ -118,7 +123,14 @@ def unpack(raw: bytes) -> Contents:
 def printable_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Class names as they may be shown: no control or direction characters, 1 to 100 long, all different."""
     cleaned = [one_line(name, 100).strip() or f"class {index}" for index, name in enumerate(names)]
-    return tuple(name if cleaned.count(name) == 1 else f"{name[:80]} ({index})" for index, name in enumerate(cleaned))
+    times = Counter(cleaned)
+
+    def numbered(name: str, number: int) -> str:
+        while times[f"{name[:80]} ({number})"]:  # the name of another class
+            number += len(names)
+        return f"{name[:80]} ({number})"
+
+    return tuple(name if times[name] == 1 else numbered(name, index) for index, name in enumerate(cleaned))
 
 
 def one_line(text: str, limit: int = 300) -> str:

@@ -7,14 +7,14 @@ compute in reasonable time.
 import hashlib
 import re
 
-from ..errors import ConfigError, LedgerError
+from ..errors import ConfigError, LedgerError, ReleaseError
 from ..privacy import accounting
 from ..privacy import ledger as ledgers
+from ..privacy.accounting import MAX_EPSILON, Part
 from ..privacy.ledger import Line
 from . import certificate as certificates
 from .certificate import BundleFacts
 
-MAX_EPSILON = 1000.0  # by Rényi DP; beyond it a loss distribution takes memory without bound and protects nobody
 MAX_SAMPLED = 64  # different subsampled mechanisms, each seconds of work
 MAX_LINES = 200_000
 MAX_CAPS = 64
@@ -26,6 +26,23 @@ def check_ledger(lines: list[Line], facts: BundleFacts) -> list[str]:
     if problems or facts.insecure:
         return problems
     return _too_large(lines) or _past_the_cap(lines)
+
+
+def check_foreseen(lines: list[Line], run: str, delta: float, insecure: bool = False) -> list[str]:
+    """Returns why no release of `run` could be written from these lines: to be asked before the last of them are charged.
+
+    The cap is not looked at: the ledger keeps it itself.
+    """
+    problems = _shape(lines)
+    if problems or insecure:
+        return problems
+    problems = _too_large(lines)
+    if not problems:
+        try:
+            certificates.epsilons(lines, run, delta)
+        except ReleaseError as error:
+            problems = [f"ledger.jsonl: {error}"]
+    return problems
 
 
 def _shape(lines: list[Line]) -> list[str]:
@@ -73,15 +90,17 @@ def _order(lines: list[Line], facts: BundleFacts) -> list[str]:
 
 
 def _too_large(lines: list[Line]) -> list[str]:
-    parts = ledgers.parts(lines)
+    return [f"ledger.jsonl: {problem}" for problem in too_large(ledgers.parts(lines))]
+
+
+def too_large(parts: list[Part]) -> list[str]:
+    """Why these mechanisms are more than a verifier adds up; an empty list if they are not."""
     sampled = {(q, sigma) for q, sigma, _ in parts if q < 1}
     try:
         if len(sampled) > MAX_SAMPLED or (parts and not accounting.rdp_epsilon(parts, 1e-5) <= MAX_EPSILON):
-            return [
-                f"ledger.jsonl: too much for one accounting (ε above {MAX_EPSILON:g}, or too many kinds of release)"
-            ]
+            return [f"too much for one accounting (a Rényi ε above {MAX_EPSILON:g}, or too many kinds of release)"]
     except (ArithmeticError, ValueError):
-        return ["ledger.jsonl: holds mechanisms that no accountant can add up"]
+        return ["holds mechanisms that no accountant can add up"]
     return []
 
 

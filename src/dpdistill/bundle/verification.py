@@ -45,7 +45,7 @@ SIZES = {  # the only files of a data set's release, and the most bytes each may
 }
 MAX_RELEASE = 2**29  # bytes of all files together: they are held in memory while they are compared
 UNCHECKED = (
-    "that the code was run as stated, on data of which each person is in one record",
+    "that the code was run as stated, on data in which each person has one record, or one id or owner where the promise is of those",
     "that the noise key was secret and was erased",
     "that the ledger is complete: that no release was made from this data outside it, and none was deleted",
     "who made this release: hashes show that files belong together, not whose they are",
@@ -278,6 +278,15 @@ def read_file(root: Path, name: str) -> bytes:
     if len(raw) > limit:
         raise ReleaseError(f"{name}: larger than {limit} bytes")
     return raw
+
+
+def run_of(root: Path) -> str:
+    """The run that a release says it is of; whether that is true is not checked. Raises ReleaseError where it says none."""
+    try:
+        run = _read_certificate(read_file(root, "certificate.json"))["release"]["run"]
+    except (KeyError, TypeError):
+        raise ReleaseError("certificate.json: names no run") from None
+    return str(expect(run, str, "run", ID.fullmatch(str(run)) is not None))
 
 
 def checksums(files: dict[str, bytes]) -> bytes:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from dpdistill.data.limits import Limits
-from dpdistill.errors import InputError
+from dpdistill.errors import InputError, MisfitError
 
 EXTENSIONS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".webp": "WEBP"}
 # The only decoders in use; naming them keeps Pillow from importing its fifty others to recognise a file.
@@ -111,7 +111,7 @@ def check_size(path: object, h: int, w: int, limits: Limits) -> None:
     """Refuses images outside the sizes that the models take."""
     low, high = limits.min_size, limits.max_size
     if not (low <= h <= high and low <= w <= high):
-        raise InputError(path, f"has images of {h}x{w} pixels; each side must be {low} to {high}", RESIZE_HINT)
+        raise MisfitError(path, f"has images of {h}x{w} pixels; each side must be {low} to {high}", RESIZE_HINT)
 
 
 def check_resize(path: object, resize: int | None, limits: Limits) -> None:

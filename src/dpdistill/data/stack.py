@@ -12,7 +12,7 @@ import numpy as np
 from dpdistill.data.decode import RESIZE_HINT
 from dpdistill.data.limits import Limits
 from dpdistill.data.stored import Images, room
-from dpdistill.errors import InputError
+from dpdistill.errors import InputError, MisfitError
 
 CHANNELS_HINT = "--set channels=1 or --set channels=3 converts all"
 
@@ -56,9 +56,9 @@ def stack_images(
                 )
             stacked = room((n_images, *image_CHW.shape), np.dtype(np.uint8), limits.scratch)
         if image_CHW.shape[1:] != stacked.shape[2:]:
-            raise InputError(path, "differs in size from the images before it", RESIZE_HINT)
+            raise MisfitError(path, "differs in size from the images before it", RESIZE_HINT)
         if image_CHW.shape[0] != stacked.shape[1]:
-            raise InputError(path, "mixes grey and colour with the images before it", CHANNELS_HINT)
+            raise MisfitError(path, "mixes grey and colour with the images before it", CHANNELS_HINT)
         if n_seen == n_images:
             raise InputError(path, "comes after the declared number of images", "write the file again")
         stacked[n_seen] = image_CHW

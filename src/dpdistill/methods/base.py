@@ -27,13 +27,11 @@ class Public:
       class_names: K names.
       auxiliary: float32 [A, C, H, W] in [-1, 1], public images; procedural ones where the person has none.
       procedural: float32 [A', C, H, W] in [-1, 1], made-up images beside the person's own, or None.
-      auxiliary_labels: int64 [A] or None: labels of the auxiliary set, of its own classes.
     """
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     auxiliary: Tensor
-    auxiliary_labels: Tensor | None = None
     procedural: Tensor | None = None
 
     @property

@@ -34,6 +34,7 @@ from ..models.matching import (
 )
 from ..privacy import GaussianSum, Planned
 from .base import Public, Synthetic, Workspace
+from .shared.bounds import NORMS, RATES, check_bounds, check_parts
 from .shared.checkpoints import resume
 
 
@@ -93,8 +94,10 @@ class Config:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
         if self.depth is not None and self.depth < 1:
             raise ConfigError(f"Expected depth of at least 1, or none, got {self.depth}.")
-        if not (self.group_size > 0 and self.lr > 0 and 0 <= self.momentum < 1 and 0 <= self.ema < 1):
-            raise ConfigError("Expected group_size and lr > 0, and momentum and ema in [0, 1).")
+        check_bounds(self, NORMS, "group_size", "clip_norm")
+        check_bounds(self, RATES, "lr")
+        if not (0 <= self.momentum < 1 and 0 <= self.ema < 1):
+            raise ConfigError("Expected momentum and ema in [0, 1).")
         try:
             Dsa(strategy=self.augment)
         except ValueError as error:
@@ -137,6 +140,7 @@ def signal_dim(config: Config, public: Public) -> int:
 
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
     """T_s sums of clipped features, by class."""
+    check_parts(config.parts, public.image_shape)
     query = GaussianSum(
         name="dosser-signal",
         dim=signal_dim(config, public),

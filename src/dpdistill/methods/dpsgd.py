@@ -18,6 +18,7 @@ from ..mechanisms import PrivateData, per_record_gradient
 from ..models.convnet import ConvNet
 from ..privacy import GaussianSum, Planned
 from .base import Public, Workspace
+from .shared.bounds import NORMS, RATES, check_bounds
 from .shared.checkpoints import resume
 
 
@@ -57,8 +58,10 @@ class Config:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
         if self.width % self.groups:
             raise ConfigError(f"Expected groups={self.groups} to divide width={self.width}.")
-        if not (self.lr > 0 and 0 <= self.momentum < 1):
-            raise ConfigError("Expected lr > 0 and momentum in [0, 1).")
+        check_bounds(self, NORMS, "clip_norm")
+        check_bounds(self, RATES, "lr")
+        if not (0 <= self.momentum < 1):
+            raise ConfigError(f"Expected momentum in [0, 1), got {self.momentum}.")
 
     @property
     def rate(self) -> float:

@@ -28,6 +28,7 @@ from ..models.matching import (
 )
 from ..privacy import GaussianSum, Planned
 from .base import Public, Synthetic, Workspace
+from .shared.bounds import NORMS, RATES, check_bounds, check_parts
 from .shared.checkpoints import resume
 
 
@@ -68,8 +69,10 @@ class Config:
     def __post_init__(self) -> None:
         if min(self.per_class, self.parts, self.steps, self.checkpoint_steps, self.width, self.depth or 1) < 1:
             raise ConfigError("Expected per_class, parts, steps, checkpoint_steps, width and depth of at least 1.")
-        if not (self.group_size > 0 and 0 <= self.momentum < 1 and self.lr > 0):
-            raise ConfigError("Expected group_size > 0, lr > 0, and momentum in [0, 1).")
+        check_bounds(self, NORMS, "group_size", "clip_norm")
+        check_bounds(self, RATES, "lr")
+        if not (0 <= self.momentum < 1):
+            raise ConfigError(f"Expected momentum in [0, 1), got {self.momentum}.")
         try:
             Dsa(strategy=self.augment)
         except ValueError as error:
@@ -91,6 +94,7 @@ class Config:
 
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
     """T sums of clipped embeddings, by class."""
+    check_parts(config.parts, public.image_shape)
     network = random_network(public.image_shape, config.width, config.depth)
     query = GaussianSum(
         name="ndpdc-signal",

@@ -82,5 +82,5 @@ def sample(
                 anything = denoise(x, level, torch.full_like(y, n_classes or 0))
                 clean = anything + guidance * (clean - anything)
             x = clean + following / sigma * (x - clean)  # Euler: x + (σ' - σ)·(x - D)/σ
-        images.append(x.clamp(-1, 1))
+        images.append(x.nan_to_num(0.0).clamp(-1, 1))  # numbers, whatever a denoiser has become
     return torch.cat(images) if images else start

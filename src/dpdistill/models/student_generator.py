@@ -43,6 +43,21 @@ class StudentGenerator(nn.Module):
         self.norms = nn.ModuleList(nn.GroupNorm(1, n) for n in (2 * width, 2 * width, width))
         draw_weights(self, generator)
 
+    @staticmethod
+    def shapes(
+        image_shape: tuple[int, int, int], n_classes: int, *, latent: int, width: int
+    ) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight, by name, without making one."""
+        channels, height, width_px = image_shape
+        n_seed = 2 * width * -(-height // 4) * -(-width_px // 4)
+        found: dict[str, tuple[int, ...]] = {"first.weight": (n_seed, latent + n_classes), "first.bias": (n_seed,)}
+        sizes = (2 * width, 2 * width, width, channels)
+        for name, n_in, n_out in zip(("second", "third", "fourth"), sizes, sizes[1:], strict=False):
+            found |= {f"{name}.weight": (n_out, n_in, 3, 3), f"{name}.bias": (n_out,)}
+        for number, n in enumerate(sizes[:3]):
+            found |= {f"norms.{number}.weight": (n,), f"norms.{number}.bias": (n,)}
+        return found
+
     def forward(self, z: Tensor, classes: Tensor) -> Tensor:
         one_hot = F.one_hot(classes, self.n_classes).to(z.dtype)
         x = self.norms[0](self.first(torch.cat([z, one_hot], dim=1)).view(-1, *self.seed_shape))

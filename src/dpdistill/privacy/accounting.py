@@ -23,6 +23,10 @@ COARSE_DISCRETISATION, COARSE_EPSILON = (
     20.0,
 )  # above this ε the coarse step will do: pessimistic too, and affordable
 CLOSED_SIGMA = 0.09  # below: no PLD (it needs minutes and gigabytes), but the closed-form bound without sampling
+# Below, the 1e-15 or so that a loss distribution cuts off, and what its Fourier transforms round, is no longer small against δ: of 10⁶
+# releases ε is three times too large at 1e-11, and of a single one it is infinite at 1e-16.
+MIN_DELTA = 1e-10
+MAX_EPSILON = 1000.0  # by Rényi DP; beyond it a loss distribution takes memory without bound and protects nobody
 Q_MIN, SIGMA_MIN, SIGMA_MAX = 1e-9, 1e-6, 1e9  # q: far above the 2⁻⁵³ to which a sampling coin is exact
 # Releases of one sampled mechanism. dp-accounting raises the size of a small loss distribution to this power, in whole numbers:
 # seconds here, hours a little later.
@@ -44,6 +48,12 @@ def check_part(q: float, sigma: float, count: int) -> None:
         )
     if not (type(count) is int and 1 <= count <= 10**12):
         raise ConfigError(f"Expected a whole count >= 1, got {count!r}.")
+
+
+def check_delta(delta: float) -> None:
+    """Raises ConfigError unless ε can be computed at this δ (NaN never passes)."""
+    if not (MIN_DELTA <= delta < 1):
+        raise ConfigError(f"Expected delta in [{MIN_DELTA:g}, 1), got {delta}: below, no ε can be computed.")
 
 
 def group(parts: Iterable[Part]) -> tuple[Part, ...]:
@@ -105,14 +115,13 @@ def epsilon(parts: Iterable[Part], delta: float, relation: Relation = "add_or_re
 
     Args:
       parts: (sampling_prob, noise_multiplier, count) each.
-      delta: in (0, 1), given by a person, never derived from the data.
+      delta: from MIN_DELTA to below 1, given by a person, never derived from the data.
       relation: what neighbours differ in.
 
     Raises:
       ConfigError: a part, `delta` or `relation` is out of range, or the accountant's answer is no number.
     """
-    if not (0 < delta < 1):
-        raise ConfigError(f"Expected delta in (0, 1), got {delta}.")
+    check_delta(delta)
     if relation not in _RELATIONS:
         raise ConfigError(f"Expected relation to be one of {sorted(_RELATIONS)}, got {relation!r}.")
     grouped = group(parts)

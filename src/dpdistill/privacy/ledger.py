@@ -26,7 +26,7 @@ from .accounting import Part, Relation
 from .disk import sync_directories
 from .faults import point
 from .guarantee import round_up, shown
-from .queries import Query, parse_query
+from .queries import Planned, Query, parse_query
 
 FORMAT = "dpdistill-ledger-1"
 MAX_BYTES = 64 * 2**20
@@ -79,11 +79,11 @@ def parse_line(raw: bytes, previous: str, number: int) -> Line:
 
 
 def check_cap(cap: tuple[float, float]) -> tuple[float, float]:
-    """Returns the cap as two floats. Raises ConfigError unless it is a finite ε > 0 and a δ in (0, 1)."""
+    """Returns the cap as two floats. Raises ConfigError unless it is a finite ε > 0 and a δ that ε can be computed at."""
     epsilon, delta = float(cap[0]), float(cap[1])
     if not (0 < epsilon < math.inf):
         raise ConfigError(f"Expected a budget epsilon that is finite and > 0, got {epsilon}.")
-    accounting.epsilon([], delta)
+    accounting.check_delta(delta)
     return epsilon, delta
 
 
@@ -205,9 +205,12 @@ class Ledger:
                 raise LedgerError(f"{path}: {error}") from error.__cause__
             _settle(descriptor, raw, whole)
             ledger = cls(path, descriptor, lines)
-            if lines and ((data or lines[0]["data"]), unit) != (lines[0]["data"], lines[0]["unit"]):
+            if lines and data not in (None, lines[0]["data"]):
+                raise LedgerError(f"{path}: this ledger belongs to other data, {lines[0]['data']!r}")
+            if lines and unit != lines[0]["unit"]:
                 raise LedgerError(
-                    f"{path}: this ledger belongs to other data, {lines[0]['data']!r} by {lines[0]['unit']!r}"
+                    f"{path}: this ledger protects each {lines[0]['unit']}, and the run would each {unit}: one account counts by one unit. "
+                    "A second account by --ledger does not know of this one: what a person loses is the sum of both"
                 )
             if not lines:
                 name = data or "data-" + secrets.token_hex(8)
@@ -298,6 +301,36 @@ class Ledger:
     def intents(self, run: str) -> list[Line]:
         """All intent lines of a run, in order."""
         return [line for line in self.lines if line["type"] == "intent" and line["run"] == run]
+
+    def foreseen(
+        self, run: str, method: str, config: str, left: Iterable[Planned], cap: tuple[float, float]
+    ) -> list[Line]:
+        """Returns the lines as they will be when the run has ended, after the releases that are `left` to it. Writes nothing.
+
+        Args:
+          run, method, config: as `start` is given them.
+          cap: as `raise_cap` is given it.
+
+        Raises:
+          LedgerError: there is no room for so many lines.
+        """
+        mine = {line["type"] for line in self.lines if line.get("run") == run}
+        bodies: list[Line] = []
+        if cap != self.cap:
+            bodies.append({"type": "cap", "cap_epsilon": repr(cap[0]), "cap_delta": repr(cap[1])})
+        if "run" not in mine:
+            bodies.append({"type": "run", "run": run, "method": method, "config": config})
+        for p in left:
+            bodies.append({"type": "intent", "run": run, "count": p.count, "query": p.query.describe(), "again": ""})
+        if "final" not in mine:
+            bodies.append({"type": "final", "run": run})
+        lines, size = list(self.lines), self._end
+        for body in bodies:
+            lines.append({**body, "hash": line_hash(lines[-1]["hash"], body)})
+            size += len(canonical(lines[-1])) + 1
+        if size > MAX_BYTES:
+            raise LedgerError(f"{self.path}: the ledger has no room for this run ({MAX_BYTES} bytes); nothing was read")
+        return lines
 
     def check_affordable(self, extra: Iterable[Part]) -> None:
         """Raises BudgetError if `extra` on top of everything recorded passes the cap. Writes and reads nothing."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from .accounting import Part, Relation, check_part, epsilon, gaussian_multiplier
+from .accounting import Part, Relation, check_delta, check_part, epsilon, gaussian_multiplier
 
 GRID_BITS = (8, 30)
 # Of a record function, between a batch and one record at a time: what the door lets pass, a release may show.
@@ -342,8 +342,7 @@ def calibrate(plan: Callable[[float], Sequence[Planned]], target_epsilon: float,
     """
     if not (0 < target_epsilon < math.inf):
         raise ConfigError(f"Expected a finite epsilon > 0, got {target_epsilon}.")
-    if not (0 < delta < 1):
-        raise ConfigError(f"Expected delta in (0, 1), got {delta}.")
+    check_delta(delta)
 
     def cost(sigma: float) -> float:
         return epsilon([planned.part for planned in plan(sigma)], delta)

@@ -21,10 +21,12 @@ from ...errors import ConfigError
 from ...models.few_step import LEVELS, SIGMA, clean, encoded, noisy, student
 from ...models.precision import autocast
 from ..base import Denoising, Public, Synthetic, Workspace
+from ..shared.bounds import DIMS, RATES, WEIGHTS, check_bounds
 from ..shared.checkpoints import restore, saved
 
 RHO = 7.0  # of the teacher's steps
 SIGMA_MIN = 0.002  # where they end
+SIGMA_MOST = 1e6  # where they may begin
 REACH = 0.05  # black and white are clipped from answers beyond: an answer that aims at the bound itself is grey half of the time
 PUSH = 0.2  # of L_dis's gradient, the length of L_adv's at λ = 1; five times as long, it costs points of accuracy
 CLASS_GAP = 20.0  # between two classes, in units of pixels: images of 28×28 lie 10 to 20 apart
@@ -105,14 +107,11 @@ class DistillationConfig:
         for name in ("student_ema", "from_noise"):
             if not (0 <= getattr(self, name) <= 1):
                 raise ConfigError(f"Expected {name} in [0, 1], got {getattr(self, name)}.")
-        for name in ("student_lr", "critic_lr"):
-            if not (0 < getattr(self, name) < math.inf):
-                raise ConfigError(f"Expected a finite {name} > 0, got {getattr(self, name)}.")
-        for name in ("adversarial", "spread", "student_warmup", "guidance"):
-            if not (0 <= getattr(self, name) < math.inf):
-                raise ConfigError(f"Expected a finite {name} of at least 0, got {getattr(self, name)}.")
-        if not SIGMA_MIN < self.sigma_max < math.inf:
-            raise ConfigError(f"Expected a finite sigma_max above {SIGMA_MIN}, got {self.sigma_max}.")
+        check_bounds(self, RATES, "student_lr", "critic_lr")
+        check_bounds(self, DIMS, "critic_width")
+        check_bounds(self, WEIGHTS, "adversarial", "spread", "student_warmup", "guidance")
+        if not SIGMA_MIN < self.sigma_max <= SIGMA_MOST:
+            raise ConfigError(f"Expected sigma_max above {SIGMA_MIN} and at most {SIGMA_MOST:g}, got {self.sigma_max}.")
 
     def token_width(self, image_shape: tuple[int, int, int]) -> int:
         """Of the student for these images: `student_width`, or what "auto" is."""
@@ -183,7 +182,7 @@ def distil(
         with autocast(device, config.bf16):
             answer = clean(model, pool.noisy, pool.level, pool.classes)
         shown, inside = (
-            answer.detach().clamp(-1, 1),
+            answer.detach().nan_to_num(0.0).clamp(-1, 1),
             answer.detach().abs() <= 1 + REACH,
         )  # beyond, nothing that is shown changes
         gradient = missing(answer.detach(), pool.targets)
@@ -318,7 +317,7 @@ def denoised(teacher: Denoising, x: Tensor, sigma: Tensor, y: Tensor, *, steps: 
         after = (high + (step + 1) / steps * (low - high)) ** RHO * (step + 1 < steps)
         estimate = teacher(x, here.float(), y)
         x = estimate + (after / here).float().view(-1, 1, 1, 1) * (x - estimate)
-    return x.clamp(-1, 1)
+    return x.nan_to_num(0.0).clamp(-1, 1)
 
 
 def energy_gradient(x: Tensor, t: Tensor, y: Tensor) -> Tensor:

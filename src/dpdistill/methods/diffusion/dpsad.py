@@ -29,6 +29,7 @@ from ...privacy import Planned, gaussian_multiplier
 from ..base import Denoising, Public, Sampler, Workspace
 from ..shared import embedding, linear, tones
 from ..shared import mixture as mix
+from ..shared.bounds import DIMS, check_bounds
 from ..shared.embedding import EmbeddingConfig
 from . import private_denoiser
 from .distillation import DistillationConfig, Teacher
@@ -89,8 +90,8 @@ class Config(DenoiserConfig, DistillationConfig):
         for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
-        if self.pixel_dims != "auto" and self.pixel_dims < 1:
-            raise ConfigError(f"Expected pixel_dims of auto or at least 1, got {self.pixel_dims}.")
+        if self.pixel_dims != "auto":
+            check_bounds(self, DIMS, "pixel_dims")
         if self.components > mix.N_SAMPLES:
             raise ConfigError(f"Expected components of at most {mix.N_SAMPLES}, got {self.components}.")
         if self.share_denoiser != "auto" and not (0 <= self.share_denoiser < 1):

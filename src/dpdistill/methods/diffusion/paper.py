@@ -26,6 +26,7 @@ from ...models import edm
 from ...models.denoiser import Denoiser, check_sizes
 from ...privacy import GaussianSum, Planned, calibrate, epsilon
 from ..base import Public, Sampler, Workspace
+from ..shared.bounds import NORMS, RATES, SCALES, check_bounds
 from .distillation import Critic, DistillationConfig, Teacher
 from .student import finish
 
@@ -85,13 +86,11 @@ class Config(DistillationConfig):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
         check_sizes(width=self.width, depth=self.depth, heads=self.heads)
-        for name in ("clip_norm", "lr", "critic_lr", "teacher_lr", "sigma_data", "rho"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"Expected a finite {name} above 0, got {getattr(self, name)}.")
-        if not (0 < self.sigma_min < self.sigma_max < math.inf and 0 <= self.ema < 1):
+        check_bounds(self, NORMS, "clip_norm")
+        check_bounds(self, RATES, "lr", "teacher_lr")
+        check_bounds(self, SCALES, "sigma_data", "rho")
+        if not (0 < self.sigma_min < self.sigma_max and 0 <= self.ema < 1):
             raise ConfigError("Expected 0 < sigma_min < sigma_max and ema in [0, 1).")
-        if not 0 <= self.adversarial < math.inf:
-            raise ConfigError(f"Expected a finite adversarial of at least 0, got {self.adversarial}.")
 
     @property
     def rate(self) -> float:

@@ -27,9 +27,13 @@ from ...models import edm
 from ...models.denoiser import Denoiser, check_patch, check_sizes
 from ...privacy import GaussianSum, Planned
 from ..base import Public, Workspace
+from ..shared.bounds import NORMS, RATES, SCALES, check_bounds
 from ..shared.checkpoints import resume
 
 TABLE = 2**18  # normal numbers drawn for a step: two draws of 784 share some with probability 0.6 %
+# How far Adam may take a weight at random, lr · √steps: from 1 on the attention of most networks becomes so steep that rounding moves a
+# record's gradient, and the door refuses it, when all steps are paid for.
+WALK = 0.5
 SMALL_SIDE = 12  # up to here, one patch covers the image
 
 
@@ -82,12 +86,16 @@ class DenoiserConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {value}.")
-        for name in ("clip_norm", "lr", "sigma_data", "p_std"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"Expected a finite {name} above 0, got {getattr(self, name)}.")
+        check_bounds(self, NORMS, "clip_norm")
+        check_bounds(self, RATES, "lr")
+        if self.lr * math.sqrt(self.steps) > WALK:
+            raise ConfigError(f"Expected lr · √steps of at most {WALK}, got lr={self.lr} and steps={self.steps}.")
+        check_bounds(self, SCALES, "sigma_data")
+        check_bounds(self, (-5.0, 5.0), "p_mean")
+        check_bounds(self, (1e-3, 3.0), "p_std")
         check_sizes(width=self.width, depth=self.depth, heads=self.heads)
-        if not (0 <= self.ema < 1 and 0 <= self.label_dropout <= 1 and math.isfinite(self.p_mean)):
-            raise ConfigError("Expected ema in [0, 1), label_dropout in [0, 1] and a finite p_mean.")
+        if not (0 <= self.ema < 1 and 0 <= self.label_dropout <= 1):
+            raise ConfigError("Expected ema in [0, 1) and label_dropout in [0, 1].")
 
     @property
     def rate(self) -> float:

@@ -24,6 +24,7 @@ from ...models import edm, few_step
 from ...models.denoiser import Denoiser, check_patch, check_sizes
 from ...privacy import Planned, ShardSum
 from ..base import Public, Sampler, Workspace
+from ..shared.bounds import NORMS, RATES, SCALES, check_bounds
 from .distillation import DistillationConfig, Teacher
 from .student import finish
 
@@ -74,10 +75,10 @@ class Config(DistillationConfig):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
         check_sizes(width=self.width, depth=self.depth, heads=self.heads)
-        for name in ("clip", "lr", "sigma_data"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"Expected a finite {name} above 0, got {getattr(self, name)}.")
-        if not 0.002 < self.sigma_min < self.sigma_max < math.inf:
+        check_bounds(self, NORMS, "clip")
+        check_bounds(self, RATES, "lr")
+        check_bounds(self, SCALES, "sigma_data")
+        if not 0.002 < self.sigma_min < self.sigma_max:
             raise ConfigError("Expected 0.002 < sigma_min < sigma_max.")
 
 

@@ -26,6 +26,7 @@ from ...privacy import GaussianSum, Planned
 from ..base import Public, Synthetic, Workspace
 from ..shared import mixture as mix
 from ..shared import tones
+from ..shared.bounds import DIMS, RATES, check_bounds
 from . import measure
 from .matching import apportioned, match_pool, packed
 
@@ -94,8 +95,10 @@ class Config:
             raise ConfigError(f"Expected groups of 0 (automatic) or more, got {self.groups}.")
         if self.components > mix.N_SAMPLES:
             raise ConfigError(f"Expected components of at most {mix.N_SAMPLES}, got {self.components}.")
-        if self.steps < 0 or not (0 < self.lr < math.inf):
-            raise ConfigError(f"Expected steps of at least 0 and a finite lr > 0, got {self.steps} and {self.lr}.")
+        if self.steps < 0:
+            raise ConfigError(f"Expected steps of at least 0, got {self.steps}.")
+        check_bounds(self, RATES, "lr")
+        check_bounds(self, DIMS, "pixel_dims", "feature_dims", "feature_width", "width")
         shares = (self.share_moments, self.share_local, self.share_means)
         if not (min(shares) > 0 and abs(self.share_moments + 2 * self.share_local + self.share_means - 1) <= 1e-6):
             raise ConfigError(f"Expected positive shares with moments + 2·local + means = 1, got {shares}.")

@@ -23,6 +23,7 @@ from ...models.precision import autocast
 from ...models.student_generator import StudentGenerator
 from ...models.wavelet_net import WaveletNet
 from ..base import Public, Workspace
+from ..shared.bounds import NORMS, RATES, WEIGHTS, check_bounds
 from ..shared.checkpoints import restore, saved
 from .prior import Prior, vary
 
@@ -85,9 +86,8 @@ class Networks:
         for name in ("generated", "vary"):
             if not (0 <= getattr(self, name) <= 1):
                 raise ConfigError(f"Expected {name} in [0, 1], got {getattr(self, name)}.")
-        for name in ("matrix_lr", "lr", "generator_lr"):
-            if not (0 < getattr(self, name) < math.inf):
-                raise ConfigError(f"Expected a finite {name} > 0, got {getattr(self, name)}.")
+        check_bounds(self, RATES, "matrix_lr", "lr", "generator_lr")
+        check_bounds(self, WEIGHTS, "weight_decay", "one_hot", "entropy")
         for name in ("given", "figures"):
             share = getattr(self, name)
             if share != "auto" and not (0 <= share <= 1):
@@ -130,8 +130,8 @@ class Conversion(Networks):
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
         if not (0 <= self.ema <= 1):
             raise ConfigError(f"Expected ema in [0, 1], got {self.ema}.")
-        if not (0 < self.temperature < math.inf):
-            raise ConfigError(f"Expected a finite temperature > 0, got {self.temperature}.")
+        check_bounds(self, NORMS, "temperature")
+        check_bounds(self, WEIGHTS, "adversarial")
 
 
 @dataclass(frozen=True, kw_only=True)

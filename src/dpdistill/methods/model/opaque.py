@@ -22,6 +22,7 @@ from ...models.student_generator import StudentGenerator
 from ...models.wavelet_net import WaveletNet
 from ...privacy import gaussian_multiplier
 from ..base import Public, Student, Workspace
+from ..shared.bounds import NORMS, check_bounds
 from ..shared.checkpoints import restore, saved
 from .conversion import Networks, Teacher
 from .gallery import finish
@@ -49,8 +50,9 @@ class Config(Networks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 < self.gamma < math.inf and 0 < self.stability < 1):
-            raise ConfigError("Expected gamma > 0 and stability in (0, 1).")
+        check_bounds(self, NORMS, "gamma")
+        if not (0 < self.stability < 1):
+            raise ConfigError(f"Expected stability in (0, 1), got {self.stability}.")
 
     def sigma(self, epsilon: float, delta: float) -> float:
         """σ for which the paper's count gives ε: T sums of rows, of which one may move by 2."""

@@ -19,6 +19,7 @@ from ...privacy import Planned
 from ..base import Public, Student, Workspace
 from ..shared import linear, tones
 from ..shared import mixture as mix
+from ..shared.bounds import DIMS, check_bounds
 from .conversion import Conversion, convert
 from .gallery import finish, probe_agreement
 
@@ -46,8 +47,8 @@ class Config(linear.Training, Conversion):
         Conversion.__post_init__(self)
         if not (0 <= self.share_prior < 1):
             raise ConfigError(f"Expected share_prior in [0, 1), got {self.share_prior}.")
-        if min(self.pixel_dims, self.components) < 1 or self.components > mix.N_SAMPLES:
-            raise ConfigError(f"Expected pixel_dims of at least 1 and components in 1..{mix.N_SAMPLES}.")
+        check_bounds(self, DIMS, "pixel_dims")
+        check_bounds(self, (1, mix.N_SAMPLES), "components")
 
 
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
@@ -85,6 +86,6 @@ def with_mixture(
     if wanted is not None:
         images = tones.Curve.between(images, wanted)(images)
     if public.procedural is None:  # then what is called auxiliary is made up
-        return dataclasses.replace(public, auxiliary=images, procedural=public.auxiliary, auxiliary_labels=None)
+        return dataclasses.replace(public, auxiliary=images, procedural=public.auxiliary)
     given = torch.cat([images, public.auxiliary[:N_DRAWN]])
-    return dataclasses.replace(public, auxiliary=given, auxiliary_labels=None)
+    return dataclasses.replace(public, auxiliary=given)

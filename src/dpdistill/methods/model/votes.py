@@ -19,6 +19,7 @@ from ...mechanisms.ensemble import Model, round_robin
 from ...models.linear import LinearTeacher
 from ...privacy import NoisyVotes, Planned, gaussian_multiplier
 from ..base import Public, Student, Workspace
+from ..shared.bounds import NORMS, check_bounds
 from ..shared.linear import public_images, untrained
 from .conversion import Conversion, Converted, convert
 from .gallery import finish, probe_agreement
@@ -55,8 +56,7 @@ class Config(Conversion):
             raise ConfigError(f"Expected expected_records of at least 1, got {self.expected_records}.")
         if min(self.models, self.rounds, self.queries, self.teacher_dims) < 1:
             raise ConfigError("Expected models, rounds, queries and teacher_dims of at least 1.")
-        if not (1e-6 <= self.ridge < math.inf):
-            raise ConfigError(f"Expected a finite ridge of at least 1e-6, got {self.ridge}.")
+        check_bounds(self, NORMS, "ridge")
 
 
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
@@ -178,7 +178,7 @@ def queries(config: Config, prior: Prior, made: Converted | None, workspace: Wor
     ]
     if made:
         with torch.no_grad():
-            chunks.append(made.generator.sample(n_made, g)[0].cpu())
+            chunks.append(made.generator.sample(n_made, g)[0].cpu().nan_to_num(0.0))  # also of one that diverged
     return torch.cat([vary(x, config.vary, g) for x in chunks])
 
 

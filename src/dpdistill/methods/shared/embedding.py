@@ -23,6 +23,7 @@ from ...models.generator import Generator
 from ...models.precision import autocast
 from ...privacy import GaussianSum, Planned
 from ..base import Public, Synthetic, Workspace
+from .bounds import NORMS, RATES, check_bounds
 from .checkpoints import restore, saved
 
 
@@ -64,8 +65,8 @@ class EmbeddingConfig:
             raise ConfigError(f"Expected at_once of 0 (all frequencies) or more, got {self.at_once}.")
         if not (0 < self.count_share < 1):
             raise ConfigError(f"Expected count_share in (0, 1), got {self.count_share}.")
-        if self.length_scale is not None and not (0 < self.length_scale < math.inf):
-            raise ConfigError(f"Expected a finite length_scale > 0, got {self.length_scale}.")
+        check_bounds(self, NORMS, "length_scale")
+        check_bounds(self, RATES, "lr")
 
 
 def planned(name: str, config: EmbeddingConfig, public: Public, noise_multiplier: float) -> Planned:

@@ -20,10 +20,12 @@ from ...models.linear import LinearTeacher
 from ...models.scattering import n_features
 from ...privacy import GaussianSum, Planned
 from ..base import Public, Workspace
+from .bounds import NORMS, check_bounds
 
 N_PUBLIC = 4000  # images of each kind, at most
 COUNT_SHARE = 0.01  # of the budget, for the number of records
 GRID_BITS = 28
+REACHES = (1e-6, 1e5)  # beyond, logits are so long that rounding moves a record's gradient, and the door refuses it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +62,10 @@ class Training:
             raise ConfigError("Expected teacher_steps and narrow_dims of at least 1.")
         if self.teacher_dims != "auto" and self.teacher_dims < 1:
             raise ConfigError(f"Expected teacher_dims of auto or at least 1, got {self.teacher_dims}.")
-        if not (0 < self.sampling_prob <= 1 and 0 < self.clip_norm < math.inf):
-            raise ConfigError("Expected sampling_prob in (0, 1] and a finite clip_norm > 0.")
-        if not (0 < self.reach < math.inf and 0 < self.reach_max < math.inf and 0 <= self.teacher_momentum < 1):
-            raise ConfigError("Expected reach and reach_max > 0 and teacher_momentum in [0, 1).")
+        check_bounds(self, NORMS, "clip_norm", "reach")
+        check_bounds(self, REACHES, "reach_max")
+        if not (0 < self.sampling_prob <= 1 and 0 <= self.teacher_momentum < 1):
+            raise ConfigError("Expected sampling_prob in (0, 1] and teacher_momentum in [0, 1).")
 
     def dims(self, public: Public) -> int:
         """Components of the teacher, where there are so many."""
