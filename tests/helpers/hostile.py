@@ -280,7 +280,7 @@ LEDGERS = {
     "ledger: a cap of NaN, its chain whole": ledger(_first(cap_epsilon="nan"), "a cap that is none"),
     "ledger: a cap of 1e400, its chain whole": ledger(_first(cap_epsilon="1e400"), "a cap that is none"),
     "ledger: another format, its chain whole": ledger(_first(format="\u202ex"), "format"),
-    "ledger: another unit, its chain whole": ledger(_first(unit="hospital"), "other data"),
+    "ledger: another unit, its chain whole": ledger(_first(unit="hospital"), "counts by one unit"),
     "ledger: a field of another kind, its chain whole": ledger(_first(data=[]), "another kind"),
 }
 

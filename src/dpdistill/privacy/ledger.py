@@ -205,7 +205,7 @@ class Ledger:
                 raise LedgerError(f"{path}: {error}") from error.__cause__
             _settle(descriptor, raw, whole)
             ledger = cls(path, descriptor, lines)
-            if lines and data not in (None, lines[0]["data"]):
+            if lines and data and data != lines[0]["data"]:
                 raise LedgerError(f"{path}: this ledger belongs to other data, {lines[0]['data']!r}")
             if lines and unit != lines[0]["unit"]:
                 raise LedgerError(
