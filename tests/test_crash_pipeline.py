@@ -22,7 +22,7 @@ import pytest
 
 from crash_cases import NAMES, cases
 from crash_harness import ERRORS, KINDS, TORN, Case, Disk, Fault, File, Site, Study, Violation, content, forked
-from dpdistill import cli, pipeline
+from dpdistill import cli, pipeline, sources
 from dpdistill.bundle.verification import verify
 from dpdistill.config import RunConfig
 from dpdistill.mechanisms import Vault, vault
@@ -176,9 +176,13 @@ def test_a_ledger_line_that_was_written_but_not_synced_is_not_relied_on(
 def test_new_folders_are_synced_into_those_above(
     place: Any, make: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(
+        sources, "sync_directories", sync_directory
+    )  # else it does the ledger's work, in one home for both
+    Study(make("toy"), tmp_path / "sources")
     monkeypatch.setattr(place, "sync_directories", sync_directory)
     with pytest.raises(Violation, match="a power cut would"):
-        Study(make("toy"), tmp_path)
+        Study(make("toy"), tmp_path / "both")
 
 
 @pytest.mark.parametrize(

@@ -247,10 +247,7 @@ def check(folder):
     need(g["basis"] != "none" and not release["run"].startswith("insecure-"), "NOT PRIVATE: no guarantee")
     names = {name for name in FILES if "/" not in name or name.startswith(KINDS[release["kind"]])}
     names -= ({"ledger.jsonl"} if claim else set()) | (set() if "conversion_sha256" in release else {"conversion.toml"})
-    need(
-        set(files) == names and (0 if claim else 1e-10) <= float(g["delta"]) < 1,
-        "a file is missing, or one too many; or delta is none",
-    )
+    need(set(files) == names and (0 if claim else 1e-10) <= float(g["delta"]) < 1, "a file is missing, or δ is none")
     run = {key: release[key] for key in ("kind", "method", "run", "seed")}
     fits(run | {"delta": g["delta"]}, {"kind": WORD, "method": ID, "run": ID, "seed": int, "delta": NUMBER})
     wanted |= {"release": run | describe(files), "claim": claim or None}

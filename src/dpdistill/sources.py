@@ -59,9 +59,10 @@ def _take_over(records: LabelledImages, name: Path) -> None:
     facts = repr((records.images.shape, str(records.images.dtype))).encode()
     images = (np.ascontiguousarray(part).data for part in chunks(records.images))
     before = ledger_of(chain([facts], images, [np.ascontiguousarray(records.labels).data]))
-    with suppress(FileNotFoundError):  # none, or another process was first
-        before.rename(name)
-        sync_directories(name.parent)
+    if os.path.lexists(before):
+        with suppress(FileNotFoundError):  # another process was first
+            before.rename(name)
+            sync_directories(name.parent)
 
 
 def ledger_of(contents: Iterable[bytes | memoryview]) -> Path:

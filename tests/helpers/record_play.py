@@ -784,6 +784,7 @@ def small(whole: bool) -> Iterator[None]:
             stack.enter_context(mock.patch.object(distillation, "student", student))
             stack.enter_context(mock.patch.object(pipeline, "calibrate", return_value=6.0))
             stack.enter_context(mock.patch.object(accounting, "epsilon", return_value=1.0))
+            stack.enter_context(mock.patch.object(pipeline, "check_foreseen", return_value=[]))  # it would ask for ε
         stack.enter_context(around(pipeline, "make_plan", make_plan))
         stack.enter_context(around(scattering, "_wavelet", wavelet))
         stack.enter_context(around(LinearTeacher, "fit_public", fit_public))

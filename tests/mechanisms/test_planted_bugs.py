@@ -1402,7 +1402,7 @@ MUTANTS = [
             'opening = {"format": FORMAT, "data": name, "unit": unit,',
             'import time\n                opening = {"format": FORMAT, "data": name, "unit": unit + str(time.time()),',
         ),
-        (LEDGER, "unit) != (lines", "lines[0]['unit']) != (lines"),
+        (LEDGER, "if lines and unit != lines[0]", "if False and unit != lines[0]"),
     ),
     bug(
         "M5 rank one: rounding passes C, and the product is not checked",
