@@ -70,7 +70,7 @@ def test_a_release_from_first_look_to_page(dp: Cli, tmp_path: Path) -> None:
     command = ["dataset", "--data", "private.npz", "--out", "out", "--per-class", 1, *SETTINGS]
     code, dry, err = dp(*command, "--dry-run")
     assert (code, err) == (0, "")
-    assert dry == out  # the plan needs no data
+    assert dry == out + "ledger: a new one would begin, with a cap of ε = 1 at δ = 1e-05\n"  # the plan needs no data
     assert names(tmp_path) == ["private.npz", "test.npz"]  # not even a home
     code, out, err = dp(*command)
     assert code == 0
@@ -81,7 +81,8 @@ def test_a_release_from_first_look_to_page(dp: Cli, tmp_path: Path) -> None:
     ledger = next((tmp_path / "home" / "ledgers").iterdir())
     before = ledger.read_bytes()
     assert dp(*command)[:2] == (0, out)
-    assert dp(*command, "--dry-run")[0] == 0
+    code, said, _ = dp(*command, "--dry-run")
+    assert (code, said.splitlines()[-1]) == (0, "release: out is there already; nothing would be charged")
     assert ledger.read_bytes() == before
 
     code, out, err = dp("verify", "out")
@@ -172,7 +173,8 @@ def test_the_plan_of_a_model_needs_no_data(kind: str, more: list[object], dp: Cl
     code, out, err = dp("plan", kind, "--shape", "1,8,8", "--classes", 2, *given)
     assert (code, err) == (0, "")
     assert "planned: ε = 3" in out or "planned: ε = 2.99" in out
-    assert dp(kind, "--data", "private.npz", *given, "--dry-run") == (0, out, "")
+    begins = "ledger: a new one would begin, with a cap of ε = 3 at δ = 1e-05\n"
+    assert dp(kind, "--data", "private.npz", *given, "--dry-run") == (0, out + begins, "")
     assert names(tmp_path) == ["private.npz", "test.npz"]
 
 

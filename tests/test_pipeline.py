@@ -789,3 +789,48 @@ def test_a_finished_run_whose_state_was_not_removed(
     assert overwritten == [key]
     assert not (tmp_path / "out.state").exists()
     assert (listing(tmp_path / "out"), the_ledger(tmp_path).read_bytes()) == before
+
+
+def test_a_dry_run_says_what_a_run_would_meet(
+    tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its place, and what its ledger has left: without a change to either."""
+
+    def outlook(**changes: Any) -> list[str]:
+        config = tiny("ndpdc", **changes)
+        source = sources.open_source(config)
+        plan = make_plan(config, source.image_shape, source.class_names)
+        before = listing(tmp_path)
+        try:
+            return pipeline.outlook(config, plan, source)
+        finally:
+            assert listing(tmp_path) == before
+
+    assert outlook() == ["ledger: a new one would begin, with a cap of ε = 1 at δ = 1e-05"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_result", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            distil(tiny("ndpdc"), quiet=True)
+    (stopped, spent) = outlook()
+    assert stopped == f"release: the run that was stopped in {tmp_path}/out.state would go on"
+    assert re.fullmatch(r"ledger: .*/home/ledgers/.*\.jsonl has spent ε = 1 of 1 at δ = 1e-05", spent)
+    with pytest.raises(ConfigError, match="belongs to a run with other settings"):
+        outlook(seed=1)
+    distil(tiny("ndpdc"), quiet=True)
+    assert outlook() == [f"release: {tmp_path}/out is there already; nothing would be charged"]
+    with pytest.raises(ReleaseError, match="exists and holds something else"):
+        outlook(seed=1)
+    other = str(tmp_path / "other")
+    with pytest.raises(BudgetError, match="has spent ε = 1 of its cap 1"):
+        outlook(seed=1, out=other)
+    (left,) = outlook(seed=1, out=other, budget=3.0)
+    assert re.fullmatch(r"ledger: .* has spent ε = 1 of 3 at δ = 1e-05; this run would make it 1\.\d+", left)
+    assert outlook(seed=1, out=other, ledger=other + ".jsonl") == [
+        "ledger: a new one would begin, with a cap of ε = 1 at δ = 1e-05"
+    ]
+    Ledger.open(tmp_path / "ids.jsonl", cap=(3.0, 1e-5), unit="id").close()
+    with pytest.raises(LedgerError, match="protects each id"):
+        outlook(out=other, ledger=str(tmp_path / "ids.jsonl"))
+    (tmp_path / "ids.jsonl").write_bytes(b"no ledger")
+    with pytest.raises(LedgerError, match=r"ids\.jsonl: not one of our ledgers"):
+        outlook(out=other, ledger=str(tmp_path / "ids.jsonl"))

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,7 +64,7 @@ def _show_advice(plan: Any) -> None:
         console.print(line, markup=False)
 
 
-def _show_plan(plan: Any, config: Any) -> None:
+def _show_plan(plan: Any, config: Any, outlook: Iterable[str] = ()) -> None:
     console.print(plan.toml, markup=False)
     table = Table("release", "times", "rows × coordinates", "sampling", "noise multiplier")
     for planned in plan.releases:
@@ -75,6 +76,8 @@ def _show_plan(plan: Any, config: Any) -> None:
     console.print(
         f"planned: ε = {plan.epsilon:.4f} at δ = {config.delta:g} (exchanging one: {plan.epsilon_replace_one:.4f})"
     )
+    for line in outlook:
+        console.print(line, markup=False)
 
 
 @app.command()
@@ -141,7 +144,10 @@ def dataset(
     config: ConfigFile = None,
     assignments: Assignments = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the input, show settings and planned ε, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the input, show settings, planned ε and what the ledger has left, and stop."
+        ),
     ] = False,
 ) -> None:
     """Distils private images into a small synthetic data set that may be handed out. Stopped, the same command goes on."""
@@ -150,8 +156,9 @@ def dataset(
 
     with pipeline.joined(chosen.device):
         if dry_run:
-            records = sources.load_private(chosen)
-            _show_plan(pipeline.make_plan(chosen, records.images.shape[1:], records.class_names), chosen)
+            source = sources.open_source(chosen)
+            planned = pipeline.make_plan(chosen, source.image_shape, source.class_names)
+            _show_plan(planned, chosen, pipeline.outlook(chosen, planned, source))
             return
         _tell(pipeline.distil(chosen))
 
@@ -211,7 +218,10 @@ def model(
     config: ConfigFile = None,
     assignments: Assignments = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the input, show settings and planned ε, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the input, show settings, planned ε and what the ledger has left, and stop."
+        ),
     ] = False,
 ) -> None:
     """Makes a private student model without showing it a private image. What is given decides the way; stopped, it goes on."""
@@ -225,7 +235,7 @@ def model(
                 planned = pipeline.make_plan(chosen, source.image_shape, source.class_names, source.models)
                 _show_advice(planned)
             if dry_run:
-                _show_plan(planned, chosen)
+                _show_plan(planned, chosen, pipeline.outlook(pipeline.with_way(chosen), planned, source))
                 return
         elif dry_run:
             ready = conversion.prepare(chosen)
@@ -280,7 +290,10 @@ def diffusion(
     config: ConfigFile = None,
     assignments: Assignments = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the input, show settings and planned ε, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the input, show settings, planned ε and what the ledger has left, and stop."
+        ),
     ] = False,
 ) -> None:
     """Trains a private diffusion model that may be handed out and sampled without limit. Stopped, the same command goes on."""
@@ -295,7 +308,7 @@ def diffusion(
                 planned = pipeline.make_plan(chosen, source.image_shape, source.class_names)
                 _show_advice(planned)
             if dry_run:
-                _show_plan(planned, chosen)
+                _show_plan(planned, chosen, pipeline.outlook(chosen, planned, source))
                 return
         elif dry_run:
             ready = way.prepare(chosen)

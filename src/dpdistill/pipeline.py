@@ -39,6 +39,7 @@ from .privacy import Ledger, Planned, accounting, calibrate
 from .privacy import ledger as ledgers
 from .privacy.disk import sync_directory, write_atomically
 from .privacy.faults import point
+from .privacy.guarantee import shown
 from .sources import Contents, Source, home, keyed_hash, open_source, releases
 from .workspace import FolderWorkspace
 
@@ -304,12 +305,7 @@ def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | No
     """Opens the ledger until the end of `stack`, and the vault, and announces the run. None where its release is there already."""
     out, state = Path(config.out), _state(config)
     restore(out, lambda found: _same(found, plan, source))
-    if os.path.lexists(out):
-        if not _same(out, plan, source):
-            raise ReleaseError(
-                f"{out} exists and holds something else, a release with other settings, or, as far as {home()} knows, other data's "
-                "release; choose another --out, give the options that it was made with, or remove it"
-            )
+    if _there(out, plan, source):
         forget_rest(state, plan.toml, source.contents)
         return None
     check_target(out)
@@ -332,6 +328,53 @@ def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | No
     work = state / "work" / f"{vault.run}-{ledger.lines[0]['hash'][:16]}"
     ledger.start(vault.run, config.method, config_hash(plan.toml))
     return Held(ledger, vault, work)
+
+
+def _there(out: Path, plan: Plan, source: Source) -> bool:
+    """Whether the release lies there already. Raises ReleaseError where something else does."""
+    if not os.path.lexists(out):
+        return False
+    if not _same(out, plan, source):
+        raise ReleaseError(
+            f"{out} exists and holds something else, a release with other settings, or, as far as {home()} knows, other data's "
+            "release; choose another --out, give the options that it was made with, or remove it"
+        )
+    return True
+
+
+def outlook(config: RunConfig, plan: Plan, source: Source) -> list[str]:
+    """What a run would meet, a line each: its place, and what its ledger has left.
+
+    Reads what the run would read, charges nothing and makes no release or ledger.
+
+    Raises:
+      DpdistillError: as the run would, before it charges anything.
+    """
+    out, state = Path(config.out), _state(config)
+    if _there(out, plan, source):
+        return [f"release: {out} is there already; nothing would be charged"]
+    check_target(out)
+    check_same_run(state, plan.toml, source.contents)
+    goes_on = [f"release: the run that was stopped in {state} would go on"] if state.exists() else []
+    known = (
+        config.ledger is not None or (home() / "key").exists()
+    )  # without one there is none, and naming one would make it
+    path = source.ledger() if known else None
+    if path is None or not os.path.lexists(path):
+        cap = config.budget or config.epsilon
+        return [*goes_on, f"ledger: a new one would begin, with a cap of ε = {cap:g} at δ = {config.delta:g}"]
+    ledger = Ledger.shown(path, read_small(path, ledgers.MAX_BYTES))
+    ledger.check_unit(source.unit)
+    cap = ledger.cap if config.budget is None else (config.budget, ledger.cap[1])
+    spent = ledgers.spent(ledger.lines, cap[1])
+    left = f"ledger: {path} has spent ε = {shown(spent)} of {cap[0]:g} at δ = {cap[1]:g}"
+    if goes_on:  # a part of the plan may be charged already
+        return [*goes_on, left]
+    _check_foreseen(config, plan, ledger, NEW_RUN, plan.releases, cap, insecure=False)
+    parts = [planned.part for planned in plan.releases]
+    ledger.check_affordable(parts, cap)
+    whole = accounting.epsilon([*ledgers.parts(ledger.lines), *parts], cap[1])
+    return [f"{left}; this run would make it {shown(whole)}"]
 
 
 def _vault(state: Path, toml: str, contents: Contents, insecure_seed: int | None) -> Vault:
