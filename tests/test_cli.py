@@ -178,6 +178,16 @@ def test_the_plan_of_a_model_needs_no_data(kind: str, more: list[object], dp: Cl
     assert names(tmp_path) == ["private.npz", "test.npz"]
 
 
+@pytest.mark.parametrize(
+    "given", [("dataset", "--shards"), ("diffusion", "--shards"), ("dataset", "--expected-records")]
+)
+def test_an_option_of_another_kind_s_plan(given: tuple[str, str], dp: Cli) -> None:
+    kind, option = given
+    code, out, err = dp("plan", kind, option, 5)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"dpdistill: plan {kind} has no {option}")
+
+
 def test_a_model_s_file_is_planned_as_a_model_s(dp: Cli, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text('data = "private.npz"\nexpected_records = 13\nper_class = 1\n')
     code, out, _ = dp("plan", "diffusion", "--shape", "1,8,8", "--config", "c.toml")

@@ -106,6 +106,12 @@ def plan(
 
     if kind not in PLANS:
         raise ConfigError(f"plan {kind}: expected plan {', plan '.join(PLANS)}")
+    if shards is not None and kind != "model":
+        raise ConfigError(f"plan {kind} has no --shards; it is of plan model")
+    if expected_records is not None and kind == "dataset":
+        raise ConfigError(
+            "plan dataset has no --expected-records; a method that samples has --set expected_records_per_class="
+        )
     chosen = _config(
         PLANS[kind],
         data=PLANNED,
