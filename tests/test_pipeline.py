@@ -23,7 +23,7 @@ from PIL import Image
 
 from dpdistill import pipeline, sources
 from dpdistill.bundle.verification import verify
-from dpdistill.config import ModelConfig, RunConfig
+from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig, read
 from dpdistill.data import Limits, load_images
 from dpdistill.errors import BudgetError, ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
 from dpdistill.mechanisms import Vault
@@ -834,3 +834,31 @@ def test_a_dry_run_says_what_a_run_would_meet(
     (tmp_path / "ids.jsonl").write_bytes(b"no ledger")
     with pytest.raises(LedgerError, match=r"ids\.jsonl: not one of our ledgers"):
         outlook(out=other, ledger=str(tmp_path / "ids.jsonl"))
+
+
+ALIKE: dict[str, tuple[type[RunConfig], dict[str, Any]]] = {
+    "joint": (RunConfig, {"settings": TINY["joint"], "resize": 8, "value_low": 0.0, "value_high": 2.0}),
+    "ndpdc": (RunConfig, {"settings": TINY["ndpdc"]}),
+    "teacher": (ModelConfig, {"method": "", "settings": {"teacher_dims": 4, "teacher_steps": 2}}),
+    "votes": (ModelConfig, {"method": "", "shards": 5, "id_column": "person", "settings": {"queries": 20}}),
+    "dpsad": (DiffusionConfig, {"expected_records": 60, "unlabelled": True}),
+    "shards": (DiffusionConfig, {"expected_records": 60, "settings": {"models": 3}}),
+}
+
+
+@pytest.mark.parametrize("method", ALIKE)
+def test_a_release_s_configuration_makes_another_like_it(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given the data anew, it resolves to itself: nothing that follows from it has to be taken out by hand."""
+    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 300)
+    kind, facts = ALIKE[method]
+    config = kind(**{"data": "x.npz", "epsilon": 3.0, "per_class": 2, "seed": 7, "method": method, **facts})
+    plan = make_plan(config, (1, 8, 8), ("a", "b"))
+    (tmp_path / "config.toml").write_text(plan.toml)
+    more = {"expected_records": 60} if method == "shards" else {}  # which have no use for it, and do not keep it
+    again = read(tmp_path / "config.toml", {"data": "other.npz", "out": "other", **more}, [], kind)
+    assert (again.data, again.out) == ("other.npz", "other")
+    assert make_plan(again, (1, 8, 8), ("a", "b")).toml == plan.toml
+    changed = read(tmp_path / "config.toml", {"data": "other.npz", "epsilon": 1.0, **more}, [], kind)
+    assert make_plan(changed, (1, 8, 8), ("a", "b")).noise_multiplier > plan.noise_multiplier

@@ -47,7 +47,7 @@ LedgerPath = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything public. Privacy noise never comes from it.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of these settings.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of these settings; a release's config.toml is one.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", help="name=value, for a setting of the method.")]
 Release = Annotated[Path, typer.Argument(help="A release folder.")]
 
