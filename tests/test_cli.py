@@ -372,3 +372,12 @@ def test_help_and_verify_need_no_torch(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "False"
     for verb in ("plan", "dataset", "verify", "evaluate", "report"):
         assert verb in done.stdout
+
+
+def test_a_reading_that_evaluate_does_not_know(dp: Cli, tmp_path: Path) -> None:
+    """A mistyped one would leave the accuracy of other labels than were meant."""
+    assert dp("dataset", "--data", "private.npz", "--out", "out", "--per-class", 1, *SETTINGS)[0] == 0
+    code, out, err = dp("evaluate", "out", "--data", "test.npz", "--set", "label_colum=foo")
+    assert (code, out) == (2, "")
+    assert "label_colum" in err
+    assert not (tmp_path / "evaluation.json").exists()

@@ -34,7 +34,9 @@ PerClass = Annotated[int | None, typer.Option(help="Synthetic images per class."
 MethodName = Annotated[str | None, typer.Option(help="joint (ours), dosser (the paper's, sound), ndpdc.")]
 Auxiliary = Annotated[
     str | None,
-    typer.Option(help="Public images in any of the forms of --data, with labels or without, or 'none' (procedural)."),
+    typer.Option(
+        help="Public images in any of the forms of --data (.npz and folders need no labels), or 'none' (procedural)."
+    ),
 ]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, where the files do not say.")]
 Resize = Annotated[int | None, typer.Option(help="Side length in pixels to scale images to.")]
@@ -47,7 +49,9 @@ LedgerPath = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything public. Privacy noise never comes from it.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of these settings; a release's config.toml is one.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="TOML file with any of these settings; a release's config.toml is one.")
+]
 Assignments = Annotated[list[str] | None, typer.Option("--set", help="name=value, for a setting of the method.")]
 Release = Annotated[Path, typer.Argument(help="A release folder.")]
 
@@ -516,6 +520,7 @@ def evaluate(
     """Tests a release on your images: a student as it is, synthetic images and samples by networks trained on them. It stays outside."""
     from .bundle.release import load_student, read_bundle
     from .bundle.verification import open_release
+    from .errors import ConfigError
     from .evaluation import Training, accuracy, evaluate
     from .files import write_whole
     from .pipeline import check_device
@@ -527,6 +532,8 @@ def evaluate(
     _check_outside(out, release)
     facts = open_release(release).facts  # a changed one would be tested as if it were this
     chosen = _config(data=data, classes=classes, resize=resize, device=device, config=None, assignments=reading)
+    if chosen.settings:
+        raise ConfigError(f"--set {next(iter(chosen.settings))}=: evaluate knows no such reading of its images")
     test = load_test(chosen, facts.class_names, facts.image_shape)
     synthetic = read_bundle(release)
     drawn = (release / "pipeline").is_dir()

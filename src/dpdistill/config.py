@@ -20,6 +20,8 @@ from .errors import ConfigError, InputError
 from .files import MAX_TOML, parse_toml, read_small
 from .privacy.accounting import MAX_EPSILON, MIN_DELTA
 
+MAX_GIB = 2**20
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -89,8 +91,8 @@ class RunConfig:
         low, high = self.value_low, self.value_high
         if not (low is high is None or (low is not None and high is not None and low < high)):
             raise ConfigError(f"Expected value_low below value_high, both or neither, got {low} and {high}.")
-        if not (1 <= self.max_gib <= 2**20):
-            raise ConfigError(f"Expected max_gib in 1..{2**20}, got {self.max_gib}.")
+        if not (1 <= self.max_gib <= MAX_GIB):
+            raise ConfigError(f"Expected max_gib in 1..{MAX_GIB}, got {self.max_gib}.")
         check_device_name(self.device)
 
 

@@ -311,6 +311,8 @@ def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | No
     check_target(out)
     check_same_run(state, plan.toml, source.contents)
     ledger_path = source.ledger()
+    if not os.path.lexists(ledger_path):
+        releases()  # it is needed at the end: that it cannot be made is found out before a ledger is begun,
     cap = (config.budget or config.epsilon, config.delta)
     ledger = stack.enter_context(Ledger.open(ledger_path, cap=cap, unit=source.unit))
     vault = (
@@ -319,10 +321,10 @@ def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | No
     left = plan.releases[len(_planned(ledger, vault.run)) :] if vault else plan.releases
     cap = ledger.cap if config.budget is None else (config.budget, ledger.cap[1])
     _check_foreseen(config, plan, ledger, vault.run if vault else NEW_RUN, left, cap, insecure_seed is not None)
-    ledger.raise_cap(cap)
     if left:  # of a run that goes on, too: another may have been let in since
-        ledger.check_affordable([planned.part for planned in left])
-    releases()  # it is needed at the end: that it cannot be made is found out before anything is charged
+        ledger.check_affordable([planned.part for planned in left], cap)
+    releases()  # or anything charged
+    ledger.raise_cap(cap)  # last, or a refused run would leave it behind
     vault = vault or _vault(state, plan.toml, source.contents, insecure_seed)
     # Checkpoints derive from releases of one key on one ledger: with another of either, they would bring in what it did not charge.
     work = state / "work" / f"{vault.run}-{ledger.lines[0]['hash'][:16]}"
@@ -355,15 +357,17 @@ def outlook(config: RunConfig, plan: Plan, source: Source) -> list[str]:
         return [f"release: {out} is there already; nothing would be charged"]
     check_target(out)
     check_same_run(state, plan.toml, source.contents)
-    goes_on = [f"release: the run that was stopped in {state} would go on"] if state.exists() else []
+    stopped = (state / "run.json").exists()
+    goes_on = [f"release: the run that was stopped in {state} would go on"] if stopped else []
     known = (
         config.ledger is not None or (home() / "key").exists()
     )  # without one there is none, and naming one would make it
     path = source.ledger() if known else None
-    if path is None or not os.path.lexists(path):
+    there = path is not None and os.path.exists(path) and os.path.getsize(path) > 0
+    ledger = Ledger.shown(path, read_small(path, ledgers.MAX_BYTES)) if path and there else None
+    if ledger is None or not ledger.lines:  # a crash within its first line leaves none
         cap = config.budget or config.epsilon
         return [*goes_on, f"ledger: a new one would begin, with a cap of ε = {cap:g} at δ = {config.delta:g}"]
-    ledger = Ledger.shown(path, read_small(path, ledgers.MAX_BYTES))
     ledger.check_unit(source.unit)
     cap = ledger.cap if config.budget is None else (config.budget, ledger.cap[1])
     spent = ledgers.spent(ledger.lines, cap[1])

@@ -732,3 +732,12 @@ def test_a_ledger_that_is_elsewhere_or_closed_touches_no_file(path: Path) -> Non
     for ledger in (away, closed):
         with pytest.raises(LedgerError, match="closed"):
             ledger.finish("run-9")
+
+
+def test_a_cap_below_what_the_accountant_can_do_is_named() -> None:
+    """Versions before took a δ of 1e-30: such a ledger is not damaged, and is not said to be."""
+    body = {"type": "open", "format": ledgers.FORMAT, "data": "d", "unit": "record", "relation": "add_or_remove_one"}
+    body |= {"cap_epsilon": "1.0", "cap_delta": "1e-12"}
+    line = {**body, "hash": ledgers.line_hash("0" * 64, body)}
+    with pytest.raises(LedgerError, match=r"a cap that is none \(Expected delta in \[1e-10, 1\), got 1e-12"):
+        ledgers.parse(ledgers.canonical(line) + b"\n")

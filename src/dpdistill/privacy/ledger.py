@@ -94,7 +94,8 @@ def _line_cap(line: Line) -> tuple[float, float]:
         if (repr(cap[0]), repr(cap[1])) != (line["cap_epsilon"], line["cap_delta"]):
             raise ValueError(line)
     except Exception as error:
-        raise LedgerError("the ledger holds a cap that is none") from error
+        why = f" ({error})" if isinstance(error, ConfigError) else ""  # whose words hold numbers alone
+        raise LedgerError(f"the ledger holds a cap that is none{why}") from error
     return cap
 
 
