@@ -100,6 +100,43 @@ def test_what_is_foreseen_is_what_will_be(path: Path, monkeypatch: pytest.Monkey
         assert path.stat().st_size == size
 
 
+@pytest.mark.parametrize("spare", [0, -1])
+def test_what_is_foreseen_has_room_to_the_byte(spare: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = [Planned(query()), Planned(query(40.0, "t"), 3)]
+    with Ledger.open(path, cap=CAP) as ledger:
+        lines = ledger.foreseen("run-2", "joint", "c0ffee", plan, (60.0, CAP[1]))
+        monkeypatch.setattr(ledgers, "MAX_BYTES", sum(len(ledgers.canonical(line)) + 1 for line in lines) + spare)
+        if spare < 0:
+            with pytest.raises(LedgerError, match="no room for this run"):
+                ledger.foreseen("run-2", "joint", "c0ffee", plan, (60.0, CAP[1]))
+        else:
+            assert ledger.foreseen("run-2", "joint", "c0ffee", plan, (60.0, CAP[1])) == lines
+
+
+def test_a_ledger_to_look_at(path: Path) -> None:
+    """From its file's bytes, mended as the next run would: it is not locked, and refuses to be written."""
+    raw = path.read_bytes()
+    with Ledger.open(path, cap=CAP):
+        ledger = Ledger.shown(path, raw + b'{"again":"')
+        assert (ledger.path, ledger.lines, ledger.cap) == (path, ledgers.parse(raw), CAP)
+        with pytest.raises(LedgerError, match="the ledger is closed"):
+            ledger.raise_cap((60.0, 1e-5))
+        ledger.close()
+    assert Ledger.shown(path, b'{"cap_delta":"1e').lines == Ledger.shown(path, b"").lines == []
+    for other, why in ((b"notes\n", "line 1 of the ledger is damaged"), (b"notes", "not one of our ledgers")):
+        with pytest.raises(LedgerError, match=f"^{re.escape(str(path))}: {why}"):
+            Ledger.shown(path, other)
+
+
+def test_a_locked_ledger_costs_no_descriptor(path: Path) -> None:
+    with Ledger.open(path, cap=CAP):
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            with pytest.raises(LedgerError, match="another run"):
+                Ledger.open(path, cap=CAP)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_every_flipped_byte_is_refused(path: Path) -> None:
     raw = path.read_bytes()
     for place in range(len(raw)):

@@ -95,12 +95,11 @@ def _pld_of_one(
 
 @lru_cache(maxsize=4096)
 def _pld_epsilon(parts: tuple[Part, ...], delta: float, relation: Relation) -> float:
-    """ε of `parts`, as a `PLDAccountant` gives it for their `event`, to the bit."""
+    """ε of `parts`, as a `PLDAccountant` gives it for their `event`."""
     for interval in (COARSE_DISCRETISATION, DISCRETISATION):
         composed = pld.privacy_loss_distribution.identity(interval)
         for q, sigma, count in parts:
-            one = _pld_of_one(q, sigma, relation, interval)
-            composed = composed.compose(one if q == 1 else one.self_compose(count))  # unsampled ones are one: `group`
+            composed = composed.compose(_pld_of_one(q, sigma, relation, interval).self_compose(count))
         value = float(composed.get_epsilon_for_delta(delta))
         if not (value <= COARSE_EPSILON):
             break
