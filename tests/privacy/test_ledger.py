@@ -104,13 +104,13 @@ def test_what_is_foreseen_is_what_will_be(path: Path, monkeypatch: pytest.Monkey
 def test_what_is_foreseen_has_room_to_the_byte(spare: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = [Planned(query()), Planned(query(40.0, "t"), 3)]
     with Ledger.open(path, cap=CAP) as ledger:
-        lines = ledger.foreseen("run-2", "joint", "c0ffee", plan, (60.0, CAP[1]))
+        lines = ledger.foreseen("a-longer-name", "joint", "c0ffee", plan, (60.0, CAP[1]))
         monkeypatch.setattr(ledgers, "MAX_BYTES", sum(len(ledgers.canonical(line)) + 1 for line in lines) + spare)
         if spare < 0:
             with pytest.raises(LedgerError, match="no room for this run"):
-                ledger.foreseen("run-2", "joint", "c0ffee", plan, (60.0, CAP[1]))
+                ledger.foreseen("a-longer-name", "joint", "c0ffee", plan, (60.0, CAP[1]))
         else:
-            assert ledger.foreseen("run-2", "joint", "c0ffee", plan, (60.0, CAP[1])) == lines
+            assert ledger.foreseen("a-longer-name", "joint", "c0ffee", plan, (60.0, CAP[1])) == lines
 
 
 def test_a_ledger_to_look_at(path: Path) -> None:
