@@ -1,6 +1,6 @@
 """kill -9, power loss, torn writes, a full disk and I/O errors at every call that changes the disk: the same command goes on, to the byte.
 
-`helpers/crash_harness.py` says how. Here: every call of the cheapest whole way, and some of each kind of release. All: tools/crash_campaign.py.
+`helpers/crash_harness.py` says how. Here: every call of the cheapest way, and some of each kind of release. All: tools/crash_campaign.py.
 """
 
 import errno
