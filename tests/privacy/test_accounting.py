@@ -322,3 +322,7 @@ def test_it_is_the_accountants_own_answer(parts: tuple[accounting.Part, ...], re
     for _ in range(2):
         assert accounting._pld_epsilon(parts, 1e-5, relation) == pytest.approx(wanted, rel=1e-9)
         assert accounting._pld_epsilon((parts[0],), 1e-6, relation) > 0  # another question in between
+
+
+def test_the_limits_are_those_that_the_pages_name() -> None:
+    assert (accounting.MIN_DELTA, accounting.MAX_EPSILON, accounting.MAX_SAMPLED) == (1e-10, 1000.0, 10**6)

@@ -776,5 +776,8 @@ def test_a_cap_below_what_the_accountant_can_do_is_named() -> None:
     body = {"type": "open", "format": ledgers.FORMAT, "data": "d", "unit": "record", "relation": "add_or_remove_one"}
     body |= {"cap_epsilon": "1.0", "cap_delta": "1e-12"}
     line = {**body, "hash": ledgers.line_hash("0" * 64, body)}
+    other = {**body, "cap_delta": "none"}
+    with pytest.raises(LedgerError, match=r"^the ledger holds a cap that is none$"):
+        ledgers.parse(ledgers.canonical({**other, "hash": ledgers.line_hash("0" * 64, other)}) + b"\n")
     with pytest.raises(LedgerError, match=r"a cap that is none \(Expected delta in \[1e-10, 1\), got 1e-12"):
         ledgers.parse(ledgers.canonical(line) + b"\n")
