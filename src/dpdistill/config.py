@@ -178,8 +178,8 @@ class ModelConfig(RunConfig):
         if any(value is not None for value in attested):
             if None in attested or not self.teacher:
                 raise ConfigError("--attested-epsilon and --attested-delta go together, with --teacher")
-            if not (0 < float(self.attested_epsilon or 0) < math.inf):
-                raise ConfigError(f"Expected a finite attested epsilon > 0, got {self.attested_epsilon}.")
+            if not (0 < float(self.attested_epsilon or 0) <= 1e6):
+                raise ConfigError(f"Expected an attested epsilon > 0 and at most 1e6, got {self.attested_epsilon}.")
             if not (MIN_DELTA <= float(self.attested_delta or 0) < 1):
                 raise ConfigError(
                     f"Expected an attested delta in [{MIN_DELTA:g}, 1), got {self.attested_delta}; what is attested at a smaller one "

@@ -536,7 +536,9 @@ def begin(state: Path, toml: str, contents: Contents = tuple) -> None:
 def _same(folder: Path, plan: Plan, source: Source) -> bool:
     """Whether this is a finished release of this configuration and these records, on a ledger that this data's goes on from: then it is
     the answer."""
-    if not holds(folder / "config.toml", plan.toml):
+    if (
+        not holds(folder / "config.toml", plan.toml) or (folder / "conversion.toml").exists()
+    ):  # which has its own settings
         return False
     ledger = source.ledger()
     try:

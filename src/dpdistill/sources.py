@@ -244,7 +244,7 @@ def owners(config: ModelConfig) -> Source:
     first = read_teacher(config, files[0])
     # Each is opened by itself and checked against the first's facts, never against another's answers.
     teachers = [first, *(read_teacher(config, path, first.image_shape, first.n_classes) for path in files[1:])]
-    names = tuple(str(k) for k in range(first.n_classes))
+    names = names_of(config, first.n_classes)
     owner_of: dict[str, Path] = {}
     for path, teacher in zip(files, teachers, strict=True):
         if teacher.sha256 in owner_of:  # twice the votes of one owner: twice the sensitivity
@@ -262,6 +262,18 @@ def owners(config: ModelConfig) -> Source:
         contents=lambda: hashes,
         models=len(teachers),
     )
+
+
+def names_of(config: ModelConfig, n_classes: int) -> tuple[str, ...]:
+    """The classes' names, of models, which have none: as the person says, or their numbers. Raises ConfigError."""
+    if config.class_names is None:
+        return tuple(str(k) for k in range(n_classes))
+    names = tuple(config.class_names.split(","))
+    if len(names) != n_classes or len(set(names)) != n_classes:
+        raise ConfigError(
+            f"class_names: expected {n_classes} different names, as many as the model has classes, got {len(names)}"
+        )
+    return names
 
 
 def voting(teacher: "Teacher") -> Callable[["Tensor"], "Tensor"]:
