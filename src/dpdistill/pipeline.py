@@ -40,7 +40,7 @@ from .privacy import ledger as ledgers
 from .privacy.disk import sync_directory, write_atomically
 from .privacy.faults import point
 from .privacy.guarantee import shown
-from .sources import Contents, Source, home, keyed_hash, open_source, releases
+from .sources import Contents, Source, check_home, home, keyed_hash, open_source, releases
 from .workspace import FolderWorkspace
 
 N_PROCEDURAL = 4000
@@ -311,8 +311,7 @@ def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | No
     check_target(out)
     check_same_run(state, plan.toml, source.contents)
     ledger_path = source.ledger()
-    if not os.path.lexists(ledger_path):
-        releases()  # it is needed at the end: that it cannot be made is found out before a ledger is begun,
+    check_home()  # before a ledger is begun
     cap = (config.budget or config.epsilon, config.delta)
     ledger = stack.enter_context(Ledger.open(ledger_path, cap=cap, unit=source.unit))
     vault = (
@@ -323,7 +322,7 @@ def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | No
     _check_foreseen(config, plan, ledger, vault.run if vault else NEW_RUN, left, cap, insecure_seed is not None)
     if left:  # of a run that goes on, too: another may have been let in since
         ledger.check_affordable([planned.part for planned in left], cap)
-    releases()  # or anything charged
+    releases()  # it is needed at the end: that it cannot be made is found out before anything is charged
     ledger.raise_cap(cap)  # last, or a refused run would leave it behind
     vault = vault or _vault(state, plan.toml, source.contents, insecure_seed)
     # Checkpoints derive from releases of one key on one ledger: with another of either, they would bring in what it did not charge.

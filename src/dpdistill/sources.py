@@ -129,6 +129,17 @@ def releases() -> Path:
     return place
 
 
+def check_home() -> None:
+    """Raises LedgerError where `releases` could not be made, as far as that can be told without making it."""
+    place = home() / "releases"
+    while not os.path.lexists(place):
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise LedgerError(
+            f"{place}: no place to note whose data a release is of; set DPDISTILL_HOME to another, or try again"
+        )
+
+
 def _home_key(folder: Path) -> bytes:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path, descriptor = folder / "key", os.open(folder, os.O_RDONLY)

@@ -98,10 +98,10 @@ def audit_release(
       ReleaseError: the release is not what it says.
       ConfigError: it has no ledger of its own, so there is nothing to audit; or `runs` of its method cannot be made.
     """
-    path = Path(os.path.realpath(path))
-    restore(path)  # first: an audit that was killed may have left nothing at this path
+    place = Path(os.path.realpath(path))  # of a link, what it leads to
+    restore(place)  # first: an audit that was killed may have left nothing there
     checked = open_release(path)
-    check_aside(path, set(checked.files))
+    check_aside(place, set(checked.files))
     if checked.facts.basis != "proved":
         raise ConfigError(
             f"{path}: it rests on no private release of ours (basis {checked.facts.basis!r}): nothing to audit"
