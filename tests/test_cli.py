@@ -70,7 +70,7 @@ def test_a_release_from_first_look_to_page(dp: Cli, tmp_path: Path) -> None:
     command = ["dataset", "--data", "private.npz", "--out", "out", "--per-class", 1, *SETTINGS]
     code, dry, err = dp(*command, "--dry-run")
     assert (code, err) == (0, "")
-    assert dry == out  # the plan needs no data
+    assert dry == out + "ledger: a new one would begin, with a cap of ε = 1 at δ = 1e-05\n"  # the plan needs no data
     assert names(tmp_path) == ["private.npz", "test.npz"]  # not even a home
     code, out, err = dp(*command)
     assert code == 0
@@ -81,7 +81,8 @@ def test_a_release_from_first_look_to_page(dp: Cli, tmp_path: Path) -> None:
     ledger = next((tmp_path / "home" / "ledgers").iterdir())
     before = ledger.read_bytes()
     assert dp(*command)[:2] == (0, out)
-    assert dp(*command, "--dry-run")[0] == 0
+    code, said, _ = dp(*command, "--dry-run")
+    assert (code, said.splitlines()[-1]) == (0, "release: out is there already; nothing would be charged")
     assert ledger.read_bytes() == before
 
     code, out, err = dp("verify", "out")
@@ -172,8 +173,19 @@ def test_the_plan_of_a_model_needs_no_data(kind: str, more: list[object], dp: Cl
     code, out, err = dp("plan", kind, "--shape", "1,8,8", "--classes", 2, *given)
     assert (code, err) == (0, "")
     assert "planned: ε = 3" in out or "planned: ε = 2.99" in out
-    assert dp(kind, "--data", "private.npz", *given, "--dry-run") == (0, out, "")
+    begins = "ledger: a new one would begin, with a cap of ε = 3 at δ = 1e-05\n"
+    assert dp(kind, "--data", "private.npz", *given, "--dry-run") == (0, out + begins, "")
     assert names(tmp_path) == ["private.npz", "test.npz"]
+
+
+@pytest.mark.parametrize(
+    "given", [("dataset", "--shards"), ("diffusion", "--shards"), ("dataset", "--expected-records")]
+)
+def test_an_option_of_another_kind_s_plan(given: tuple[str, str], dp: Cli) -> None:
+    kind, option = given
+    code, out, err = dp("plan", kind, option, 5)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"dpdistill: plan {kind} has no {option}")
 
 
 def test_a_model_s_file_is_planned_as_a_model_s(dp: Cli, tmp_path: Path) -> None:
@@ -360,3 +372,12 @@ def test_help_and_verify_need_no_torch(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "False"
     for verb in ("plan", "dataset", "verify", "evaluate", "report"):
         assert verb in done.stdout
+
+
+def test_a_reading_that_evaluate_does_not_know(dp: Cli, tmp_path: Path) -> None:
+    """A mistyped one would leave the accuracy of other labels than were meant."""
+    assert dp("dataset", "--data", "private.npz", "--out", "out", "--per-class", 1, *SETTINGS)[0] == 0
+    code, out, err = dp("evaluate", "out", "--data", "test.npz", "--set", "label_colum=foo")
+    assert (code, out) == (2, "")
+    assert "label_colum" in err
+    assert not (tmp_path / "evaluation.json").exists()

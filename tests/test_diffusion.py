@@ -62,11 +62,10 @@ def test_from_records_to_samples(method: str, config: Any, tmp_path: Path) -> No
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
 
 
-@pytest.mark.parametrize("method", ["dpsad", "dpdm"])
-def test_images_without_labels_are_of_one_class(method: str, config: Any, tmp_path: Path) -> None:
+def test_images_without_labels_are_of_one_class(config: Any, tmp_path: Path) -> None:
     with np.load(tmp_path / "x.npz") as held:
         np.savez(tmp_path / "y.npz", images=held["images"])
-    bare = {"data": str(tmp_path / "y.npz"), "method": method}
+    bare = {"data": str(tmp_path / "y.npz")}
     with pytest.raises(InputError, match="--unlabelled"):
         diffuse(config(**bare), quiet=True)
     out = diffuse(config(**bare, unlabelled=True), quiet=True)
@@ -223,3 +222,26 @@ def test_something_else_in_the_way(config: Any, tmp_path: Path) -> None:
     for method in ("dpsad", "paper"):
         with pytest.raises(ReleaseError, match="exists"):
             diffuse(config(method), quiet=True)
+
+
+def test_records_of_which_none_can_be_read(config: Any, tmp_path: Path) -> None:
+    """The paper's form reads them itself; it ended in a traceback."""
+    bad = np.full((6, 8, 8), np.nan, np.float32)
+    np.savez(tmp_path / "x.npz", images=bad, labels=np.zeros(6, np.int64), classes=np.array(["a"]))
+    with pytest.raises(InputError, match="no image of finite pixels"):
+        diffuse(config("paper", value_low=0.0, value_high=1.0), quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz"]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        ("dpdm", {"guidance": 2.0, "label_dropout": 0.0}, "label_dropout above 0"),
+        ("shards", {"guidance": 2.0}, "no unconditional denoiser"),
+        ("paper", {"guidance": 2.0}, "no unconditional denoiser"),
+        ("dpdm", {"student_batch": 1, "spread": 0.25}, "student_batch of at least 2"),
+    ],
+)
+def test_settings_that_would_spoil_a_student(method: str, settings: dict[str, Any], said: str, config: Any) -> None:
+    with pytest.raises(ConfigError, match=said):
+        diffuse(config(method, settings={**WAYS[method], **settings}), quiet=True)

@@ -518,3 +518,46 @@ def test_ids_are_read_from_an_npz(tmp_path: Path) -> None:
         load_images(path, id_column="images")
     with pytest.raises(InputError, match="ids"):
         load_images("digits", id_column="person")
+
+
+def test_one_query_a_round_is_enough(run: Callable[..., ModelConfig]) -> None:
+    """Half of one is none: of the second round's, all are of the prior. It ended there, paid for."""
+    out = convert(run(shards=5, settings={"queries": 1, "rounds": 2}), quiet=True)
+    assert verify(out).ok
+
+
+def test_a_converted_release_is_no_answer_to_the_run_of_its_teacher(
+    tmp_path: Path, run: Callable[..., ModelConfig]
+) -> None:
+    """It has the teacher's config.toml, ledger and run, and settings of its own."""
+    first = convert(run(), quiet=True)
+    other = str(tmp_path / "other")
+    convert(run(teacher=str(first), out=other, per_class=3, seed=9), quiet=True)
+    with pytest.raises(ReleaseError, match="holds something else"):
+        convert(run(out=other), quiet=True)
+
+
+def test_a_teacher_that_is_not_there(run: Callable[..., ModelConfig], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file or folder"):
+        convert(run(teacher=str(tmp_path / "typo.onnx")), quiet=True)
+    with pytest.raises(ConfigError, match="at most 1e6"):
+        run(teacher="t.onnx", attested_epsilon=1e25, attested_delta=1e-5)
+
+
+def test_classes_of_a_model_are_called_what_the_person_says(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    teacher = str(onnx_teacher(tmp_path / "t.onnx"))
+    attested = {"teacher": teacher, "attested_epsilon": 2.0, "attested_delta": 1e-5}
+    assert certificate(convert(run(**attested, class_names="cat,dog,eel"), quiet=True))["release"]["class_names"] == [
+        "cat",
+        "dog",
+        "eel",
+    ]
+    for names in ("cat,dog", "cat,cat,dog"):
+        with pytest.raises(ConfigError, match="expected 3 different names"):
+            convert(run(**attested, class_names=names, out=str(tmp_path / "other")), quiet=True)
+
+
+def test_a_test_run_of_the_papers_way_ends(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    teacher = str(onnx_teacher(tmp_path / "t.onnx"))
+    out = convert(run(teacher=teacher, accept_no_record_guarantee=True), quiet=True, insecure_seed=1)
+    assert not verify(out).ok

@@ -23,7 +23,7 @@ from PIL import Image
 
 from dpdistill import pipeline, sources
 from dpdistill.bundle.verification import verify
-from dpdistill.config import ModelConfig, RunConfig
+from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig, read
 from dpdistill.data import Limits, load_images
 from dpdistill.errors import BudgetError, ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
 from dpdistill.mechanisms import Vault
@@ -311,6 +311,32 @@ def test_a_ledger_named_as_before_is_taken_over(tmp_path: Path, tiny: Callable[.
         distil(tiny(out=str(tmp_path / "second"), seed=1), quiet=True)
     assert not before.exists()
     assert now.read_bytes() == spent
+    os.link(now, before)  # as a crash in the middle leaves it
+    assert sources.default_ledger(records) == now
+    assert not before.exists()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_two_ledgers_of_the_same_images_are_not_one(
+    late: bool, tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of before, one for each reading of their labels; or begun by another process meanwhile. None is forgotten or written over."""
+    records = sources.load_private(tiny())
+    facts = repr((records.images.shape, str(records.images.dtype))).encode()
+    before = sources.ledger_of([facts, records.images.tobytes(), records.labels.tobytes()])
+    before.parent.mkdir()
+    before.write_bytes(b"one")
+    now = sources.default_ledger(records)
+    assert now.read_bytes() == b"one"
+    now.rename(before)
+    link = os.link
+    monkeypatch.setattr(os, "link", lambda *paths: (now.write_bytes(b"two") if late else None, link(*paths)))
+    if not late:
+        now.write_bytes(b"two")
+    with pytest.raises(LedgerError, match=r"these images have two ledgers, .* and .*--ledger") as error:
+        sources.default_ledger(records)
+    assert str(before) in str(error.value)
+    assert (before.read_bytes(), now.read_bytes()) == (b"one", b"two")
 
 
 def test_labels_names_and_order_have_no_ledger_of_their_own(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
@@ -338,25 +364,39 @@ def test_labels_names_and_order_have_no_ledger_of_their_own(tmp_path: Path, tiny
     )
 
 
-@pytest.mark.parametrize("refused", ["limit", "disk"])
 def test_a_reading_that_fails_gives_no_other_ledger(
-    refused: str, tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scaled images may be within a limit that the images as they are pass: that is said, and is no other data set."""
     config = tiny(resize=8)
 
-    def load(*args: Any, resize: int | None, limits: Limits, **others: Any) -> Any:
-        if refused == "limit":
-            limits = dataclasses.replace(limits, max_array_bytes=N * 100)
-        elif resize is None:
+    def load(*args: Any, resize: int | None, **others: Any) -> Any:
+        if resize is None:
             raise InputError("scratch", "has no room for data that do not fit in memory", "point TMPDIR elsewhere")
-        return load_images(*args, resize=resize, limits=limits, **others)
+        return load_images(*args, resize=resize, **others)
 
     records = sources.load_private(config)
     monkeypatch.setattr(sources, "load_images", load)
-    with pytest.raises(InputError, match=r"--max-gib" if refused == "limit" else "has no room"):
+    with pytest.raises(InputError, match="has no room"):
         sources._ledger_path(config, records)
     assert not (tmp_path / "home").exists()
+
+
+def test_scaled_images_within_a_limit_that_the_whole_ones_pass_have_the_same_ledger(
+    tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the ledger is named by is read whatever its size: a limit is what a run may hold."""
+    whole = sources._ledger_path(tiny(), sources.load_private(tiny()))
+    scaled = tiny(resize=8)
+    records = sources.load_private(scaled)
+
+    def of_gib(gib: int, scratch: str | None = None) -> Limits:
+        return Limits(max_array_bytes=N * 100 * gib, scratch=scratch)
+
+    monkeypatch.setattr(sources.Limits, "of_gib", of_gib)
+    one = dataclasses.replace(scaled, max_gib=1)
+    with pytest.raises(InputError, match="--max-gib"):
+        sources.load_private(dataclasses.replace(one, resize=None))
+    assert sources._ledger_path(one, records) == whole
 
 
 def test_other_records_have_another_ledger(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
@@ -789,3 +829,119 @@ def test_a_finished_run_whose_state_was_not_removed(
     assert overwritten == [key]
     assert not (tmp_path / "out.state").exists()
     assert (listing(tmp_path / "out"), the_ledger(tmp_path).read_bytes()) == before
+
+
+def test_a_dry_run_says_what_a_run_would_meet(
+    tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its place, and what its ledger has left: without a change to either."""
+
+    def outlook(**changes: Any) -> list[str]:
+        config = tiny("ndpdc", **changes)
+        source = sources.open_source(config)
+        plan = make_plan(config, source.image_shape, source.class_names)
+        before = listing(tmp_path)
+        try:
+            return pipeline.outlook(config, plan, source)
+        finally:
+            assert listing(tmp_path) == before
+
+    assert outlook() == ["ledger: a new one would begin, with a cap of ε = 1 at δ = 1e-05"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_result", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            distil(tiny("ndpdc"), quiet=True)
+    (stopped, spent) = outlook()
+    assert stopped == f"release: the run that was stopped in {tmp_path}/out.state would go on"
+    assert re.fullmatch(r"ledger: .*/home/ledgers/.*\.jsonl has spent ε = 1 of 1 at δ = 1e-05", spent)
+    with pytest.raises(ConfigError, match="belongs to a run with other settings"):
+        outlook(seed=1)
+    distil(tiny("ndpdc"), quiet=True)
+    assert outlook() == [f"release: {tmp_path}/out is there already; nothing would be charged"]
+    with pytest.raises(ReleaseError, match="exists and holds something else"):
+        outlook(seed=1)
+    other = str(tmp_path / "other")
+    with pytest.raises(BudgetError, match="has spent ε = 1 of its cap 1"):
+        outlook(seed=1, out=other)
+    (left,) = outlook(seed=1, out=other, budget=3.0)
+    assert re.fullmatch(r"ledger: .* has spent ε = 1 of 3 at δ = 1e-05; this run would make it 1\.\d+", left)
+    assert outlook(seed=1, out=other, ledger=other + ".jsonl") == [
+        "ledger: a new one would begin, with a cap of ε = 1 at δ = 1e-05"
+    ]
+    for torn in (b"", b'{"cap_delta":"1e'):  # a crash within the first line, which the run would mend
+        (tmp_path / "torn.jsonl").write_bytes(torn)
+        assert outlook(out=other, ledger=str(tmp_path / "torn.jsonl")) == [
+            "ledger: a new one would begin, with a cap of ε = 1 at δ = 1e-05"
+        ]
+    (tmp_path / "other.state").mkdir()  # nothing that a run left
+    assert outlook(seed=1, out=other, budget=3.0) == [left]
+    Ledger.open(tmp_path / "ids.jsonl", cap=(3.0, 1e-5), unit="id").close()
+    with pytest.raises(LedgerError, match="protects each id"):
+        outlook(out=other, ledger=str(tmp_path / "ids.jsonl"))
+    (tmp_path / "ids.jsonl").write_bytes(b"no ledger")
+    with pytest.raises(LedgerError, match=r"ids\.jsonl: not one of our ledgers"):
+        outlook(out=other, ledger=str(tmp_path / "ids.jsonl"))
+
+
+ALIKE: dict[str, tuple[type[RunConfig], dict[str, Any]]] = {
+    "joint": (RunConfig, {"settings": TINY["joint"], "resize": 8, "value_low": 0.0, "value_high": 2.0}),
+    "ndpdc": (RunConfig, {"settings": TINY["ndpdc"]}),
+    "teacher": (ModelConfig, {"method": "", "settings": {"teacher_dims": 4, "teacher_steps": 2}}),
+    "votes": (ModelConfig, {"method": "", "shards": 5, "id_column": "person", "settings": {"queries": 20}}),
+    "dpsad": (DiffusionConfig, {"expected_records": 60, "unlabelled": True}),
+    "shards": (DiffusionConfig, {"expected_records": 60, "settings": {"models": 3}}),
+}
+
+
+@pytest.mark.parametrize("method", ALIKE)
+def test_a_release_s_configuration_makes_another_like_it(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given the data anew, it resolves to itself: nothing that follows from it has to be taken out by hand."""
+    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 300)
+    kind, facts = ALIKE[method]
+    config = kind(**{"data": "x.npz", "epsilon": 3.0, "per_class": 2, "seed": 7, "method": method, **facts})
+    plan = make_plan(config, (1, 8, 8), ("a", "b"))
+    (tmp_path / "config.toml").write_text(plan.toml)
+    more = {"expected_records": 60} if method == "shards" else {}  # which have no use for it, and do not keep it
+    again = read(tmp_path / "config.toml", {"data": "other.npz", "out": "other", **more}, [], kind)
+    assert (again.data, again.out) == ("other.npz", "other")
+    assert make_plan(again, (1, 8, 8), ("a", "b")).toml == plan.toml
+    changed = read(tmp_path / "config.toml", {"data": "other.npz", "epsilon": 1.0, **more}, [], kind)
+    assert make_plan(changed, (1, 8, 8), ("a", "b")).noise_multiplier > plan.noise_multiplier
+
+
+def test_a_refused_run_changes_no_cap_and_begins_no_ledger(
+    tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    distil(tiny("ndpdc", ledger=str(ledger), budget=9.0), quiet=True)
+    before = ledger.read_bytes()
+    for budget in (1.0, 1.2):
+        with pytest.raises(BudgetError, match=f"of its cap {budget:g}"):
+            distil(tiny("ndpdc", ledger=str(ledger), out=str(tmp_path / "b"), seed=1, budget=budget), quiet=True)
+        assert ledger.read_bytes() == before
+    distil(tiny("ndpdc", ledger=str(ledger), out=str(tmp_path / "b"), seed=1), quiet=True)  # the cap of before
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(LedgerError, match="set DPDISTILL_HOME"):
+        distil(tiny("ndpdc", ledger=str(tmp_path / "c.jsonl"), out=str(tmp_path / "c"), seed=2), quiet=True)
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("released", "found", "wanted"),
+    [(("a", "b", "c"), 3, [0, 1, 2]), (("1", "2", "3"), 3, [0, 1, 2]), (("0", "1", "2"), 2, [0, 1, 0])],
+)
+def test_numbered_test_images_are_of_the_release_s_classes(
+    released: tuple[str, ...], found: int, wanted: list[int], tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "t.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.array(wanted))
+    config = RunConfig(data=str(tmp_path / "t.npz"), classes=found)
+    assert sources.load_test(config, released, (1, 8, 8)).labels.tolist() == wanted
+
+
+def test_test_images_of_more_classes_than_the_release_has(tmp_path: Path) -> None:
+    np.savez(tmp_path / "t.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.arange(4))
+    with pytest.raises(InputError, match="has a class '0' that the release has not"):
+        sources.load_test(RunConfig(data=str(tmp_path / "t.npz"), classes=4), ("1", "2", "3"), (1, 8, 8))

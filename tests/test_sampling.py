@@ -156,3 +156,13 @@ def test_nothing_is_left_of_a_failed_run(release: Path, tmp_path: Path, monkeypa
     with pytest.raises(InputError, match="No space left"):
         sampling.sample(release, tmp_path / "x", 2, steps=1, quiet=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_classes_are_all_different_and_may_be_made(tmp_path: Path) -> None:
+    from dpdistill.sampling import _folder_names
+
+    names = ("a", "A", "a (0)", "A (1)", "猫" * 90, "猫" * 89 + "犬")
+    found = _folder_names(names)
+    assert len({name.casefold() for name in found}) == len(names)
+    for name in found:
+        (tmp_path / name).mkdir()

@@ -38,7 +38,7 @@ WORDS = {"69d594f3d7e4f114161c9337e2291e2b", "d896e57246ee577a8dfb297d6749a26f"}
 WORDS |= {"ab3f8fa387fff03f25fcb4f2dce94327", "f88073979fc4023d5d1a6d3bb8e1a29d"}  # shards; other units; attested
 UNCHECKED = """      not checkable: who made it, that the code ran as stated, the noise key erased, the ledger complete
       taken as claimed: the auxiliary sentence, seed, versions, record-wise checks, figures (an audit's too), the Rényi ceiling
-      left to `dpdistill verify`: the Parquet table, samples.png, the networks' architecture, pages beyond the promise"""
+      left to `dpdistill verify`: the Parquet table, samples.png, the networks' architecture, config.toml, pages beyond the promise"""
 canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 pretty = json.JSONEncoder(sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False).encode
 
@@ -161,9 +161,9 @@ def read_ledger(raw):
             fits(query, QUERIES[query["mechanism"]])
             q, sigma = float(query.get("sampling_prob", 1)), float(query["noise_multiplier"])
             need(1e-9 <= q <= 1 and 1e-6 <= sigma <= 1e9 and 1 <= count <= 10**12, "a charge that is none")
-            line["part"] = q, sigma, count
+            need((query.get("unit_moves") != "1") == (lines[0]["unit"] == "record"), "a charge of another unit")
+            parts.append(line.setdefault("part", (q, sigma, count)))
             line["exchanged"] = q, sigma * (1 + (query.get("unit_moves") == "1")), count  # 1: it stays in its shard
-            parts.append(line["part"])
             last[cap] = len(parts)  # ε grows with every intent: the last one under a cap speaks for all
         lines.append(line)
         before = line["hash"]

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +34,9 @@ PerClass = Annotated[int | None, typer.Option(help="Synthetic images per class."
 MethodName = Annotated[str | None, typer.Option(help="joint (ours), dosser (the paper's, sound), ndpdc.")]
 Auxiliary = Annotated[
     str | None,
-    typer.Option(help="Public images in any of the forms of --data, with labels or without, or 'none' (procedural)."),
+    typer.Option(
+        help="Public images in any of the forms of --data (.npz and folders need no labels), or 'none' (procedural)."
+    ),
 ]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, where the files do not say.")]
 Resize = Annotated[int | None, typer.Option(help="Side length in pixels to scale images to.")]
@@ -46,7 +49,9 @@ LedgerPath = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything public. Privacy noise never comes from it.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of these settings.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="TOML file with any of these settings; a release's config.toml is one.")
+]
 Assignments = Annotated[list[str] | None, typer.Option("--set", help="name=value, for a setting of the method.")]
 Release = Annotated[Path, typer.Argument(help="A release folder.")]
 
@@ -63,7 +68,7 @@ def _show_advice(plan: Any) -> None:
         console.print(line, markup=False)
 
 
-def _show_plan(plan: Any, config: Any) -> None:
+def _show_plan(plan: Any, config: Any, outlook: Iterable[str] = ()) -> None:
     console.print(plan.toml, markup=False)
     table = Table("release", "times", "rows × coordinates", "sampling", "noise multiplier")
     for planned in plan.releases:
@@ -75,6 +80,8 @@ def _show_plan(plan: Any, config: Any) -> None:
     console.print(
         f"planned: ε = {plan.epsilon:.4f} at δ = {config.delta:g} (exchanging one: {plan.epsilon_replace_one:.4f})"
     )
+    for line in outlook:
+        console.print(line, markup=False)
 
 
 @app.command()
@@ -103,6 +110,12 @@ def plan(
 
     if kind not in PLANS:
         raise ConfigError(f"plan {kind}: expected plan {', plan '.join(PLANS)}")
+    if shards is not None and kind != "model":
+        raise ConfigError(f"plan {kind} has no --shards; it is of plan model")
+    if expected_records is not None and kind == "dataset":
+        raise ConfigError(
+            "plan dataset has no --expected-records; a method that samples has --set expected_records_per_class="
+        )
     chosen = _config(
         PLANS[kind],
         data=PLANNED,
@@ -141,7 +154,10 @@ def dataset(
     config: ConfigFile = None,
     assignments: Assignments = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the input, show settings and planned ε, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the input, show settings, planned ε and what the ledger has left, and stop."
+        ),
     ] = False,
 ) -> None:
     """Distils private images into a small synthetic data set that may be handed out. Stopped, the same command goes on."""
@@ -150,8 +166,9 @@ def dataset(
 
     with pipeline.joined(chosen.device):
         if dry_run:
-            records = sources.load_private(chosen)
-            _show_plan(pipeline.make_plan(chosen, records.images.shape[1:], records.class_names), chosen)
+            source = sources.open_source(chosen)
+            planned = pipeline.make_plan(chosen, source.image_shape, source.class_names)
+            _show_plan(planned, chosen, pipeline.outlook(chosen, planned, source))
             return
         _tell(pipeline.distil(chosen))
 
@@ -211,7 +228,10 @@ def model(
     config: ConfigFile = None,
     assignments: Assignments = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the input, show settings and planned ε, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the input, show settings, planned ε and what the ledger has left, and stop."
+        ),
     ] = False,
 ) -> None:
     """Makes a private student model without showing it a private image. What is given decides the way; stopped, it goes on."""
@@ -225,7 +245,7 @@ def model(
                 planned = pipeline.make_plan(chosen, source.image_shape, source.class_names, source.models)
                 _show_advice(planned)
             if dry_run:
-                _show_plan(planned, chosen)
+                _show_plan(planned, chosen, pipeline.outlook(pipeline.with_way(chosen), planned, source))
                 return
         elif dry_run:
             ready = conversion.prepare(chosen)
@@ -280,7 +300,10 @@ def diffusion(
     config: ConfigFile = None,
     assignments: Assignments = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the input, show settings and planned ε, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the input, show settings, planned ε and what the ledger has left, and stop."
+        ),
     ] = False,
 ) -> None:
     """Trains a private diffusion model that may be handed out and sampled without limit. Stopped, the same command goes on."""
@@ -295,7 +318,7 @@ def diffusion(
                 planned = pipeline.make_plan(chosen, source.image_shape, source.class_names)
                 _show_advice(planned)
             if dry_run:
-                _show_plan(planned, chosen)
+                _show_plan(planned, chosen, pipeline.outlook(chosen, planned, source))
                 return
         elif dry_run:
             ready = way.prepare(chosen)
@@ -497,6 +520,7 @@ def evaluate(
     """Tests a release on your images: a student as it is, synthetic images and samples by networks trained on them. It stays outside."""
     from .bundle.release import load_student, read_bundle
     from .bundle.verification import open_release
+    from .errors import ConfigError
     from .evaluation import Training, accuracy, evaluate
     from .files import write_whole
     from .pipeline import check_device
@@ -508,6 +532,8 @@ def evaluate(
     _check_outside(out, release)
     facts = open_release(release).facts  # a changed one would be tested as if it were this
     chosen = _config(data=data, classes=classes, resize=resize, device=device, config=None, assignments=reading)
+    if chosen.settings:
+        raise ConfigError(f"--set {next(iter(chosen.settings))}=: evaluate knows no such reading of its images")
     test = load_test(chosen, facts.class_names, facts.image_shape)
     synthetic = read_bundle(release)
     drawn = (release / "pipeline").is_dir()

@@ -20,6 +20,8 @@ from .errors import ConfigError, InputError
 from .files import MAX_TOML, parse_toml, read_small
 from .privacy.accounting import MAX_EPSILON, MIN_DELTA
 
+MAX_GIB = 2**20
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -89,8 +91,8 @@ class RunConfig:
         low, high = self.value_low, self.value_high
         if not (low is high is None or (low is not None and high is not None and low < high)):
             raise ConfigError(f"Expected value_low below value_high, both or neither, got {low} and {high}.")
-        if not (1 <= self.max_gib <= 2**20):
-            raise ConfigError(f"Expected max_gib in 1..{2**20}, got {self.max_gib}.")
+        if not (1 <= self.max_gib <= MAX_GIB):
+            raise ConfigError(f"Expected max_gib in 1..{MAX_GIB}, got {self.max_gib}.")
         check_device_name(self.device)
 
 
@@ -100,6 +102,7 @@ def check_device_name(device: str) -> None:
         raise ConfigError(f"Expected a device of cpu or cuda, got {device!r}.")
 
 
+GIVEN = ("per_class", "expected_records", "unit_moves", "target_epsilon")  # settings that a method has from its run
 PLANNED = "planned"  # stands for the data of a run that is planned and not made
 NOMINAL = ("opaque", "paper")  # methods whose ε is the papers' own count
 WAYS = ("teacher", "votes", "conversion", "opaque")
@@ -175,8 +178,8 @@ class ModelConfig(RunConfig):
         if any(value is not None for value in attested):
             if None in attested or not self.teacher:
                 raise ConfigError("--attested-epsilon and --attested-delta go together, with --teacher")
-            if not (0 < float(self.attested_epsilon or 0) < math.inf):
-                raise ConfigError(f"Expected a finite attested epsilon > 0, got {self.attested_epsilon}.")
+            if not (0 < float(self.attested_epsilon or 0) <= 1e6):
+                raise ConfigError(f"Expected an attested epsilon > 0 and at most 1e6, got {self.attested_epsilon}.")
             if not (MIN_DELTA <= float(self.attested_delta or 0) < 1):
                 raise ConfigError(
                     f"Expected an attested delta in [{MIN_DELTA:g}, 1), got {self.attested_delta}; what is attested at a smaller one "
@@ -325,6 +328,7 @@ def read(
 ) -> RunConfig:
     """Returns the configuration of a TOML file, overridden by flags (where not None) and by `name=value` assignments.
 
+    The file may be a release's own config.toml: another run, on what the flags name, is then made alike.
     A bare name in an assignment, or one under `settings.`, is a setting of the method; `epsilon=2` and the like also work.
     """
     if file is None:
@@ -336,9 +340,24 @@ def read(
     except ValueError as error:
         raise ConfigError(f"{file}: not TOML ({error})") from None
     try:
-        return _resolve(values, flags, assignments, kind)
+        return _resolve(_made_alike(values), flags, assignments, kind)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
+
+
+def _made_alike(values: dict[str, Any]) -> dict[str, Any]:
+    """What `public_toml` wrote, as a person would have said it: without what follows from it. Other files are left as they are."""
+    reading, settings = values.get("reading"), values.get("settings")
+    if "noise_multiplier" not in values or not isinstance(reading, dict) or not isinstance(settings, dict):
+        return values
+    follows = ("noise_multiplier", "auxiliary_sha256", "reading")
+    found = {name.removeprefix("nominal_"): value for name, value in values.items() if name not in follows} | reading
+    if isinstance(settings.get("expected_records"), int):
+        found["expected_records"] = settings["expected_records"]
+    if values.get("method") == "votes" and "image_column" in reading:  # shards of records, and no owners' models
+        found["shards"] = settings.get("models")
+    given = (*GIVEN, *(["models"] if values.get("method") == "votes" else []))
+    return found | {"settings": {name: value for name, value in settings.items() if name not in given}}
 
 
 def _resolve(

@@ -43,7 +43,7 @@ from .pipeline import (
     resumable,
     write_result,
 )
-from .sources import read_teacher
+from .sources import names_of, read_teacher
 from .workspace import FolderWorkspace
 
 N_ASKED = 64
@@ -189,8 +189,12 @@ def _holds(folder: Path, toml: str) -> bool:
 def bring(config: ModelConfig, given: Teacher | None = None) -> Brought:
     """Reads the teacher, and what is known of it. Raises InputError or ConfigError before any work is done."""
     path = Path(str(config.teacher))
-    if given is None and (path / "certificate.json").exists():
-        return _certified(config, path)
+    if given is None:
+        restore(path)  # a release that a stopped audit left aside
+        if (path / "certificate.json").exists():
+            return _certified(config, path)
+        if not os.path.lexists(path):
+            raise InputError(path, "no such file or folder", "--teacher is a model, or a release of ours")
     if config.way == "conversion" and config.attested_epsilon is None:
         raise ConfigError(
             f"{path}: nothing is known of how this teacher was trained. Give --attested-epsilon and --attested-delta if its supplier "
@@ -206,7 +210,7 @@ def bring(config: ModelConfig, given: Teacher | None = None) -> Brought:
     return Brought(
         outputs=teacher.outputs,
         image_shape=teacher.image_shape,
-        class_names=tuple(str(k) for k in range(teacher.n_classes)),
+        class_names=names_of(config, teacher.n_classes),
         sha256=_digest(teacher),
         facts=facts,
     )

@@ -13,7 +13,7 @@ from .bundle import BundleFacts
 from .bundle.claims import NominalDiffusion
 from .config import DiffusionConfig, build, public_toml
 from .data import LabelledImages
-from .errors import ReleaseError
+from .errors import InputError, ReleaseError
 from .mechanisms import Vault
 from .methods import DIFFUSION_METHODS, Public
 from .models.denoiser import check_patch
@@ -104,6 +104,8 @@ def prepare(config: DiffusionConfig) -> Prepared:
     )
     public = public_facts(config, records.image_shape, records.class_names)
     toml = public_toml(config, settings, sigma, auxiliary_hash(public))
+    if not len(_readable(records)[0]):  # this form hides no record, so it may say so
+        raise InputError(config.data, "has no image of finite pixels and a known class", "give one that has")
     return Prepared(records=records, settings=settings, sigma=sigma, public=public, toml=toml, claim=claim)
 
 

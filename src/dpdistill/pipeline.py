@@ -39,6 +39,7 @@ from .privacy import Ledger, Planned, accounting, calibrate
 from .privacy import ledger as ledgers
 from .privacy.disk import sync_directory, write_atomically
 from .privacy.faults import point
+from .privacy.guarantee import shown
 from .sources import Contents, Source, home, keyed_hash, open_source, releases
 from .workspace import FolderWorkspace
 
@@ -304,17 +305,14 @@ def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | No
     """Opens the ledger until the end of `stack`, and the vault, and announces the run. None where its release is there already."""
     out, state = Path(config.out), _state(config)
     restore(out, lambda found: _same(found, plan, source))
-    if os.path.lexists(out):
-        if not _same(out, plan, source):
-            raise ReleaseError(
-                f"{out} exists and holds something else, a release with other settings, or, as far as {home()} knows, other data's "
-                "release; choose another --out, give the options that it was made with, or remove it"
-            )
+    if _there(out, plan, source):
         forget_rest(state, plan.toml, source.contents)
         return None
     check_target(out)
     check_same_run(state, plan.toml, source.contents)
     ledger_path = source.ledger()
+    if not os.path.lexists(ledger_path):
+        releases()  # it is needed at the end: that it cannot be made is found out before a ledger is begun,
     cap = (config.budget or config.epsilon, config.delta)
     ledger = stack.enter_context(Ledger.open(ledger_path, cap=cap, unit=source.unit))
     vault = (
@@ -323,15 +321,64 @@ def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | No
     left = plan.releases[len(_planned(ledger, vault.run)) :] if vault else plan.releases
     cap = ledger.cap if config.budget is None else (config.budget, ledger.cap[1])
     _check_foreseen(config, plan, ledger, vault.run if vault else NEW_RUN, left, cap, insecure_seed is not None)
-    ledger.raise_cap(cap)
     if left:  # of a run that goes on, too: another may have been let in since
-        ledger.check_affordable([planned.part for planned in left])
-    releases()  # it is needed at the end: that it cannot be made is found out before anything is charged
+        ledger.check_affordable([planned.part for planned in left], cap)
+    releases()  # or anything charged
+    ledger.raise_cap(cap)  # last, or a refused run would leave it behind
     vault = vault or _vault(state, plan.toml, source.contents, insecure_seed)
     # Checkpoints derive from releases of one key on one ledger: with another of either, they would bring in what it did not charge.
     work = state / "work" / f"{vault.run}-{ledger.lines[0]['hash'][:16]}"
     ledger.start(vault.run, config.method, config_hash(plan.toml))
     return Held(ledger, vault, work)
+
+
+def _there(out: Path, plan: Plan, source: Source) -> bool:
+    """Whether the release lies there already. Raises ReleaseError where something else does."""
+    if not os.path.lexists(out):
+        return False
+    if not _same(out, plan, source):
+        raise ReleaseError(
+            f"{out} exists and holds something else, a release with other settings, or, as far as {home()} knows, other data's "
+            "release; choose another --out, give the options that it was made with, or remove it"
+        )
+    return True
+
+
+def outlook(config: RunConfig, plan: Plan, source: Source) -> list[str]:
+    """What a run would meet, a line each: its place, and what its ledger has left.
+
+    Reads what the run would read, charges nothing and makes no release or ledger.
+
+    Raises:
+      DpdistillError: as the run would, before it charges anything.
+    """
+    out, state = Path(config.out), _state(config)
+    if _there(out, plan, source):
+        return [f"release: {out} is there already; nothing would be charged"]
+    check_target(out)
+    check_same_run(state, plan.toml, source.contents)
+    stopped = (state / "run.json").exists()
+    goes_on = [f"release: the run that was stopped in {state} would go on"] if stopped else []
+    known = (
+        config.ledger is not None or (home() / "key").exists()
+    )  # without one there is none, and naming one would make it
+    path = source.ledger() if known else None
+    there = path is not None and os.path.exists(path) and os.path.getsize(path) > 0
+    ledger = Ledger.shown(path, read_small(path, ledgers.MAX_BYTES)) if path and there else None
+    if ledger is None or not ledger.lines:  # a crash within its first line leaves none
+        cap = config.budget or config.epsilon
+        return [*goes_on, f"ledger: a new one would begin, with a cap of ε = {cap:g} at δ = {config.delta:g}"]
+    ledger.check_unit(source.unit)
+    cap = ledger.cap if config.budget is None else (config.budget, ledger.cap[1])
+    spent = ledgers.spent(ledger.lines, cap[1])
+    left = f"ledger: {path} has spent ε = {shown(spent)} of {cap[0]:g} at δ = {cap[1]:g}"
+    if goes_on:  # a part of the plan may be charged already
+        return [*goes_on, left]
+    _check_foreseen(config, plan, ledger, NEW_RUN, plan.releases, cap, insecure=False)
+    parts = [planned.part for planned in plan.releases]
+    ledger.check_affordable(parts, cap)
+    whole = accounting.epsilon([*ledgers.parts(ledger.lines), *parts], cap[1])
+    return [f"{left}; this run would make it {shown(whole)}"]
 
 
 def _vault(state: Path, toml: str, contents: Contents, insecure_seed: int | None) -> Vault:
@@ -489,7 +536,9 @@ def begin(state: Path, toml: str, contents: Contents = tuple) -> None:
 def _same(folder: Path, plan: Plan, source: Source) -> bool:
     """Whether this is a finished release of this configuration and these records, on a ledger that this data's goes on from: then it is
     the answer."""
-    if not holds(folder / "config.toml", plan.toml):
+    if (
+        not holds(folder / "config.toml", plan.toml) or (folder / "conversion.toml").exists()
+    ):  # which has its own settings
         return False
     ledger = source.ledger()
     try:

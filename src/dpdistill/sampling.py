@@ -250,8 +250,10 @@ def _write_folder(out: Path, batches: Batches, model: Drawer, labels: NDArray[np
 def _folder_names(names: tuple[str, ...]) -> list[str]:
     """Class names as plain folder names, all different, also where case does not count."""
     plain = ["".join(c if c.isalnum() or c in " -_.()" else "_" for c in name).strip(" .") or "_" for name in names]
-    seen = [name.casefold() for name in plain]
-    return [name if seen.count(name.casefold()) == 1 else f"{name} ({k})" for k, name in enumerate(plain)]
+    plain = [name.encode()[:200].decode(errors="ignore") for name in plain]  # no file system takes more than 255 bytes
+    while len(seen := [name.casefold() for name in plain]) > len(set(seen)):  # a numbered name may be another class's
+        plain = [name if seen.count(name.casefold()) == 1 else f"{name} ({k})" for k, name in enumerate(plain)]
+    return plain
 
 
 def _write_npz(out: Path, batches: Batches, model: Drawer, labels: NDArray[np.int64]) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .bundle.contents import printable_names
-from .config import DiffusionConfig, ModelConfig, RunConfig
+from .config import MAX_GIB, DiffusionConfig, ModelConfig, RunConfig
 from .data import LabelledImages, Limits, check_public_range, chunks, load_images
 from .errors import ConfigError, InputError, LedgerError, MisfitError
 from .mechanisms import Door, Ensemble, PrivateData, Ranks, Vault
@@ -49,20 +49,35 @@ def default_ledger(records: LabelledImages) -> Path:
             digests += hashlib.sha256(np.ascontiguousarray(image).data).digest()
     in_order = np.sort(np.frombuffer(digests, "S32"))
     found = ledger_of([repr((images.shape[1:], str(images.dtype))).encode(), in_order.tobytes()])
-    if not os.path.lexists(found):
-        _take_over(records, found)
+    _take_over(records, found)
     return found
 
 
 def _take_over(records: LabelledImages, name: Path) -> None:
-    """Gives the ledger of these records its name of now, if it has that of before: what was spent stays spent."""
+    """Gives the ledger of these records its name of now, if it has that of before: what was spent stays spent.
+
+    Raises:
+      LedgerError: both names have one, as where the same images were read with other labels before.
+    """
     facts = repr((records.images.shape, str(records.images.dtype))).encode()
     images = (np.ascontiguousarray(part).data for part in chunks(records.images))
     before = ledger_of(chain([facts], images, [np.ascontiguousarray(records.labels).data]))
-    if os.path.lexists(before):
-        with suppress(FileNotFoundError):  # another process was first
-            before.rename(name)
+    if not os.path.lexists(before):
+        return
+    with suppress(FileNotFoundError):  # another process was first
+        try:
+            os.link(
+                before, name
+            )  # and not a renaming, which would put it in the place of one that another process has begun
             sync_directories(name.parent)
+        except FileExistsError:
+            if not before.samefile(name):  # else a crash came between
+                raise LedgerError(
+                    f"these images have two ledgers, {before} and {name}: what a person loses is the sum of both. Name one with --ledger, "
+                    "or move the first away, and no run counts what the other has spent"
+                ) from None
+        before.unlink()
+        sync_directories(name.parent)
 
 
 def ledger_of(contents: Iterable[bytes | memoryview]) -> Path:
@@ -157,10 +172,9 @@ def load_test(config: RunConfig, class_names: tuple[str, ...], image_shape: tupl
         )
         raise InputError(config.data, reason, "see --resize and --set channels=")
     names = printable_names(found.class_names)
-    if names == tuple(map(str, range(len(names)))) and not set(names) <= set(class_names):
-        names = (
-            class_names[: len(names)] + names[len(class_names) :]
-        )  # a file without names: its numbers are the release's
+    numbered = names == tuple(map(str, range(len(names)))) and not set(names) <= set(class_names)
+    if numbered and len(names) <= len(class_names):  # a file without names: its numbers are the release's
+        names = class_names[: len(names)]
     if strange := [name for name in names if name not in class_names]:
         hint = "name classes as the release does, by --set class_names=A,B,… or by the folders"
         raise InputError(config.data, f"has a class {strange[0]!r} that the release has not", hint)
@@ -230,7 +244,7 @@ def owners(config: ModelConfig) -> Source:
     first = read_teacher(config, files[0])
     # Each is opened by itself and checked against the first's facts, never against another's answers.
     teachers = [first, *(read_teacher(config, path, first.image_shape, first.n_classes) for path in files[1:])]
-    names = tuple(str(k) for k in range(first.n_classes))
+    names = names_of(config, first.n_classes)
     owner_of: dict[str, Path] = {}
     for path, teacher in zip(files, teachers, strict=True):
         if teacher.sha256 in owner_of:  # twice the votes of one owner: twice the sensitivity
@@ -248,6 +262,18 @@ def owners(config: ModelConfig) -> Source:
         contents=lambda: hashes,
         models=len(teachers),
     )
+
+
+def names_of(config: ModelConfig, n_classes: int) -> tuple[str, ...]:
+    """The classes' names, of models, which have none: as the person says, or their numbers. Raises ConfigError."""
+    if config.class_names is None:
+        return tuple(str(k) for k in range(n_classes))
+    names = tuple(config.class_names.split(","))
+    if len(names) != n_classes or len(set(names)) != n_classes:
+        raise ConfigError(
+            f"class_names: expected {n_classes} different names, as many as the model has classes, got {len(names)}"
+        )
+    return names
 
 
 def voting(teacher: "Teacher") -> Callable[["Tensor"], "Tensor"]:
@@ -330,10 +356,11 @@ def _ledger_path(config: RunConfig, records: LabelledImages) -> Path:
         return named_ledger(config)
     if config.resize is None and config.channels is None:
         return default_ledger(records)
+    plain = replace(config, max_gib=MAX_GIB)  # for the name alone: it may be larger than what the run reads
     for resize in (None, 64):  # large images, or of several sizes, need a size
         with suppress(MisfitError):  # anything else, such as a full disk, would be another ledger and a new budget
-            return default_ledger(_read(config, resize, None))
-    return default_ledger(_read(config, 64, 3))  # mixed ones need a colour as well
+            return default_ledger(_read(plain, resize, None))
+    return default_ledger(_read(plain, 64, 3))  # mixed ones need a colour as well
 
 
 def named_ledger(config: RunConfig) -> Path:

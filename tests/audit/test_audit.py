@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -489,3 +490,52 @@ def test_the_command(
         code, _, err = typed(monkeypatch, capsys, *words)
         assert code == 2
         assert len(err.strip().splitlines()) == 1
+
+
+def test_an_audit_by_a_link_is_of_what_it_leads_to(audited: Path, tmp_path: Path) -> None:
+    (tmp_path / "latest").symlink_to(audited)
+    epsilon = float(json.loads((audited / "certificate.json").read_text())["guarantee"]["epsilon"])
+    before = (audited / "certificate.json").read_bytes()
+    add_audit(tmp_path / "latest", fake_audit(epsilon=epsilon, twin="digits, 101 public records"))
+    assert (tmp_path / "latest").is_symlink()
+    assert (audited / "certificate.json").read_bytes() != before
+    assert sorted(os.listdir(tmp_path)) == ["latest", "out"]
+
+
+@pytest.mark.parametrize("what", ["a note", "a link", "a file"])
+def test_what_somebody_keeps_beside_a_release_is_not_removed(what: str, audited: Path, tmp_path: Path) -> None:
+    aside = tmp_path / "out.before"
+    if what == "a note":
+        shutil.copytree(audited, aside)
+        (aside / "note.txt").write_text("of before the audit")
+    elif what == "a link":
+        aside.symlink_to(tmp_path)
+    else:
+        aside.write_text("")
+    epsilon = float(json.loads((audited / "certificate.json").read_text())["guarantee"]["epsilon"])
+    for act in (
+        lambda: add_audit(audited, fake_audit(epsilon=epsilon)),
+        lambda: run.audit_release(audited, quick=True),
+    ):
+        with pytest.raises(ReleaseError, match=r"before is in the way: .*move it away"):
+            act()
+    assert os.path.lexists(aside)
+    assert what != "a note" or (aside / "note.txt").exists()
+
+
+def test_two_worlds_that_cannot_be_are_refused_before_the_audit(audited: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "kernels", lambda *_, **__: pytest.fail("the audit has begun"))
+    with pytest.raises(ConfigError, match="two runs in each world"):
+        run.audit_release(audited, runs=1)
+    monkeypatch.setattr(run.two_worlds, "prepare", lambda _: (_ for _ in ()).throw(ConfigError("no such plan")))
+    with pytest.raises(ConfigError, match="no such plan"):
+        run.audit_release(audited, runs=4)
+
+
+def test_tiny_runs_of_two_worlds_are_grey_and_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the release's images and its student's shape are."""
+    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 100)
+    colour = str(tmp_path / "colour.npz")
+    np.savez(colour, images=np.zeros((9, 8, 8, 3), np.uint8), labels=np.zeros(9, np.int64))
+    assert two_worlds.prepare(RunConfig(data="digits", auxiliary=colour))[1].releases
+    assert two_worlds.prepare(ModelConfig(data="digits", settings={"groups": 8}))[1].releases

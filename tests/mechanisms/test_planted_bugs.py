@@ -1402,7 +1402,7 @@ MUTANTS = [
             'opening = {"format": FORMAT, "data": name, "unit": unit,',
             'import time\n                opening = {"format": FORMAT, "data": name, "unit": unit + str(time.time()),',
         ),
-        (LEDGER, "if lines and unit != lines[0]", "if False and unit != lines[0]"),
+        (LEDGER, "if self.lines and unit != self.lines[0]", "if False and unit != self.lines[0]"),
     ),
     bug(
         "M5 rank one: rounding passes C, and the product is not checked",
@@ -1820,7 +1820,11 @@ MUTANTS = [
     bug(
         "A14 only a run's own charges count",
         check_ledger_first,
-        (LEDGER, "extra: Iterable[Part]) -> None:", "extra: Iterable[Part], run: str | None = None) -> None:"),
+        (
+            LEDGER,
+            "cap: tuple[float, float] | None = None) -> None:",
+            "cap: Any = None, run: str | None = None) -> None:",
+        ),
         (
             LEDGER,
             "total = accounting.epsilon([*parts(self.lines), *extra]",
@@ -1829,7 +1833,7 @@ MUTANTS = [
         (
             LEDGER,
             "        self.check_affordable([query.part(count)])",
-            "        self.check_affordable([query.part(count)], run)",
+            "        self.check_affordable([query.part(count)], run=run)",
         ),
     ),
     bug(

@@ -23,7 +23,7 @@ from dpdistill.mechanisms.ensemble import Model, Nobody, one_vector
 from dpdistill.mechanisms.private import Reservation
 from dpdistill.privacy import Ledger, accounting
 from dpdistill.privacy import ledger as ledgers
-from dpdistill.privacy.queries import ShardSum
+from dpdistill.privacy.queries import NoisyVotes, ShardSum
 
 K, Q, D = 7, 5, 3
 QUERIES = torch.rand(Q, 1, 4, 4, generator=torch.Generator().manual_seed(5)) * 2 - 1
@@ -217,6 +217,15 @@ def test_an_answer_has_any_width(tmp_path: Path) -> None:
     with ledger:
         assert held.n_classes == D
         assert held.release_vectors(held.reserve(query(dim=Q * width)), 0, QUERIES).shape == (Q, width)
+
+
+def test_one_query_is_enough_and_a_vote_is_no_sum(tmp_path: Path) -> None:
+    held, ledger = place(tmp_path, data())
+    vote = NoisyVotes(name="vote", n_queries=1, n_classes=3, n_models=K, noise_multiplier=5.0, unit_moves=1)
+    with ledger:
+        assert held.release_vectors(held.reserve(query(dim=D)), 0, QUERIES[:1]).shape == (1, D)
+        with pytest.raises(ConfigError, match="is not a sum over models"):
+            held.release_vectors(held.reserve(vote), 0, QUERIES[:1])
 
 
 def test_past_the_budget_no_model_is_trained(tmp_path: Path) -> None:

@@ -272,20 +272,25 @@ def test_the_fine_step_is_taken_wherever_it_can_be(
 ) -> None:
     taken: list[float] = []
 
-    class Accountant:
-        def __init__(self, relation: object, value_discretization_interval: float) -> None:
-            assert relation is dp_accounting.NeighboringRelation.REPLACE_ONE
-            taken.append(value_discretization_interval)
-
-        def compose(self, event: dp_accounting.DpEvent) -> "Accountant":
-            assert event == accounting.event([(0.5, 1.0, 2)])
+    class Distribution:
+        def self_compose(self, count: int) -> "Distribution":
+            assert count == 2
             return self
 
-        def get_epsilon(self, delta: float) -> float:
+        def compose(self, other: "Distribution") -> "Distribution":
+            return other
+
+        def get_epsilon_for_delta(self, delta: float) -> float:
             assert delta == 1e-6
             return {1e-3: coarse, 1e-4: 3.0}[taken[-1]]
 
-    monkeypatch.setattr(pld, "PLDAccountant", Accountant)
+    def of_one(q: float, sigma: float, relation: str, interval: float) -> Distribution:
+        assert (q, sigma, relation) == (0.5, 1.0, "replace_one")
+        taken.append(interval)
+        return Distribution()
+
+    monkeypatch.setattr(accounting, "_pld_of_one", of_one)
+    monkeypatch.setattr(pld.privacy_loss_distribution, "identity", lambda interval: Distribution())
     value = accounting._pld_epsilon.__wrapped__(((0.5, 1.0, 2),), 1e-6, "replace_one")
     assert taken == steps
     assert value == pytest.approx({1e-3: coarse, 1e-4: 3.0}[taken[-1]], nan_ok=True)
@@ -298,3 +303,26 @@ def test_the_ceiling_is_the_least_over_its_orders() -> None:
         sigma = best / math.sqrt(2 * math.log(1e5))
         by_order = [a / (2 * sigma**2) + math.log1p(-1 / a) - math.log(1e-5 * a) / (a - 1) for a in orders]
         assert accounting.rdp_epsilon([(1.0, sigma, 1)], 1e-5) == pytest.approx(min(by_order), rel=1e-12)
+
+
+@pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
+@pytest.mark.parametrize(
+    "parts",
+    [((0.1, 3.0, 300),), ((0.01, 1.0, 7), (0.02, 1.5, 40), (1.0, 4.0, 1)), ((1.0, 0.8, 1),)],
+)
+def test_it_is_the_accountants_own_answer(parts: tuple[accounting.Part, ...], relation: str) -> None:
+    """Loss distributions are kept from one question to the next, so composing them is not left to the accountant."""
+    steps = (accounting.COARSE_DISCRETISATION, accounting.DISCRETISATION)
+    found = []
+    for step in steps:
+        accountant = pld.PLDAccountant(accounting._RELATIONS[relation], value_discretization_interval=step)
+        found.append(accountant.compose(accounting.event(parts)).get_epsilon(1e-5))
+    wanted = found[0] if found[0] > accounting.COARSE_EPSILON else found[1]
+    accounting._pld_epsilon.cache_clear()
+    for _ in range(2):
+        assert accounting._pld_epsilon(parts, 1e-5, relation) == pytest.approx(wanted, rel=1e-9)
+        assert accounting._pld_epsilon((parts[0],), 1e-6, relation) > 0  # another question in between
+
+
+def test_the_limits_are_those_that_the_pages_name() -> None:
+    assert (accounting.MIN_DELTA, accounting.MAX_EPSILON, accounting.MAX_SAMPLED) == (1e-10, 1000.0, 10**6)

@@ -100,6 +100,43 @@ def test_what_is_foreseen_is_what_will_be(path: Path, monkeypatch: pytest.Monkey
         assert path.stat().st_size == size
 
 
+@pytest.mark.parametrize("spare", [0, -1])
+def test_what_is_foreseen_has_room_to_the_byte(spare: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = [Planned(query()), Planned(query(40.0, "t"), 3)]
+    with Ledger.open(path, cap=CAP) as ledger:
+        lines = ledger.foreseen("a-longer-name", "joint", "c0ffee", plan, (60.0, CAP[1]))
+        monkeypatch.setattr(ledgers, "MAX_BYTES", sum(len(ledgers.canonical(line)) + 1 for line in lines) + spare)
+        if spare < 0:
+            with pytest.raises(LedgerError, match="no room for this run"):
+                ledger.foreseen("a-longer-name", "joint", "c0ffee", plan, (60.0, CAP[1]))
+        else:
+            assert ledger.foreseen("a-longer-name", "joint", "c0ffee", plan, (60.0, CAP[1])) == lines
+
+
+def test_a_ledger_to_look_at(path: Path) -> None:
+    """From its file's bytes, mended as the next run would: it is not locked, and refuses to be written."""
+    raw = path.read_bytes()
+    with Ledger.open(path, cap=CAP):
+        ledger = Ledger.shown(path, raw + b'{"again":"')
+        assert (ledger.path, ledger.lines, ledger.cap) == (path, ledgers.parse(raw), CAP)
+        with pytest.raises(LedgerError, match="the ledger is closed"):
+            ledger.raise_cap((60.0, 1e-5))
+        ledger.close()
+    assert Ledger.shown(path, b'{"cap_delta":"1e').lines == Ledger.shown(path, b"").lines == []
+    for other, why in ((b"notes\n", "line 1 of the ledger is damaged"), (b"notes", "not one of our ledgers")):
+        with pytest.raises(LedgerError, match=f"^{re.escape(str(path))}: {why}"):
+            Ledger.shown(path, other)
+
+
+def test_a_locked_ledger_costs_no_descriptor(path: Path) -> None:
+    with Ledger.open(path, cap=CAP):
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            with pytest.raises(LedgerError, match="another run"):
+                Ledger.open(path, cap=CAP)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_every_flipped_byte_is_refused(path: Path) -> None:
     raw = path.read_bytes()
     for place in range(len(raw)):
@@ -732,3 +769,15 @@ def test_a_ledger_that_is_elsewhere_or_closed_touches_no_file(path: Path) -> Non
     for ledger in (away, closed):
         with pytest.raises(LedgerError, match="closed"):
             ledger.finish("run-9")
+
+
+def test_a_cap_below_what_the_accountant_can_do_is_named() -> None:
+    """Versions before took a δ of 1e-30: such a ledger is not damaged, and is not said to be."""
+    body = {"type": "open", "format": ledgers.FORMAT, "data": "d", "unit": "record", "relation": "add_or_remove_one"}
+    body |= {"cap_epsilon": "1.0", "cap_delta": "1e-12"}
+    line = {**body, "hash": ledgers.line_hash("0" * 64, body)}
+    other = {**body, "cap_delta": "none"}
+    with pytest.raises(LedgerError, match=r"^the ledger holds a cap that is none$"):
+        ledgers.parse(ledgers.canonical({**other, "hash": ledgers.line_hash("0" * 64, other)}) + b"\n")
+    with pytest.raises(LedgerError, match=r"a cap that is none \(Expected delta in \[1e-10, 1\), got 1e-12"):
+        ledgers.parse(ledgers.canonical(line) + b"\n")

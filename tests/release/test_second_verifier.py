@@ -28,7 +28,7 @@ import torch
 from dpdistill import pipeline
 from dpdistill.audit import result
 from dpdistill.bundle import certificate as certificates
-from dpdistill.bundle import write_bundle
+from dpdistill.bundle import ledger_check, write_bundle
 from dpdistill.bundle.diffusion_product import DiffusionProduct, shapes
 from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.bundle.verification import verify
@@ -38,7 +38,7 @@ from dpdistill.diffusion import diffuse
 from dpdistill.methods.diffusion import dpsad
 from dpdistill.methods.shared import linear
 from dpdistill.models.wavelet_net import WaveletNet
-from dpdistill.privacy import GaussianSum, NoisyVotes, ShardSum, accounting
+from dpdistill.privacy import GaussianSum, Ledger, NoisyVotes, ShardSum, accounting
 from small_sampler import NETWORK, SAMPLER
 
 ROOT = Path(__file__).parents[2]
@@ -765,3 +765,24 @@ def test_the_schema_refuses_another_line(pristine: Path) -> None:
     assert not LINE.is_valid(charge | {"count": "1"})
     assert not LINE.is_valid(charge | {"query": charge["query"] | {"mechanism": "laplace"}})
     assert math.isclose(float(charge["query"]["noise_multiplier"]), 3.0)
+
+
+@pytest.mark.parametrize("unit", ["record", "id", "owner"])
+@pytest.mark.parametrize("moves", [None, 1, 2])
+def test_a_mechanism_is_of_the_ledger_s_unit(unit: str, moves: int | None, tmp_path: Path) -> None:
+    """Sums hide records; a record that is exchanged moves two shards, and an id or an owner one. Another pair would understate ε."""
+    query: Any = GaussianSum(name="s", dim=3, noise_multiplier=4.0)
+    if moves:
+        query = NoisyVotes(name="v", n_queries=2, n_classes=2, n_models=4, noise_multiplier=4.0, unit_moves=moves)
+    with Ledger.open(tmp_path / "l.jsonl", cap=(9.0, 1e-5), unit=unit) as ledger:
+        ledger.start("run-1", "m", "0" * 64)
+        ledger.reserve("run-1", query)
+        ledger.finish("run-1")
+        lines = ledger.lines
+    fits = (moves == 1) == (unit != "record")
+    assert (not ledger_check._shape(lines)) == fits
+    if fits:
+        assert len(tool.read_ledger((tmp_path / "l.jsonl").read_bytes())[0]) == 4
+    else:
+        with pytest.raises(ValueError, match="a charge of another unit"):
+            tool.read_ledger((tmp_path / "l.jsonl").read_bytes())

@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import small_release
 from dpdistill.bundle import report, tensors
 from dpdistill.bundle import verification as verifier
 from dpdistill.bundle.release import write_bundle
 from dpdistill.bundle.verification import verify
+from dpdistill.errors import ReleaseError
 from dpdistill.mechanisms import recordwise
 
 
@@ -428,3 +430,21 @@ def test_a_fault_of_the_checker_itself_is_a_problem_not_a_crash(bundle: Path, mo
 
     monkeypatch.setattr(verifier, "check_ledger", broken)
     assert problems(bundle) == "the release cannot be checked (AttributeError)"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'method = "ndpc"',
+        "delta = 0.001",
+        "seed = 77",
+        "per_class = 9",
+        "attested_epsilon = 0.1",
+        "nominal_epsilon = 9.0",
+    ],
+)
+def test_settings_that_contradict_the_certificate(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger binds config.toml; who writes both may still not say two things. What is written is verified first."""
+    monkeypatch.setattr(small_release, "TOML", line + "\n")
+    with pytest.raises(ReleaseError, match=f"config.toml: says another {line.split()[0]} than the certificate"):
+        small_release.write(tmp_path)

@@ -1,6 +1,7 @@
 """All audits of one release, in order: the kernel, a twin with canaries, the controls, membership, two worlds. Then into the release."""
 
 import hashlib
+import os
 import secrets
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.release import restore
+from ..bundle.release import check_aside, restore
 from ..bundle.verification import Checked, open_release
 from ..errors import ConfigError
 from ..pipeline import check_device, with_way
@@ -97,8 +98,10 @@ def audit_release(
       ReleaseError: the release is not what it says.
       ConfigError: it has no ledger of its own, so there is nothing to audit; or `runs` of its method cannot be made.
     """
+    path = Path(os.path.realpath(path))
     restore(path)  # first: an audit that was killed may have left nothing at this path
     checked = open_release(path)
+    check_aside(path, set(checked.files))
     if checked.facts.basis != "proved":
         raise ConfigError(
             f"{path}: it rests on no private release of ours (basis {checked.facts.basis!r}): nothing to audit"
@@ -110,6 +113,12 @@ def audit_release(
             f"{path}: no two-world audit of {with_way(config).method!r}, whose runs take too long to be made thousands of times; "
             "leave --two-worlds out"
         )
+    if runs == 1:
+        raise ConfigError(
+            "--two-worlds needs two runs in each world at least: half of them choose what the others are judged by"
+        )
+    if runs:
+        two_worlds.prepare(config)  # now: the rest takes minutes
     claimed = _claim(checked)
     records = public_records(data, checked.facts.image_shape)
     found = kernels(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..config import RunConfig
 from ..data import LabelledImages
 from ..methods import Synthetic
-from ..pipeline import make_plan, with_way
+from ..pipeline import Plan, make_plan, with_way
 from . import bounds
 from .result import TwoWorlds
 from .twin import Twin
@@ -46,6 +46,7 @@ CHEAP: dict[str, dict[str, Any]] = {  # by method: settings that only make it sm
         "teacher_steps": 4,
         "pixel_dims": 6,
         "components": 2,
+        "groups": 1,
     },
     "dosser": {
         "sampling_steps": 8,
@@ -76,6 +77,15 @@ def possible(config: RunConfig) -> bool:
     return with_way(config).method in CHEAP
 
 
+def prepare(config: RunConfig) -> tuple[RunConfig, Plan]:
+    """The tiny run and its plan. Its images are grey, whatever the release's are, so public ones are made up."""
+    config = with_way(config)
+    settings = {**config.settings, **CHEAP[config.method]}
+    config = dataclasses.replace(config, settings=settings, per_class=1, auxiliary="none")
+    base, _ = worst_set()
+    return config, make_plan(config, base.image_shape, base.class_names)
+
+
 def audit(
     config: RunConfig, runs: int, *, progress: Callable[[float], None] | None = None, seed: int | None = None
 ) -> tuple[TwoWorlds, ...]:
@@ -85,10 +95,8 @@ def audit(
       config: of the twin.
       seed: for tests only.
     """
-    config = with_way(config)
-    config = dataclasses.replace(config, settings={**config.settings, **CHEAP[config.method]}, per_class=1)
+    config, plan = prepare(config)
     base, one = worst_set()
-    plan = make_plan(config, base.image_shape, base.class_names)
     sums, images = np.empty((2, runs)), []
     for index in range(2 * runs):
         world, number = index % 2, index // 2

@@ -191,7 +191,7 @@ def guarantee(facts: BundleFacts, found: Figures) -> Guarantee:
 
 def statement(facts: BundleFacts, found: Figures) -> str:
     """The promise as a sentence: generated, never typed."""
-    if isinstance(facts.claim, claims.Nothing) and not facts.insecure:
+    if isinstance(facts.claim, claims.Nothing):  # which promises nothing, wherever its noise came from
         return facts.claim.statement()
     return str(guarantee(facts, found))
 

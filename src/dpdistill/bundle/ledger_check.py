@@ -57,6 +57,10 @@ def _shape(lines: list[Line]) -> list[str]:
             return [f"ledger.jsonl: line {number} holds a name that is not printable"]
     first = lines[0]
     unit = first["unit"]
+    for number, line in enumerate(lines, start=1):
+        # Sums are over records; an exchanged record leaves its shard for another, and whatever else has a unit stays in its own.
+        if line["type"] == "intent" and (line["query"].get("unit_moves") != "1") != (unit == "record"):
+            return [f"ledger.jsonl: line {number} holds a mechanism of another unit than {unit!r}"]
     if first["relation"] != "add_or_remove_one" or not (unit.isascii() and unit.isalpha() and len(unit) <= 30):
         return ["ledger.jsonl: a relation or unit that the accountant does not know"]
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", first["data"]):

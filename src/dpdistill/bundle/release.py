@@ -89,6 +89,19 @@ def restore(path: Path, wanted: Callable[[Path], bool] = lambda _: True) -> None
         os.rename(before, path)
 
 
+def check_aside(path: Path, names: set[str]) -> None:
+    """Raises ReleaseError where `<path>.before` is not what a stopped audit left: it would be removed.
+
+    Args:
+      names: files of the release.
+    """
+    before = verification.aside(path)
+    found = [place for place in before.rglob("*") if place.is_symlink() or not place.is_dir()]
+    left = all(str(place.relative_to(before)) in names for place in found) and before.is_dir()
+    if os.path.lexists(before) and (before.is_symlink() or not left):
+        raise ReleaseError(f"{before} is in the way: an audit keeps the old release there for a moment; move it away")
+
+
 def add_audit(path: Path, audit: Audit) -> None:
     """Puts an audit into a release: certificate, pages and hashes are written anew, everything else stays as it is.
 
@@ -98,9 +111,10 @@ def add_audit(path: Path, audit: Audit) -> None:
     Raises:
       ReleaseError: the release does not verify, before or with the audit, or cannot be written. Then it is as it was.
     """
-    path = Path(os.path.abspath(path))  # "." has no name to put something beside
+    path = Path(os.path.realpath(path))  # "." has no name to put something beside, and a link is not what it leads to
     partial, before = path.with_name(path.name + ".partial"), verification.aside(path)
     checked = verification.open_release(path)
+    check_aside(path, set(checked.files))
     certificate = {**checked.certificate, "audit": audit.describe(), "pages": report.fingerprint()}
     files = {
         **checked.files,

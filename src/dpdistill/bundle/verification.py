@@ -141,7 +141,7 @@ def inspect(root: Path) -> Checked:
         lines = ledgers.parse(facts.ledger_raw)
         _raise(check_ledger(lines, facts))
     problems = _compare_figures(claimed, lines, facts)
-    problems += _check_config(files, "config.toml") + _check_config(files, "conversion.toml")
+    problems += _check_config(files, "config.toml", facts) + _check_config(files, "conversion.toml", facts)
     held = contents.unpack(files["dataset/synthetic.safetensors"])
     made = _product(certificate, files, facts)
     rebuilt = certificates.build(facts, claimed, held, certificate["software"], certificate["pages"], made)
@@ -386,12 +386,25 @@ def _compare_figures(claimed: Figures, lines: list[ledgers.Line], facts: BundleF
     return problems
 
 
-def _check_config(files: dict[str, bytes], name: str) -> list[str]:
+def _check_config(files: dict[str, bytes], name: str, facts: BundleFacts) -> list[str]:
+    """What the settings say must not contradict the certificate; a converted release has two files of them."""
     try:
-        parse_toml(files.get(name, b""))
+        said = parse_toml(files.get(name, b""))
     except ValueError:
         return [f"{name}: not readable"]
-    return []
+    wanted: dict[str, Any] = {}
+    if name == "conversion.toml" or not facts.conversion_toml:
+        wanted |= {"per_class": facts.per_class}
+    if name == "config.toml":
+        wanted |= {"method": facts.method, "seed": facts.seed}
+        wanted |= {"delta": facts.delta} if facts.basis == "proved" else {}
+        attested = facts.claim if isinstance(facts.claim, claims.Attested) else None
+        for field in ("epsilon", "delta", "unit"):
+            wanted[f"attested_{field}"] = getattr(attested, field, None)
+        if not isinstance(facts.claim, claims.Nothing):
+            wanted |= {"nominal_epsilon": None, "nominal_delta": None}
+    other = [key for key, value in wanted.items() if key in said and said[key] != value]
+    return [f"{name}: says another {key} than the certificate" for key in other]
 
 
 def differences(found: Any, wanted: Any, where: str = "") -> list[str]:

@@ -94,7 +94,8 @@ def _line_cap(line: Line) -> tuple[float, float]:
         if (repr(cap[0]), repr(cap[1])) != (line["cap_epsilon"], line["cap_delta"]):
             raise ValueError(line)
     except Exception as error:
-        raise LedgerError("the ledger holds a cap that is none") from error
+        why = f" ({error})" if isinstance(error, ConfigError) else ""  # whose words hold numbers alone
+        raise LedgerError(f"the ledger holds a cap that is none{why}") from error
     return cap
 
 
@@ -207,11 +208,7 @@ class Ledger:
             ledger = cls(path, descriptor, lines)
             if lines and data and data != lines[0]["data"]:
                 raise LedgerError(f"{path}: this ledger belongs to other data, {lines[0]['data']!r}")
-            if lines and unit != lines[0]["unit"]:
-                raise LedgerError(
-                    f"{path}: this ledger protects each {lines[0]['unit']}, and the run would each {unit}: one account counts by one unit. "
-                    "A second account by --ledger does not know of this one: what a person loses is the sum of both"
-                )
+            ledger.check_unit(unit)
             if not lines:
                 name = data or "data-" + secrets.token_hex(8)
                 if not _ID.fullmatch(name):
@@ -227,6 +224,15 @@ class Ledger:
             if isinstance(error, OSError):
                 raise _failed(path, error) from error
             raise
+
+    @classmethod
+    def shown(cls, path: Path, raw: bytes) -> "Ledger":
+        """A ledger to look at, from its file's bytes: it refuses to be written. Raises LedgerError where it is none."""
+        try:
+            whole = mended(raw)
+            return cls(path, -1, parse(whole) if whole else [])
+        except LedgerError as error:
+            raise LedgerError(f"{path}: {error}") from error.__cause__
 
     @classmethod
     def elsewhere(cls) -> "Ledger":
@@ -332,9 +338,18 @@ class Ledger:
             raise LedgerError(f"{self.path}: the ledger has no room for this run ({MAX_BYTES} bytes); nothing was read")
         return lines
 
-    def check_affordable(self, extra: Iterable[Part]) -> None:
-        """Raises BudgetError if `extra` on top of everything recorded passes the cap. Writes and reads nothing."""
-        cap_epsilon, cap_delta = self.cap
+    def check_unit(self, unit: str) -> None:
+        """Raises LedgerError where the ledger counts by another unit."""
+        if self.lines and unit != self.lines[0]["unit"]:
+            raise LedgerError(
+                f"{self.path}: this ledger protects each {self.lines[0]['unit']}, and the run would each {unit}: one account counts by one "
+                "unit. A second account by --ledger does not know of this one: what a person loses is the sum of both"
+            )
+
+    def check_affordable(self, extra: Iterable[Part], cap: tuple[float, float] | None = None) -> None:
+        """Raises BudgetError if `extra` on top of everything recorded passes the cap, or another that is thought of. Writes and reads
+        nothing."""
+        cap_epsilon, cap_delta = cap or self.cap
         total = accounting.epsilon([*parts(self.lines), *extra], cap_delta)
         if not (total <= cap_epsilon):
             spent = accounting.epsilon(parts(self.lines), cap_delta)

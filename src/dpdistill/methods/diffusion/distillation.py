@@ -104,6 +104,10 @@ class DistillationConfig:
                 raise ConfigError(f"Expected {name} of auto or at least 1, got {value}.")
         if self.pool < self.student_batch:
             raise ConfigError(f"Expected a pool of at least student_batch={self.student_batch}, got {self.pool}.")
+        if self.spread > 0 and self.student_batch < 2:
+            raise ConfigError(
+                "Expected student_batch of at least 2: answers are kept apart from one another (spread=0 leaves that out)."
+            )
         for name in ("student_ema", "from_noise"):
             if not (0 <= getattr(self, name) <= 1):
                 raise ConfigError(f"Expected {name} in [0, 1], got {getattr(self, name)}.")

@@ -47,6 +47,8 @@ class Config(DenoiserConfig, DistillationConfig):
             raise ConfigError("Expected per_class, sampling_steps and seed_images of at least 1.")
         if not (self.sigma_max > 0.002 and self.guidance >= 0):
             raise ConfigError("Expected sigma_max above 0.002 and guidance of at least 0.")
+        if self.guidance != 1 and self.label_dropout == 0:
+            raise ConfigError('Expected label_dropout above 0 with guidance: else no class of "any" is trained.')
 
 
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:

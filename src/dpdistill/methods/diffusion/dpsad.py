@@ -29,7 +29,7 @@ from ...privacy import Planned, gaussian_multiplier
 from ..base import Denoising, Public, Sampler, Workspace
 from ..shared import embedding, linear, tones
 from ..shared import mixture as mix
-from ..shared.bounds import DIMS, check_bounds
+from ..shared.bounds import PIXEL_DIMS, check_bounds
 from ..shared.embedding import EmbeddingConfig
 from . import private_denoiser
 from .distillation import DistillationConfig, Teacher
@@ -91,7 +91,7 @@ class Config(DenoiserConfig, DistillationConfig):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
         if self.pixel_dims != "auto":
-            check_bounds(self, DIMS, "pixel_dims")
+            check_bounds(self, PIXEL_DIMS, "pixel_dims")
         if self.components > mix.N_SAMPLES:
             raise ConfigError(f"Expected components of at most {mix.N_SAMPLES}, got {self.components}.")
         if self.share_denoiser != "auto" and not (0 <= self.share_denoiser < 1):

@@ -81,6 +81,8 @@ class Config(DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.guidance != 1:
+            raise ConfigError("This method has no unconditional denoiser: leave guidance out.")
         whole = ("expected_records", "dilution", "steps", "batch", "critic_width", "teacher_steps", "teacher_batch")
         for name in (*whole, "patch", "width", "depth", "heads"):
             if getattr(self, name) < 1:

@@ -70,6 +70,8 @@ class Config(DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.guidance != 1:
+            raise ConfigError("This method has no unconditional denoiser: leave guidance out.")
         whole = ("models", "rounds", "queries", "teacher_steps", "batch", "fit_steps", "width", "depth", "patch")
         for name in (*whole, "heads", "per_class", "seed_images", "sampling_steps"):
             if getattr(self, name) < 1:

@@ -26,7 +26,7 @@ from ...privacy import GaussianSum, Planned
 from ..base import Public, Synthetic, Workspace
 from ..shared import mixture as mix
 from ..shared import tones
-from ..shared.bounds import DIMS, RATES, check_bounds
+from ..shared.bounds import DIMS, PIXEL_DIMS, RATES, check_bounds
 from . import measure
 from .matching import apportioned, match_pool, packed
 
@@ -98,7 +98,8 @@ class Config:
         if self.steps < 0:
             raise ConfigError(f"Expected steps of at least 0, got {self.steps}.")
         check_bounds(self, RATES, "lr")
-        check_bounds(self, DIMS, "pixel_dims", "feature_dims", "feature_width", "width")
+        check_bounds(self, PIXEL_DIMS, "pixel_dims")
+        check_bounds(self, DIMS, "feature_dims", "feature_width", "width")
         shares = (self.share_moments, self.share_local, self.share_means)
         if not (min(shares) > 0 and abs(self.share_moments + 2 * self.share_local + self.share_means - 1) <= 1e-6):
             raise ConfigError(f"Expected positive shares with moments + 2·local + means = 1, got {shares}.")

@@ -19,7 +19,7 @@ from ...privacy import Planned
 from ..base import Public, Student, Workspace
 from ..shared import linear, tones
 from ..shared import mixture as mix
-from ..shared.bounds import DIMS, check_bounds
+from ..shared.bounds import PIXEL_DIMS, check_bounds
 from .conversion import Conversion, convert
 from .gallery import finish, probe_agreement
 
@@ -47,7 +47,7 @@ class Config(linear.Training, Conversion):
         Conversion.__post_init__(self)
         if not (0 <= self.share_prior < 1):
             raise ConfigError(f"Expected share_prior in [0, 1), got {self.share_prior}.")
-        check_bounds(self, DIMS, "pixel_dims")
+        check_bounds(self, PIXEL_DIMS, "pixel_dims")
         check_bounds(self, (1, mix.N_SAMPLES), "components")
 
 

@@ -176,7 +176,7 @@ def queries(config: Config, prior: Prior, made: Converted | None, workspace: Wor
         prior.batch(10**6 * (index + 1) + i, min(512, config.queries - n_made - i))
         for i in range(0, config.queries - n_made, 512)
     ]
-    if made:
+    if made and n_made:
         with torch.no_grad():
             chunks.append(made.generator.sample(n_made, g)[0].cpu().nan_to_num(0.0))  # also of one that diverged
     return torch.cat([vary(x, config.vary, g) for x in chunks])

@@ -10,6 +10,7 @@ NORMS: Bounds = (1e-6, 1e6)  # of clipping, of scales and sizes
 SCALES: Bounds = (1e-3, 1e3)  # of pixels, whose squares are squared again
 RATES: Bounds = (1e-9, 1e3)  # of learning
 DIMS: Bounds = (1, 4096)  # of what is squared in memory, or the width of a network
+PIXEL_DIMS: Bounds = (1, 1024)  # of a mixture: 256 records at once have the products of every two, half a gigabyte
 WEIGHTS: Bounds = (0.0, 1e6)  # of a term beside others; 0 leaves it out
 MOST_PARTS = 16  # along a side, as `bundle.contents` has it
 
