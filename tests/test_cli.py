@@ -273,7 +273,7 @@ def test_a_dry_run_with_an_opaque_teacher_says_both_counts_and_what_it_is_fed(dp
         (["sample", "none", "--out", "x.npz", "--device", "tpu"], "cpu or cuda"),
         (["evaluate", "none", "--data", "test.npz", "--device", "tpu"], "cpu or cuda"),
         (["plan", "students"], "plan students: expected plan dataset, plan model, plan diffusion"),
-        (["plan", "--shards", "5"], "unknown setting shards"),
+        (["plan", "--shards", "5"], "plan dataset has no --shards"),
         (["plan", "diffusion"], "--expected-records"),
         (["plan", "--shape", "1,28"], "--shape 1,28: expected channels,height,width"),
         (["plan", "--shape", "a,b,c"], "--shape a,b,c"),
