@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from dpdistill import conversion, pipeline
-from dpdistill.bundle import claims, load_student, verify, write_report
+from dpdistill.bundle import claims, load_student, verification, verify, write_report
 from dpdistill.bundle.claims import Attested, Nominal
 from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.config import ModelConfig
@@ -365,7 +365,8 @@ def test_an_opaque_release_written_as_attested_is_refused(
     monkeypatch.setattr(
         conversion, "write_result", lambda out, made, facts: write(out, made, dataclasses.replace(facts, claim=claim))
     )
-    with mock.patch.object(claims, "belongs", return_value=True):  # our own writer would refuse it, too
+    unread = mock.patch.object(verification, "_check_config", return_value=[])  # config.toml says "nominal" as well
+    with mock.patch.object(claims, "belongs", return_value=True), unread:  # our own writer would refuse it, too
         out = convert(run(teacher=teacher, accept_no_record_guarantee=True), quiet=True)
         assert verify(out).ok
     assert verify(out).problems == ("certificate.json: a claim that its method cannot make",)
