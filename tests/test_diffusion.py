@@ -15,6 +15,8 @@ from dpdistill.config import DiffusionConfig
 from dpdistill.data import load_images
 from dpdistill.diffusion import diffuse
 from dpdistill.errors import ConfigError, DpdistillError, InputError, ReleaseError
+from dpdistill.methods.diffusion import dpsad
+from dpdistill.methods.shared import linear
 from dpdistill.sampling import draw_set, sample
 from small_sampler import NETWORK, SAMPLER
 
@@ -30,6 +32,8 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
+    guide = linear.Training(teacher_steps=2, teacher_dims=4)  # not of thousands of noisy numbers
+    monkeypatch.setattr(dpsad, "GUIDE", guide)
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 2
     images = rng.integers(0, 90, (60, 8, 8), dtype=np.uint8)

@@ -20,6 +20,7 @@ from dpdistill.errors import ConfigError, DpdistillError
 from dpdistill.mechanisms import PrivateData, Vault
 from dpdistill.methods import DIFFUSION_METHODS, METHODS, Public, Sampler, Synthetic
 from dpdistill.methods.diffusion import dpsad
+from dpdistill.methods.shared import linear
 from dpdistill.methods.shared.embedding import EmbeddingConfig
 from dpdistill.privacy import Ledger, Planned, accounting
 from dpdistill.privacy import ledger as ledgers
@@ -121,6 +122,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     few = EmbeddingConfig(n_frequencies=20, steps=5, at_once=8, latent=2, width=4, bf16=True, checkpoint_steps=2)
     monkeypatch.setattr(dpsad, "EMBEDDING", few)
     monkeypatch.setattr(dpsad, "N_GENERATED", 20)
+    guide = linear.Training(teacher_steps=2, teacher_dims=4)  # not of thousands of noisy numbers
+    monkeypatch.setattr(dpsad, "GUIDE", guide)
 
 
 def settings(method: str, **changes: Any) -> Any:
