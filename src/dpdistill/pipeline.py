@@ -358,9 +358,8 @@ def outlook(config: RunConfig, plan: Plan, source: Source) -> list[str]:
     check_same_run(state, plan.toml, source.contents)
     stopped = (state / "run.json").exists()
     goes_on = [f"release: the run that was stopped in {state} would go on"] if stopped else []
-    known = (
-        config.ledger is not None or (home() / "key").exists()
-    )  # without one there is none, and naming one would make it
+    # Without a key there is no ledger yet, and asking for its name would make one.
+    known = config.ledger is not None or (home() / "key").exists()
     path = source.ledger() if known else None
     there = path is not None and os.path.exists(path) and os.path.getsize(path) > 0
     ledger = Ledger.shown(path, read_small(path, ledgers.MAX_BYTES)) if path and there else None
@@ -535,9 +534,7 @@ def begin(state: Path, toml: str, contents: Contents = tuple) -> None:
 def _same(folder: Path, plan: Plan, source: Source) -> bool:
     """Whether this is a finished release of this configuration and these records, on a ledger that this data's goes on from: then it is
     the answer."""
-    if (
-        not holds(folder / "config.toml", plan.toml) or (folder / "conversion.toml").exists()
-    ):  # which has its own settings
+    if not holds(folder / "config.toml", plan.toml) or (folder / "conversion.toml").exists():  # that has others
         return False
     ledger = source.ledger()
     try:

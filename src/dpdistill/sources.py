@@ -66,9 +66,7 @@ def _take_over(records: LabelledImages, name: Path) -> None:
         return
     with suppress(FileNotFoundError):  # another process was first
         try:
-            os.link(
-                before, name
-            )  # and not a renaming, which would put it in the place of one that another process has begun
+            os.link(before, name)  # a renaming would put it in the place of one that another process has begun
             sync_directories(name.parent)
         except FileExistsError:
             if not before.samefile(name):  # else a crash came between
