@@ -431,6 +431,7 @@ def test_an_empty_home_is_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         ({"settings": {"stepz": 1}}, ConfigError),
         ({"settings": {"steps": "many"}}, ConfigError),
         ({"settings": {"networks": 0}}, ConfigError),
+        ({"settings": {"pixel_dims": 1025}}, ConfigError),  # gigabytes for a micro-batch
         ({"settings": {"per_class": 3}}, ConfigError),  # else the release is refused when the budget is spent
         ({"settings": {"share_means": 0.5}}, ConfigError),
         ({"method": "ndpdc", "settings": {"sampling_prob": 2.0}}, ConfigError),
