@@ -223,6 +223,27 @@ def test_micro_batch_and_order_change_no_byte(open_door: Door, toy_records: Reco
 
 
 @pytest.mark.usefixtures("silent")
+def test_long_vectors_go_through_fewer_at_a_time(
+    open_door: Door, toy_records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 million coordinates asked for 20 GB once all of ε was charged."""
+    assert 256 * 12 * 320_010 <= private.MEMORY <= 2**31  # a ConvNet of width 128 as ever
+    seen: list[int] = []
+
+    def noted(x: Tensor, y: Tensor) -> Tensor:
+        seen.append(len(x))
+        return pixels(x, y)
+
+    expected = steps(open_door(toy_records(13, K), "a", micro_batch=4).release(query(), pixels))
+    for memory, size in ((12 * D * 4, 4), (12 * D * 3 + 5, 3), (1, 1)):
+        monkeypatch.setattr(private, "MEMORY", memory)
+        seen.clear()
+        total = steps(open_door(toy_records(13, K), f"of {memory}", micro_batch=4).release(query(), noted))
+        assert set(seen[-(-(-13 // size)) :]) == {size}  # the last calls are the records', those before the check's
+        assert np.array_equal(total, expected)
+
+
+@pytest.mark.usefixtures("silent")
 def test_a_function_that_writes_into_its_labels_moves_no_row(open_door: Door, toy_records: Records) -> None:
     """A record's row is the door's to say: were it read from the tensor that fn was given, one record could move the others' rows."""
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 2**20  # records: so many products of 2**30 are summed exactly in float64
 FEW_COINS = 2**20  # a multiple of 8
+MEMORY = 2**31  # bytes of the vectors of a micro-batch, as they are (float32) and in whole numbers: 12 a coordinate
 N_COMPARED = 4096  # records, of all, by which several processes see whether they were given the same
 
 
@@ -313,7 +314,8 @@ class PrivateData(Door):
         if query.sampling_prob < 1:
             chosen = np.flatnonzero(self._coins(name, len(labels), query.sampling_prob))
         total = torch.zeros(query.n_classes, query.dim, dtype=torch.int64)
-        size, told = self.micro_batch, Passing(progress)
+        # Long vectors go through fewer at a time: what was charged must not end for want of memory.
+        size, told = max(1, min(self.micro_batch, MEMORY // (12 * query.dim))), Passing(progress)
         # Whole micro-batches to each process: a record keeps its place in one, and the same arithmetic, however many processes there are.
         starts = self._ranks.mine(range(0, len(chosen), size))
         for done, start in enumerate(starts, start=1):

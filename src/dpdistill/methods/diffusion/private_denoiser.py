@@ -16,6 +16,7 @@ T steps, q sampling rate, C clip_norm, K multiplicity, P parameters, B records (
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +36,18 @@ TABLE = 2**18  # normal numbers drawn for a step: two draws of 784 share some wi
 # record's gradient, and the door refuses it, when all steps are paid for.
 WALK = 0.5
 SMALL_SIDE = 12  # up to here, one patch covers the image
+CHUNK_PIXELS = 2**14  # that pass through the network at once, for each draw
+CHUNK_MEMORY = 2**29  # bytes of gradients that are taken at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserConfig:
     """Public settings.
 
-    Memory: about 1 MiB for each of the `chunk` · `multiplicity` images of 28x28 that pass through the network at once, beside 12·P bytes a
-    record of the door's micro-batch (its gradient, then the same in whole numbers): 64 MiB and 0.5 GiB with the defaults and the door's
-    256, where P = 158,897. The door computes whole micro-batches, padded ones too: an `expected_batch` a little below a multiple of 256
-    wastes least.
+    Memory: the door's micro-batch takes 12·P bytes a record (its gradient, then the same in whole numbers) and at most 2 GiB
+    (`mechanisms.private.MEMORY`), 0.5 GiB with the defaults, where P = 158,897. Beside it `chunk` gradients, of 0.5 GiB at most where it is
+    "auto", and about 1 MiB for each of the `chunk` · `multiplicity` images of 28x28 that pass through the network at once: 64 MiB. The
+    door computes whole micro-batches, padded ones too: an `expected_batch` a little below a multiple of 256 wastes least.
 
     Attributes:
       expected_records: public guess of the number of records, all classes together; never taken from the data.
@@ -58,7 +61,8 @@ class DenoiserConfig:
       sigma_data: standard deviation of clean pixels about 0.
       p_mean, p_std: of the logarithm of the noise levels that are trained on.
       label_dropout: share of the draws whose class is "any".
-      chunk: records whose gradients are taken at once.
+      chunk: records whose gradients are taken at once. "auto" is 16 for images of 28x28 and larger, more for smaller ones (of 8x8 all 256
+        of a micro-batch: a third of the time of 16), and fewer where P is beyond 8 million.
       checkpoint_steps: steps between checkpoints; does not change the result.
     """
 
@@ -77,14 +81,14 @@ class DenoiserConfig:
     p_mean: float = -1.2
     p_std: float = 1.2
     label_dropout: float = 0.1
-    chunk: int = 16
+    chunk: int | Literal["auto"] = "auto"
     checkpoint_steps: int = 50
 
     def __post_init__(self) -> None:
         whole = ("expected_records", "expected_batch", "steps", "multiplicity", "depth", "heads")
         for name in (*whole, "chunk", "checkpoint_steps", "patch", "width"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value not in (None, "auto") and value < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {value}.")
         check_bounds(self, NORMS, "clip_norm")
         check_bounds(self, RATES, "lr")
@@ -177,6 +181,7 @@ def record_gradient(
     draws = _draws(config, model, generator)
     parameters = {name: value.detach() for name, value in model.named_parameters()}
     n_parameters = sum(value.numel() for value in parameters.values())
+    chunk = _chunk(model, n_parameters) if config.chunk == "auto" else config.chunk
 
     def one(weights: dict[str, Tensor], x: Tensor, y_K: Tensor, noise_K: Tensor, sigma_K: Tensor) -> Tensor:
         def denoise(noisy: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
@@ -190,13 +195,20 @@ def record_gradient(
         out = x.new_empty(
             len(x), n_parameters
         )  # filled in place: touching fresh memory twice took a quarter of the time
-        for start in range(0, len(x), config.chunk):
-            some = slice(start, start + config.chunk)
+        for start in range(0, len(x), chunk):
+            some = slice(start, start + chunk)
             by_name = gradients(parameters, x[some], *draws(x[some], y[some]))
             torch.cat([by_name[name].flatten(1) for name in parameters], dim=1, out=out[some])
         return out
 
     return fn
+
+
+def _chunk(model: Denoiser, n_parameters: int) -> int:
+    """What a `chunk` of "auto" is: a power of two, so that it divides the door's micro-batch."""
+    passing = max(16, CHUNK_PIXELS // math.prod(model.image_shape))
+    fitting = max(1, CHUNK_MEMORY // (4 * n_parameters))
+    return 1 << (min(passing, fitting).bit_length() - 1)
 
 
 def _draws(
