@@ -478,6 +478,18 @@ def test_the_planner_says_whether_the_shards_are_enough(tmp_path: Path, run: Cal
     assert few[-1].startswith("too few: below about 135 models")
     assert many[-1].startswith("enough:")
     assert "units of information" in few[0]
+    assert not any("expect" in line and "to" in line and "90 %" in line for line in few)
+    assert any("has 90 %, of 10 classes, expect 68 to 87 %" in line for line in many)
+    # One word on the shards, whatever is wrong with them, and no advice that leads back.
+    for records, shards, word in ((1437, 200, "too few records"), (1437, 24, "too few"), (60_000, 4000, "too small")):
+        planned = pipeline.make_plan(
+            run(shards=shards, expected_records=records), (1, 28, 28), tuple("0123456789")
+        ).advice
+        assert planned[-1].startswith(f"{word}:")
+        assert sum(line.startswith(("too", "enough")) for line in planned) == 1
+    hundred = tuple(str(k) for k in range(100))
+    shards_of_60 = pipeline.make_plan(run(shards=1000, expected_records=60_000), (1, 28, 28), hundred).advice
+    assert shards_of_60[-1].startswith("too few records:")
     auto = {
         epsilon: pipeline.with_way(run(shards="auto", expected_records=60_000, epsilon=epsilon))
         for epsilon in (1.0, 10.0)

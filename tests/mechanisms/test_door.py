@@ -239,7 +239,7 @@ def test_long_vectors_go_through_fewer_at_a_time(
         monkeypatch.setattr(private, "MEMORY", memory)
         seen.clear()
         total = steps(open_door(toy_records(13, K), f"of {memory}", micro_batch=4).release(query(), noted))
-        assert set(seen[-(-(-13 // size)) :]) == {size}  # the last calls are the records', those before the check's
+        assert set(seen[-math.ceil(13 / size) :]) == {size}  # the last calls are the records', those before the check's
         assert np.array_equal(total, expected)
 
 
