@@ -1,12 +1,12 @@
 """What a private step of the diffusion teacher costs, part by part, beside a plain one: ratios within one run, one thread.
 
-  .venv/bin/python benchmarks/step_cost.py --shape 1,28,28 --batch 256 --multiplicity 4
+  .venv/bin/python benchmarks/step_cost.py --shapes 1,8,8 1,16,16 1,28,28 3,32,32 --batch 256 --multiplicity 4
 
-Prints one JSON line: medians over --repeats, and their range, of the seconds of a plain batched backward of the same network on as many
+Prints one JSON line for each shape: medians over --repeats, and their range, of the seconds of a plain batched backward of the same network on as many
 draws (batch · multiplicity), and of a private step's parts: per-record gradients, clipping and summing, exact noise, the record-wise
 check, what the vault brings to disk (a commitment to the sum, then the noisy sum), and the ledger's line, of which a run has one for all
 its steps. What goes to disk (that of $TMPDIR) is timed by the clock, the rest in seconds of the processor: on a machine with other work
-the share of noise, vault and ledger comes out too large, not too small. `--page` also writes the line to docs/benchmarks/step_cost.json.
+the share of noise, vault and ledger comes out too large, not too small. `--page` also writes the lines to docs/benchmarks/step_cost.json.
 """
 
 import argparse
@@ -38,18 +38,20 @@ STEP = ("per_record_gradients", "clip_and_sum", "noise", "check", "vault")  # wh
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="1,28,28")
+    parser.add_argument("--shapes", nargs="+", default=["1,28,28"], help="C,H,W each")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--multiplicity", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--page", action="store_true", help=f"write the line to {PAGE.name} too")
+    parser.add_argument("--page", action="store_true", help=f"write the lines to {PAGE.name} too")
     args = vars(parser.parse_args())
-    page = args.pop("page")
+    page, shapes = args.pop("page"), args.pop("shapes")
     torch.set_num_threads(1)
-    line = json.dumps({**args, **measure(**args)})
-    print(line)
+    lines = []
+    for shape in shapes:
+        lines.append(json.dumps({"shape": shape, **args, **measure(shape, **args)}))
+        print(lines[-1], flush=True)
     if page:
-        PAGE.write_text(line + "\n")
+        PAGE.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def measure(shape: str, batch: int, multiplicity: int, repeats: int) -> dict[str, Any]:
