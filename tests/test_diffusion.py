@@ -117,6 +117,13 @@ def test_its_samples_need_no_data_and_are_the_same_for_the_same_seed(config: Any
     assert torch.isfinite(drawn.images).all()
 
 
+@pytest.mark.parametrize("method", ["dpsad", "paper"])
+def test_a_place_in_the_folder_of_images_is_refused(method: str, config: Any, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=r"lies in --data .*choose a --out outside"):
+        diffuse(config(method, data=str(tmp_path / "folder"), out=str(tmp_path / "folder" / "x")), quiet=True)
+
+
 def test_the_papers_form_promises_nothing_and_charges_nothing(config: Any, tmp_path: Path) -> None:
     out = diffuse(config("paper"), quiet=True)
     verdict = verify(out)

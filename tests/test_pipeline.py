@@ -229,6 +229,27 @@ def test_a_ledger_in_the_release_is_refused(place: str, tmp_path: Path, tiny: Ca
     assert sorted(os.listdir(tmp_path)) == ["data"]
 
 
+@pytest.mark.parametrize("read", ["data", "auxiliary", "link"])
+@pytest.mark.parametrize("written", ["out", "ledger"])
+def test_a_place_in_a_folder_that_is_read_is_refused(
+    read: str, written: str, tmp_path: Path, tiny: Callable[..., RunConfig]
+) -> None:
+    """What is written there would make the folder unreadable to the same command, after the charge."""
+    for name in ("top", "none"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((12, 12), np.uint8)).save(tmp_path / "pictures" / name / "0.png")
+    (tmp_path / "link").symlink_to("pictures")
+    option = "data" if read == "link" else read
+    place = tmp_path / ("link" if read == "link" else "pictures")
+    config = tiny(**{option: str(place), written: str(tmp_path / "pictures" / "top" / "x")})
+    before = listing(tmp_path)
+    with pytest.raises(ConfigError, match=f"--{written} .* lies in --{option} .*choose a --{written} outside"):
+        distil(config, quiet=True)
+    with pytest.raises(ConfigError, match="lies in"):  # a dry run, too
+        sources.open_source(config)
+    assert listing(tmp_path) == before
+
+
 def test_a_place_that_cannot_be(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="choose another --out"):
