@@ -34,9 +34,7 @@ PerClass = Annotated[int | None, typer.Option(help="Synthetic images per class."
 MethodName = Annotated[str | None, typer.Option(help="joint (ours), dosser (the paper's, sound), ndpdc.")]
 Auxiliary = Annotated[
     str | None,
-    typer.Option(
-        help="Public images in any of the forms of --data (.npz and folders need no labels), or 'none' (procedural)."
-    ),
+    typer.Option(help="Public images in any of the forms of --data (they need no labels), or 'none' (procedural)."),
 ]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, where the files do not say.")]
 Resize = Annotated[int | None, typer.Option(help="Side length in pixels to scale images to.")]
@@ -279,7 +277,8 @@ def diffusion(
         typer.Option(help="dpsad (ours), dpdm, shards, or paper (with the flag below)."),
     ] = None,
     unlabelled: Annotated[
-        bool | None, typer.Option("--unlabelled", help="Images without labels: an .npz of them, or one folder.")
+        bool | None,
+        typer.Option("--unlabelled", help="All images are of one class: labels, if there are any, are not read."),
     ] = None,
     accept_no_record_guarantee: Annotated[
         bool | None,
