@@ -320,7 +320,7 @@ def test_runs_on_the_same_data_add_up(tmp_path: Path, tiny: Callable[..., RunCon
     # Nothing is left of it: the same records, another file, another method. The cap is what the first run asked for.
     data = save(tmp_path / "elsewhere" / "copy.npz")
     second = tiny("ndpdc", data=str(data), out=str(tmp_path / "out2"))
-    with pytest.raises(BudgetError, match=r"nothing was read \(--budget \d\.\d+ raises the cap") as error:
+    with pytest.raises(BudgetError, match=r"nothing was charged \(--budget \d\.\d+ raises the cap") as error:
         distil(second, quiet=True)
     assert {k: v for k, v in listing(tmp_path).items() if not k.startswith("elsewhere")} == spent
     needed = float(re.search(r"--budget ([\d.]+)", str(error.value)).group(1))
@@ -682,7 +682,7 @@ def test_a_stopped_run_that_can_be_afforded_no_more_is_charged_no_more(
     killed(tiny(), 2, monkeypatch)
     other = distil(tiny(out=str(tmp_path / "b"), epsilon=0.6, seed=1), quiet=True)
     before = listing(tmp_path)
-    with pytest.raises(BudgetError, match="nothing was read") as error:
+    with pytest.raises(BudgetError, match="nothing was charged") as error:
         distil(tiny(), quiet=True)
     assert listing(tmp_path) == before
     needed = float(re.search(r"--budget ([\d.]+)", str(error.value)).group(1))
