@@ -507,6 +507,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, help="Networks to train, each from its own seed.")] = 1,
     classes: Classes = None,
     resize: Resize = None,
+    max_gib: MaxGib = None,
     device: Device = None,
     reading: Annotated[
         list[str] | None,
@@ -530,7 +531,9 @@ def evaluate(
     check_device(device)
     _check_outside(out, release)
     facts = open_release(release).facts  # a changed one would be tested as if it were this
-    chosen = _config(data=data, classes=classes, resize=resize, device=device, config=None, assignments=reading)
+    chosen = _config(
+        data=data, classes=classes, resize=resize, max_gib=max_gib, device=device, config=None, assignments=reading
+    )
     if chosen.settings:
         raise ConfigError(f"--set {next(iter(chosen.settings))}=: evaluate knows no such reading of its images")
     test = load_test(chosen, facts.class_names, facts.image_shape)

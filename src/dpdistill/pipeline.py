@@ -346,6 +346,7 @@ def outlook(config: RunConfig, plan: Plan, source: Source) -> list[str]:
     Raises:
       DpdistillError: as the run would, before it charges anything.
     """
+    check_device(config.device)
     out, state = Path(config.out), _state(config)
     if _there(out, plan, source):
         return [f"release: {out} is there already; nothing would be charged"]
