@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from dpdistill import cli, pipeline
+from dpdistill import cli, pipeline, sources
 from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.bundle.verification import verify
+from dpdistill.data import Limits, load_images
 from dpdistill.models.wavelet_net import WaveletNet
 
 TINY = [
@@ -226,6 +227,15 @@ def test_a_dry_run_of_the_papers_form_reads_the_data_and_says_both_counts(dp: Cl
     assert names(tmp_path) == ["private.npz", "test.npz"]
 
 
+@pytest.mark.parametrize("verb", ["dataset", "model", "diffusion"])
+def test_a_dry_run_for_a_device_that_is_not_there(verb: str, dp: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    more = ["--expected-records", 13] if verb == "diffusion" else []
+    code, _, err = dp(verb, "--data", "private.npz", "--dry-run", "--device", "cuda", *more)
+    assert code == 2
+    assert "device cuda: this machine or this build of torch has none" in err
+
+
 def test_a_dry_run_with_an_opaque_teacher_says_both_counts_and_what_it_is_fed(dp: Cli, tmp_path: Path) -> None:
     net = WaveletNet((1, 8, 8), 3, width=8, groups=4, generator=torch.Generator().manual_seed(0))
     weights = {name: value.numpy() for name, value in net.state_dict().items()}
@@ -374,10 +384,15 @@ def test_help_and_verify_need_no_torch(tmp_path: Path) -> None:
         assert verb in done.stdout
 
 
-def test_a_reading_that_evaluate_does_not_know(dp: Cli, tmp_path: Path) -> None:
-    """A mistyped one would leave the accuracy of other labels than were meant."""
+def test_a_reading_that_evaluate_does_not_know(dp: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped one would leave the accuracy of other labels than were meant. And one that it knows: how much to read."""
     assert dp("dataset", "--data", "private.npz", "--out", "out", "--per-class", 1, *SETTINGS)[0] == 0
     code, out, err = dp("evaluate", "out", "--data", "test.npz", "--set", "label_colum=foo")
     assert (code, out) == (2, "")
     assert "label_colum" in err
+    read: list[Limits] = []
+    monkeypatch.setattr(sources, "load_images", lambda *_, limits, **__: read.append(limits) or load_images("digits"))
+    code, out, err = dp("evaluate", "out", "--data", "test.npz", "--max-gib", 7)
+    assert (code, out) == (2, "")  # the digits are of other classes
+    assert [limits.max_array_bytes for limits in read] == [7 * 2**30]
     assert not (tmp_path / "evaluation.json").exists()

@@ -80,6 +80,13 @@ def test_images_without_labels_are_of_one_class(config: Any, tmp_path: Path) -> 
     assert draw_set(out, 4).labels.tolist() == [0] * 4
 
 
+@pytest.mark.parametrize("method", ["dpsad", "paper"])
+def test_every_form_of_images_is_read_without_its_labels(method: str, config: Any) -> None:
+    made = config(method, data="digits", unlabelled=True)
+    assert sources.load_private(made).class_names == ("image",)
+    assert sources.open_source(made).class_names == ("image",)
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_images_read_without_their_labels_have_the_same_ledger(named: bool, config: Any, tmp_path: Path) -> None:
     """Else their budget could be had twice."""
@@ -99,8 +106,6 @@ def test_a_folder_of_images_needs_no_class_folders(tmp_path: Path) -> None:
         load_images(tmp_path)
     data = load_images(tmp_path, unlabelled=True)
     assert (data.labels.tolist(), data.class_names, data.images.shape) == ([0, 0, 0], ("image",), (3, 1, 8, 8))
-    with pytest.raises(InputError, match="cannot be read without labels"):
-        load_images("digits", unlabelled=True)
 
 
 def test_its_samples_need_no_data_and_are_the_same_for_the_same_seed(config: Any, tmp_path: Path) -> None:
@@ -115,6 +120,13 @@ def test_its_samples_need_no_data_and_are_the_same_for_the_same_seed(config: Any
     drawn = draw_set(out, 10)
     assert drawn.images.shape == (10, 1, 8, 8)
     assert torch.isfinite(drawn.images).all()
+
+
+@pytest.mark.parametrize("method", ["dpsad", "paper"])
+def test_a_place_in_the_folder_of_images_is_refused(method: str, config: Any, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=r"lies in --data .*choose a --out outside"):
+        diffuse(config(method, data=str(tmp_path / "folder"), out=str(tmp_path / "folder" / "x")), quiet=True)
 
 
 def test_the_papers_form_promises_nothing_and_charges_nothing(config: Any, tmp_path: Path) -> None:

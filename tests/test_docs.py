@@ -41,3 +41,11 @@ def test_what_is_said_of_the_few_step_student_is_in_its_table() -> None:
     assert f"loses up to {max(lost[True]):.1f} points against its teacher on grey images" in limits
     assert f"and {min(lost[False]):.0f} to {max(lost[False]):.0f} on CIFAR-10" in limits
     assert f"The student draws {min(fast):.0f} to {max(fast):.0f} times as fast" in README
+
+
+@pytest.mark.parametrize(("words", "heading"), [("How to add a method", "## Adding a method")])
+def test_a_page_named_for_something_says_it(words: str, heading: str) -> None:
+    (link,) = re.findall(re.escape(words) + r": \[\w+\]\(([^)]*)\)", README)
+    page, _, anchor = link.partition("#")
+    assert heading in (ROOT / page).read_text().splitlines()
+    assert anchor == heading.removeprefix("## ").lower().replace(" ", "-")

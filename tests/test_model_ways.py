@@ -214,6 +214,16 @@ def test_two_owners_of_one_model_are_refused(tmp_path: Path, run: Callable[..., 
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.parametrize("option", ["teachers", "teacher"])
+def test_a_place_in_the_folder_of_the_models_is_refused(
+    option: str, tmp_path: Path, run: Callable[..., ModelConfig]
+) -> None:
+    onnx_teacher(tmp_path / "models" / "0.onnx")
+    with pytest.raises(ConfigError, match=f"lies in --{option} .*choose a --out outside"):
+        convert(run(**{option: str(tmp_path / "models"), "out": str(tmp_path / "models" / "x")}), quiet=True)
+    assert sorted(os.listdir(tmp_path)) == ["data", "models"]
+
+
 def test_a_teacher_with_our_certificate_hands_its_guarantee_on(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
     first = convert(run(out=str(tmp_path / "first")), quiet=True)
     spent = len(the_ledger(tmp_path))

@@ -34,9 +34,7 @@ PerClass = Annotated[int | None, typer.Option(help="Synthetic images per class."
 MethodName = Annotated[str | None, typer.Option(help="joint (ours), dosser (the paper's, sound), ndpdc.")]
 Auxiliary = Annotated[
     str | None,
-    typer.Option(
-        help="Public images in any of the forms of --data (.npz and folders need no labels), or 'none' (procedural)."
-    ),
+    typer.Option(help="Public images in any of the forms of --data (they need no labels), or 'none' (procedural)."),
 ]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, where the files do not say.")]
 Resize = Annotated[int | None, typer.Option(help="Side length in pixels to scale images to.")]
@@ -279,7 +277,8 @@ def diffusion(
         typer.Option(help="dpsad (ours), dpdm, shards, or paper (with the flag below)."),
     ] = None,
     unlabelled: Annotated[
-        bool | None, typer.Option("--unlabelled", help="Images without labels: an .npz of them, or one folder.")
+        bool | None,
+        typer.Option("--unlabelled", help="All images are of one class: labels, if there are any, are not read."),
     ] = None,
     accept_no_record_guarantee: Annotated[
         bool | None,
@@ -508,6 +507,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, help="Networks to train, each from its own seed.")] = 1,
     classes: Classes = None,
     resize: Resize = None,
+    max_gib: MaxGib = None,
     device: Device = None,
     reading: Annotated[
         list[str] | None,
@@ -531,7 +531,9 @@ def evaluate(
     check_device(device)
     _check_outside(out, release)
     facts = open_release(release).facts  # a changed one would be tested as if it were this
-    chosen = _config(data=data, classes=classes, resize=resize, device=device, config=None, assignments=reading)
+    chosen = _config(
+        data=data, classes=classes, resize=resize, max_gib=max_gib, device=device, config=None, assignments=reading
+    )
     if chosen.settings:
         raise ConfigError(f"--set {next(iter(chosen.settings))}=: evaluate knows no such reading of its images")
     test = load_test(chosen, facts.class_names, facts.image_shape)

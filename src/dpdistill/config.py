@@ -33,7 +33,7 @@ class RunConfig:
       epsilon, delta: the guarantee asked for.
       per_class: synthetic images per class.
       method: a name in METHODS.
-      auxiliary: public images in any of the forms of `data`, or `none` for procedural ones.
+      auxiliary: public images in any of the forms of `data`, without labels, or `none` for procedural ones.
       seed: of everything public (start images, augmentation). Privacy noise never comes from it.
       budget: ε that all runs on this data may cost together; where not given, what the first run asked for.
       ledger: the data set's ledger; where not given, one per data set under ~/.dpdistill (or $DPDISTILL_HOME).
@@ -41,7 +41,7 @@ class RunConfig:
       class_names: their names, with commas, where labels are text and the file lists no classes.
       image_column, label_column: of a table.
       split: which part of `data`, where there are several; `train`, or the only one.
-      channels: 1 or 3, where image files are to be made all grey or all colour.
+      channels: 1 or 3, where images are to be made all grey or all colour.
       value_low, value_high: black and white of float images: a file does not say, and pixels are not asked.
       resize: side length in pixels to scale images to on reading.
       max_gib: most data to read, in GiB once unpacked. What does not fit in memory stays on disk.

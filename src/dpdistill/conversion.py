@@ -43,7 +43,7 @@ from .pipeline import (
     resumable,
     write_result,
 )
-from .sources import names_of, read_teacher
+from .sources import check_apart, names_of, read_teacher
 from .workspace import FolderWorkspace
 
 N_ASKED = 64
@@ -159,6 +159,7 @@ def prepare(config: ModelConfig, teacher: Teacher | None = None) -> Prepared:
     config = dataclasses.replace(config, method=config.way)
     check_alone("the conversion of a teacher")
     check_device(config.device)
+    check_apart(config)
     brought = bring(config, teacher)
     method: Any = MODEL_METHODS[config.method]
     settings = build(method.Config, {"per_class": config.per_class, **config.settings}, "settings.")

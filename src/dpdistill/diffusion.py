@@ -34,7 +34,7 @@ from .pipeline import (
     resumable,
     write_result,
 )
-from .sources import Contents, contents_of, load_private
+from .sources import Contents, check_apart, contents_of, load_private
 from .workspace import FolderWorkspace
 
 
@@ -87,6 +87,7 @@ def prepare(config: DiffusionConfig) -> Prepared:
     """
     check_alone("the paper's own form")
     check_device(config.device)
+    check_apart(config)
     records = load_private(config)
     method: Any = DIFFUSION_METHODS["paper"]
     given = {"per_class": config.per_class, "expected_records": config.expected_records}

@@ -36,7 +36,7 @@ class ConfigError(DpdistillError):
 
 
 class BudgetError(DpdistillError):
-    """The ledger cannot afford a release. Nothing was read and nothing was charged."""
+    """The ledger cannot afford a release. Nothing was charged."""
 
 
 class LedgerError(DpdistillError):

@@ -27,7 +27,7 @@ from .bundle.onnx_file import student_shapes
 from .bundle.release import restore
 from .bundle.verification import run_of
 from .config import DiffusionConfig, ModelConfig, RunConfig, build, check_device_name, config_hash, public_toml
-from .data import LabelledImages, Limits, check_public_range, load_images, procedural_images, to_unit
+from .data import LabelledImages, Limits, load_images, procedural_images, public_range, to_unit
 from .errors import ConfigError, InputError, LedgerError, ReleaseError, StorageError
 from .files import MAX_TOML, read_small
 from .mechanisms import Door, Vault, joined
@@ -40,7 +40,7 @@ from .privacy import ledger as ledgers
 from .privacy.disk import sync_directory, write_atomically
 from .privacy.faults import point
 from .privacy.guarantee import shown
-from .sources import Contents, Source, check_home, home, keyed_hash, open_source, releases
+from .sources import Contents, Source, check_home, home, keyed_hash, open_source, releases, scratch_of
 from .workspace import FolderWorkspace
 
 N_PROCEDURAL = 4000
@@ -75,10 +75,11 @@ def public_facts(config: RunConfig, image_shape: tuple[int, int, int], class_nam
     made_up = torch.from_numpy(to_unit(procedural_images(N_PROCEDURAL, channels, height, width, config.seed)))
     if config.auxiliary == "none":
         return Public(image_shape=image_shape, class_names=class_names, auxiliary=made_up)
-    auxiliary = _load_auxiliary(config.auxiliary, height if height == width else None)
+    auxiliary = _load_auxiliary(config, channels, height if height == width else None)
     if auxiliary.images.shape[1:] != image_shape:
         raise ConfigError(
-            f"the auxiliary images are {auxiliary.images.shape[1:]} and the private ones {image_shape} (channels, height, width)"
+            f"the auxiliary images are {auxiliary.images.shape[1:]} and the private ones {image_shape} (channels, height, width); "
+            "scale them alike, or all to a square by --resize"
         )
     unit = auxiliary.to_unit()
     unit = np.where(np.isfinite(unit), unit, 0).astype(np.float32)
@@ -99,19 +100,13 @@ def auxiliary_hash(public: Public) -> str:
     return digest.hexdigest()
 
 
-def _load_auxiliary(spec: str, resize: int | None) -> LabelledImages:
-    """Public images. Their labels are of no account: any will do, or none."""
-    try:
-        found = load_images(spec, resize=resize)
-    except InputError as error:
-        if error.reason == "does not list its classes":
-            found = load_images(spec, resize=resize, n_classes=Limits().max_classes)
-        elif error.reason in ("has no array 'labels'", "lies beside the class folders"):
-            found = load_images(spec, resize=resize, unlabelled=True)
-        else:
-            raise
-    check_public_range(found)
-    return found
+def _load_auxiliary(config: RunConfig, channels: int, resize: int | None) -> LabelledImages:
+    """Public images, without labels, in the private ones' size and colour. How they are read follows from themselves."""
+    limits = Limits.of_gib(config.max_gib, scratch_of(config))
+    found = load_images(
+        config.auxiliary, image_column=None, resize=resize, channels=channels, unlabelled=True, limits=limits
+    )
+    return dataclasses.replace(found, value_range=public_range(found))
 
 
 def make_plan(
@@ -351,6 +346,7 @@ def outlook(config: RunConfig, plan: Plan, source: Source) -> list[str]:
     Raises:
       DpdistillError: as the run would, before it charges anything.
     """
+    check_device(config.device)
     out, state = Path(config.out), _state(config)
     if _there(out, plan, source):
         return [f"release: {out} is there already; nothing would be charged"]

@@ -342,8 +342,24 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def check_apart(config: RunConfig) -> None:
+    """Refuses to write into a folder that is read: charged and stopped, the run could not read it again to go on. Raises ConfigError."""
+    written = {"out": [config.out, f"{Path(config.out)}.state"], "ledger": [config.ledger] if config.ledger else []}
+    for option in ("data", "auxiliary", "teachers", "teacher"):
+        folder = getattr(config, option, None)
+        if not folder or not os.path.isdir(folder):
+            continue
+        for name, places in written.items():
+            if any(Path(os.path.realpath(place)).is_relative_to(os.path.realpath(folder)) for place in places):
+                raise ConfigError(
+                    f"--{name} {getattr(config, name)} lies in --{option} {folder}, and what a run writes there spoils what it reads; "
+                    f"choose a --{name} outside"
+                )
+
+
 def open_source(config: RunConfig) -> Source:
     """Reads what is private, without looking at what it says."""
+    check_apart(config)
     if isinstance(config, ModelConfig) and config.teachers:
         return owners(config)
     records = load_private(config)

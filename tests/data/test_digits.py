@@ -24,3 +24,9 @@ def test_split_is_fixed_and_complete():
 def test_unknown_split(spec, split):
     with pytest.raises(InputError, match="split"):
         load_images(spec, split=split)
+
+
+def test_their_labels_can_be_left_out():
+    data = load_images("digits:test", unlabelled=True)
+    np.testing.assert_array_equal(data.images, load_images("digits:test").images)
+    assert (set(data.labels.tolist()), data.class_names) == ({0}, ("image",))

@@ -119,3 +119,32 @@ def test_bytes_after_an_image_are_never_interpreted(tmp_path, write):
     before = load_images(root).images
     file.write_bytes(file.read_bytes() + buffer.getvalue())  # a polyglot: also a valid zip
     np.testing.assert_array_equal(load_images(root).images, before)
+
+
+def test_class_folders_are_read_without_their_classes(tmp_path, write):
+    root = write.folder(tmp_path / "r")
+    known = load_images(root)
+    (root / "x.png").write_bytes(write.encode(write.toy()[0][0]))
+    data = load_images(root, unlabelled=True)
+    np.testing.assert_array_equal(data.images[:-1], known.images)  # in the same order
+    assert (data.labels.tolist(), data.class_names) == ([0] * 7, ("image",))
+    (root / "cat" / "deeper").mkdir()
+    with pytest.raises(InputError, match="is a folder inside a class folder"):
+        load_images(root, unlabelled=True)
+
+
+def test_splits_without_class_folders(tmp_path, write):
+    """A class may be called train: then it is no part."""
+    for place, n in (("train", 1), ("test", 2)):
+        (tmp_path / "r" / place).mkdir(parents=True)
+        for i in range(n):
+            (tmp_path / "r" / place / f"{i}.png").write_bytes(write.encode(write.toy()[0][i]))
+
+    def count(**options):
+        return len(load_images(tmp_path / "r", unlabelled=True, **options).images)
+
+    assert (count(), count(split="test")) == (1, 2)
+    (tmp_path / "r" / "bus").mkdir()
+    assert (count(), count(split="test")) == (3, 2)
+    with pytest.raises(InputError, match=r"has no split 'val' .*name the folder"):
+        count(split="val")

@@ -66,7 +66,6 @@ def test_every_cap_holds(tmp_path, limit):
         ("digits", {"value_range": ("a", "b")}),
         ("digits", {"n_classes": 9}),
         ("digits", {"class_names": "0123456789"}),
-        ("digits", {"channels": 3}),
         ("/folder/x.mat", {}),
         ("/dev/null", {}),
     ],

@@ -42,3 +42,14 @@ def test_class_list_is_needed(tmp_path, write):
 
 def test_resize(tmp_path, write):
     assert load_images(write.idx(tmp_path / "m"), n_classes=3, resize=16).image_shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize("spec", ["", "train", "train-images-idx3-ubyte"])
+def test_no_labels_are_needed_where_none_are_read(tmp_path, write, spec):
+    root = write.idx(tmp_path / "mnist")
+    (root / "train-labels-idx1-ubyte").unlink()
+    with pytest.raises(InputError, match="--unlabelled"):
+        load_images(root / spec, n_classes=3)
+    data = load_images(root / spec, unlabelled=True)
+    np.testing.assert_array_equal(data.images, write.toy()[0])
+    assert (data.labels.tolist(), data.class_names) == ([0] * 6, ("image",))

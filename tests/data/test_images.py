@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dpdistill.data import LabelledImages, to_unit
+from dpdistill.data import LabelledImages, public_range, to_unit
+from dpdistill.errors import InputError
 
 FLOATS = arrays(np.float32, (3, 1, 2, 2), elements=st.floats(width=32))
 
@@ -81,3 +82,15 @@ def test_facts_that_do_not_fit_are_refused(changes):
 def test_integers_other_than_uint8_are_refused():
     with pytest.raises(ValueError, match="uint8"):
         to_unit(np.zeros((1, 1, 8, 8), np.int64))
+
+
+def test_the_range_of_public_floats_is_told_by_their_pixels():
+    def told(*pixels):
+        return public_range(make(images=np.resize(np.array(pixels, np.float32), (2, 1, 8, 8))))
+
+    assert told(0, 0.5, 1) == told(np.nan) == (0.0, 1.0)
+    assert told(-1, 1) == told(-0.6, np.nan) == (-1.0, 1.0)
+    assert public_range(make()) == (0.0, 1.0)
+    for unclear in ((-0.1, 1), (0, 1.1), (-1, 1.1), (0, 255), (0, np.inf)):
+        with pytest.raises(InputError, match="uint8"):
+            told(*unclear)

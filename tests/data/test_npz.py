@@ -172,3 +172,21 @@ def test_a_column_that_holds_no_ids_is_refused(column: str, tmp_path: Path) -> N
 def test_only_an_npz_has_ids(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot hold a column of ids"):
         load_images("digits", id_column="patient")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_arrays_are_made_grey_or_colour(tmp_path, write, dtype):
+    """As image files are. A bad value spoils its own record alone, and raises nothing."""
+    images = write.toy(channels=3)[0].astype(dtype)
+    images[:, 1] //= 2
+    if dtype != np.uint8:
+        images[0, :2, 0, 0] = np.inf, -np.inf
+    path = write.npz(tmp_path / "x.npz", images=images)
+    grey = load_images(path, channels=1)
+    assert (grey.images.dtype, grey.image_shape) == (dtype, (1, 8, 8))
+    luma = 0.299 * images[1:, 0].astype(float) + 0.587 * images[1:, 1] + 0.114 * images[1:, 2]
+    np.testing.assert_allclose(grey.images[1:, 0], luma, atol=0.501 if dtype == np.uint8 else 1e-4)
+    assert np.isnan(grey.to_unit()[0]).all() == (dtype != np.uint8)
+    np.testing.assert_array_equal(load_images(path, channels=3).images, images)
+    back = load_images(write.npz(tmp_path / "y.npz", images=grey.images), channels=3)
+    np.testing.assert_array_equal(back.images, np.repeat(grey.images, 3, axis=1))

@@ -89,6 +89,16 @@ def test_every_reader_gives_the_same_rows_from_a_file(kind, resize, tmp_path, wr
     assert os.listdir(tmp_path / "scratch") == []
 
 
+@pytest.mark.parametrize(("kind", "channels"), [("idx", 3), ("stored NCHW3", 1), ("deflated NHWC3 <f8", 1)])
+def test_made_grey_or_colour_from_a_file(kind, channels, tmp_path, write, in_files):
+    spec, options = make(kind, tmp_path / "x", write)
+    inside = load_images(spec, channels=channels, **options)
+    in_files(True)
+    outside = load_images(spec, channels=channels, **options)
+    assert isinstance(outside.images, StoredArray)
+    np.testing.assert_array_equal(outside.images[:], inside.images)
+
+
 def test_fortran_order_comes_through_memory(tmp_path, write, in_files):
     in_files(True)
     array, labels, classes, path = npz_of("F", tmp_path / "x.npz", write)

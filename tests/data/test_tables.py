@@ -165,3 +165,38 @@ def test_types(tmp_path, write, kind, label, image):
 
 def test_images_of_other_sizes_are_resized(tmp_path, write):
     assert load_images(write.parquet(tmp_path / "x.parquet"), resize=20).image_shape == (1, 20, 20)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    "labels", [None, pa.array([-1] * 6), pa.array(["?"] * 6), pa.array([0.5] * 6), pa.array([None, 1, 1, 1, 1, 1])]
+)
+def test_labels_of_no_kind_are_needed_where_none_are_read(tmp_path, write, kind, labels):
+    made = write.table().drop_columns("label") if labels is None else write.table(label=labels)
+    path = getattr(write, kind)(tmp_path / f"x.{kind}", made)
+    if labels is None:
+        with pytest.raises(InputError, match=r"has not one column 'label'.*--unlabelled"):
+            load_images(path)
+    data = load_images(path, unlabelled=True)
+    np.testing.assert_array_equal(data.images, write.toy()[0])
+    assert (data.labels.tolist(), data.class_names) == ([0] * 6, ("image",))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_only_column_of_images_needs_no_name(tmp_path, write, kind, nested):
+    def read(made):
+        return load_images(
+            getattr(write, kind)(tmp_path / f"x.{kind}", made), image_column=None, class_names=write.names
+        )
+
+    made = write.table(nested=nested, text=pa.array(["p"] * 6))
+    same(read(made), write)
+    renamed = made.rename_columns(["img", "label", "text"])
+    same(read(renamed), write)
+    thumb = pa.array([b"x"] * 6)
+    same(read(made.append_column("thumb", thumb)), write)
+    with pytest.raises(InputError, match=r"has not one column of encoded images.*img, thumb; call one 'image'"):
+        read(renamed.append_column("thumb", thumb))
+    with pytest.raises(InputError, match=r"such columns: none"):
+        read(made.drop_columns("image"))

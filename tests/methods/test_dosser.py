@@ -159,6 +159,9 @@ def test_plan_knows_the_dimension(public: Public) -> None:
     assert dosser.Config.quick(expected_records_per_class=100).rate == 0.5
     with pytest.raises(ConfigError, match="expected_records_per_class"):
         dosser.plan(replace(CONFIG, sampling_prob=None), public, 1.0)
+    for count in (0, -100):
+        with pytest.raises(ConfigError, match="expected_records_per_class of at least 1"):
+            dosser.Config.quick(expected_records_per_class=count)
     with pytest.raises(ConfigError, match="two auxiliary images"):
         dosser.plan(CONFIG, replace(public, auxiliary=public.auxiliary[:1]), 1.0)
     with pytest.raises(ConfigError, match="blur"):

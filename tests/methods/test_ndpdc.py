@@ -65,5 +65,8 @@ def test_rate_is_public() -> None:
     for wrong in ({"sampling_prob": None}, {"expected_records_per_class": 40}):
         with pytest.raises(ConfigError, match="expected_records_per_class"):
             _ = replace(CONFIG, **wrong).rate
+    for count in (0, -40):
+        with pytest.raises(ConfigError, match="expected_records_per_class of at least 1"):
+            replace(CONFIG, sampling_prob=None, expected_records_per_class=count)
     with pytest.raises(ConfigError, match="momentum"):
         replace(CONFIG, momentum=1.0)

@@ -393,7 +393,7 @@ def test_the_cap_refuses_before_writing_and_survives_a_restart(tmp_path: Path) -
     with Ledger.open(path, cap=tight) as ledger:
         ledger.reserve("r", query(5.0))
         before = path.read_bytes()
-        with pytest.raises(BudgetError, match="nothing was read"):
+        with pytest.raises(BudgetError, match="nothing was charged"):
             ledger.reserve("r", query(5.0), 2)
         assert path.read_bytes() == before
         ledger.reserve("r", query(5.0))

@@ -18,11 +18,19 @@ from dpdistill.data.digits import NAMES, read_digits
 from dpdistill.data.files import check_name, list_folder, one_error_type
 from dpdistill.data.folder import read_folder
 from dpdistill.data.idx import IMAGES_NAME, first_file, read_idx
-from dpdistill.data.images import LabelledImages, check_public_range, check_value_range, to_unit, valid_ids
-from dpdistill.data.labels import check_labels, resolve_classes
+from dpdistill.data.images import (
+    LabelledImages,
+    check_public_range,
+    check_value_range,
+    public_range,
+    to_unit,
+    valid_ids,
+)
+from dpdistill.data.labels import ONE_CLASS, check_labels, resolve_classes
 from dpdistill.data.limits import DEFAULT_LIMITS, Limits
 from dpdistill.data.npz import read_npz, to_nchw, write_npz
 from dpdistill.data.procedural import procedural_images
+from dpdistill.data.stack import with_channels
 from dpdistill.data.stored import Images, StoredArray, chunks, mapped
 from dpdistill.data.tables import find_tables, holds_tables, read_tables
 from dpdistill.errors import InputError
@@ -35,6 +43,7 @@ __all__ = [
     "chunks",
     "load_images",
     "procedural_images",
+    "public_range",
     "to_unit",
     "write_npz",
 ]
@@ -47,7 +56,7 @@ def load_images(
     *,
     class_names: Sequence[str] | None = None,
     n_classes: int | None = None,
-    image_column: str = "image",
+    image_column: str | None = "image",
     label_column: str = "label",
     id_column: str | None = None,
     split: str | None = None,
@@ -71,14 +80,14 @@ def load_images(
     Args:
       class_names: the class list, where the file has none; else it must be equal (a folder's may be reordered).
       n_classes: the number of classes, named '0', '1', …, where the file has no list.
-      image_column: of a table.
+      image_column: of a table; None for the only one of images.
       label_column: of a table.
       id_column: array of an npz, or column of Parquet, that says whose record each is, as whole numbers or text.
       split: which part, where there are several. Default: `train`, or the only one.
       value_range: of float images. Public; never inferred from the pixels.
       resize: side of the square that every image is cropped and scaled to. Default: sizes stay, and must agree.
-      channels: 1 or 3, to convert image files all to grey or all to colour. Default: they must agree.
-      unlabelled: the images of an npz, or of a folder without class folders, are all of one class, `image`.
+      channels: 1 or 3, to convert all to grey or all to colour. Default: they must agree.
+      unlabelled: all are of one class, `image`: labels are not read, if there are any, and class folders not needed.
       limits: caps on what a file may ask for.
 
     Images of more than 256 MiB are not kept in memory: they stay in their file if it holds them as they are (IDX, npz without
@@ -95,16 +104,16 @@ def load_images(
         check_arguments(source, value_range, resize, channels, limits)
         kind = kind_of(spec, limits)
         images: Images
+        labels: np.ndarray | None
         in_file: Sequence[object] | None = None
         ids: np.ndarray | None = None
         if id_column is not None and kind not in ("npz", "tables"):
             raise InputError(
                 source, "cannot hold a column of ids", "write images, labels and ids to an .npz or to Parquet"
             )
-        if id_column in (("images", "labels", "classes") if kind == "npz" else (image_column, label_column)):
+        others = ("images", "labels", "classes") if kind == "npz" else (image_column, label_column)
+        if id_column is not None and id_column in others:
             raise InputError(source, f"'{id_column}' says nothing of whose record each is", "name the ids")
-        if unlabelled and kind not in ("npz", "folder"):
-            raise InputError(source, "cannot be read without labels", "write the images to an .npz, or to one folder")
         if kind == "digits":
             images, labels = read_digits(source, split)
             in_file = NAMES
@@ -112,12 +121,12 @@ def load_images(
             images, labels, in_file, ids = read_npz(spec, limits, id_column, unlabelled)
             images = to_nchw(source, images, limits.scratch)
         elif kind == "idx":
-            images, labels = read_idx(spec, split, limits)
+            images, labels = read_idx(spec, split, limits, unlabelled)
         elif kind == "tables":
             images, labels, in_file, ids = read_tables(
                 find_tables(spec, split, limits),
                 image_column=image_column,
-                label_column=label_column,
+                label_column=None if unlabelled else label_column,
                 id_column=id_column,
                 class_names=class_names,
                 resize=resize,
@@ -134,6 +143,8 @@ def load_images(
                 limits=limits,
                 unlabelled=unlabelled,
             )
+        if unlabelled or labels is None:
+            labels, in_file = np.zeros(len(images), np.int64), ONE_CLASS
         names = resolve_classes(source, in_file, class_names, n_classes, limits)
         labels = check_labels(source, labels, len(images), len(names))
         images = check_images(source, images, resize, channels, limits)
@@ -199,9 +210,9 @@ def check_images(source: str, images: Images, resize: int | None, channels: int 
         raise InputError(
             source, f"holds more than {limits.max_images:,} images", "use a part of it, or raise --max-gib"
         )
-    if channels is not None and c != channels:
-        raise InputError(source, f"holds images with {c} channels", "leave channels out: arrays are not converted")
     if resize is not None and max(h, w) <= limits.max_side and min(h, w) > 0 and (h, w) != (resize, resize):
         images = mapped(images, lambda part: resize_arrays(part, resize), limits.scratch)
+    if channels not in (None, c):
+        images = mapped(images, lambda part: np.stack([with_channels(x, channels) for x in part]), limits.scratch)
     check_size(source, images.shape[2], images.shape[3], limits)
     return images

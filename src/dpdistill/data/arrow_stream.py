@@ -1,4 +1,4 @@
-"""Arrow IPC streams, as `datasets.save_to_disk` writes them: only the two columns needed, in pure Python.
+"""Arrow IPC streams, as `datasets.save_to_disk` writes them: only the columns needed, in pure Python.
 
 Not through pyarrow: its C++ reader crashed the process on mutated streams (tests/data/test_fuzz.py). What `datasets`
 never writes is refused: compressed bodies, dictionaries, other byte orders.
@@ -17,7 +17,16 @@ from typing import IO
 
 import numpy as np
 
-from dpdistill.data.columns import Batch, check_column_names, check_nulls, no_images, no_labels
+from dpdistill.data.columns import (
+    Batch,
+    Columns,
+    Values,
+    check_column_names,
+    check_nulls,
+    no_images,
+    no_labels,
+    only_images,
+)
 from dpdistill.data.files import read_exactly
 from dpdistill.data.flatbuffer import Table
 from dpdistill.data.limits import Limits
@@ -49,7 +58,7 @@ class Field:
 class ArrowStream:
     """An open stream. `n_rows` and `metadata` come from a first pass over the message headers."""
 
-    def __init__(self, file: IO[bytes], size: int, path: str, columns: tuple[str, ...], limits: Limits) -> None:
+    def __init__(self, file: IO[bytes], size: int, path: str, columns: Columns, limits: Limits) -> None:
         self.file, self.size, self.path = file, size, path
         header, _, _ = self.message(0, SCHEMA)
         self.fields = self.read_fields(header)
@@ -116,17 +125,21 @@ class ArrowStream:
             raise InputError(self.path, "is big-endian", HINT)
         return [read(table, 0) for table in schema.tables(1)]
 
-    def choose(self, columns: tuple[str, ...]) -> tuple[Field, Field, Field]:
-        """Returns the image field, its part that holds the encoded bytes (or itself), and the label field."""
+    def choose(self, columns: Columns) -> tuple[Field, Field, Field | None]:
+        """Returns the image field, its part that holds the encoded bytes (or itself), and the label field, if it is to be read."""
         names = [field.name for field in self.fields]
+        if columns.image is None:
+            found = [field.name for field in self.fields if encoded_part(field) is not None]
+            columns = columns._replace(image=only_images(self.path, found))
         check_column_names(self.path, names, columns)
-        image, label = (self.fields[names.index(name)] for name in columns[:2])
-        within = [child for child in image.children if child.name == "bytes"] if image.kind == STRUCT else [image]
-        if len(within) != 1 or within[0].kind not in (BINARY, LARGE_BINARY):
-            raise no_images(self.path, names, columns[0])
-        if label.kind not in (INT, UTF8, LARGE_UTF8):
-            raise no_labels(self.path, names, columns[1])
-        return image, within[0], label
+        image = self.fields[names.index(str(columns.image))]
+        encoded = encoded_part(image)
+        if encoded is None:
+            raise no_images(self.path, names, image.name)
+        label = None if columns.label is None else self.fields[names.index(columns.label)]
+        if label is not None and label.kind not in (INT, UTF8, LARGE_UTF8):
+            raise no_labels(self.path, names, label.name)
+        return image, encoded, label
 
     def batches(self) -> Iterator[Batch]:
         """Yields some rows at a time: images as bytes, labels as an array of integers or a list of text."""
@@ -134,18 +147,19 @@ class ArrowStream:
             n_rows = natural(header.number(0, "<q"))
             nodes, buffers = header.longs(1, 2), header.longs(2, 2)
             fields = (self.image, self.encoded, self.label)
-            check_nulls(self.path, any(nodes[field.node] != (n_rows, 0) for field in fields))
+            check_nulls(self.path, any(nodes[field.node] != (n_rows, 0) for field in fields if field is not None))
             values = Body(self.file, start, n_bytes, buffers, self.path)
-            labels: np.ndarray | list[bytes]
-            if self.label.kind == INT:
+            labels: np.ndarray | list[bytes] | None = None
+            if self.label is not None and self.label.kind == INT:
                 labels = values.numbers(self.label.buffer + 1, self.label.dtype, n_rows)
-            else:
+            elif self.label is not None:
                 labels = list(values.chunks(self.label, n_rows))
             chunks = values.chunks(self.encoded, n_rows)
             for at in range(0, n_rows, BATCH_ROWS):
                 rows = min(BATCH_ROWS, n_rows - at)
-                part = labels[at : at + rows]
-                yield [next(chunks) for _ in range(rows)], part if isinstance(part, np.ndarray) else decoded(part), None
+                part = None if labels is None else labels[at : at + rows]
+                found: Values | None = decoded(part) if isinstance(part, list) else part
+                yield [next(chunks) for _ in range(rows)], found, None
 
 
 class Body:
@@ -185,6 +199,12 @@ class Body:
             data = self.read(field.buffer + 2, ends[0], ends[-1])
             for first, last in pairwise(ends):
                 yield data[first - ends[0] : last - ends[0]]
+
+
+def encoded_part(field: Field) -> Field | None:
+    """Returns the part of a column that holds encoded images (`bytes`, or itself), or None."""
+    within = [child for child in field.children if child.name == "bytes"] if field.kind == STRUCT else [field]
+    return within[0] if len(within) == 1 and within[0].kind in (BINARY, LARGE_BINARY) else None
 
 
 def int_dtype(table: Table) -> str:

@@ -1,15 +1,34 @@
-"""What Parquet and Arrow tables must have in common: an image column and a label column, nothing missing in them."""
+"""What Parquet and Arrow tables must have in common: an image column and, where asked for, labels and ids, nothing missing in them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from dpdistill.data.labels import UNLABELLED_HINT
 from dpdistill.errors import InputError
 
 Values = np.ndarray | list[str]  # integers, or text
-Batch = tuple[list[bytes], Values, Values | None]  # encoded images; labels; ids, where they are asked for
+Batch = tuple[list[bytes], Values | None, Values | None]  # encoded images; labels and ids, where they are asked for
+
+
+class Columns(NamedTuple):
+    """Names of the columns to read.
+
+    Attributes:
+      image: None for the only one of encoded images.
+      label, ids: None where they are not read.
+    """
+
+    image: str | None
+    label: str | None
+    ids: str | None
+
+    def named(self) -> tuple[str, ...]:
+        """Those that have a name."""
+        return tuple(name for name in self if name is not None)
 
 
 def known_columns(names: Sequence[str]) -> str:
@@ -17,13 +36,23 @@ def known_columns(names: Sequence[str]) -> str:
     return ", ".join(name[:40] for name in names[:12] if name.isprintable())
 
 
-def check_column_names(path: str, names: Sequence[str], columns: tuple[str, ...]) -> None:
+def check_column_names(path: str, names: Sequence[str], columns: Columns) -> None:
     """Refuses a table that has not exactly one column of each of the names."""
-    for name, argument in zip(columns, ("image_column", "label_column", "id_column"), strict=False):
-        if list(names).count(name) != 1:
-            raise InputError(
-                path, f"has not one column {name!r}", f"columns: {known_columns(names)}; --set {argument}=NAME"
-            )
+    for name, argument in zip(columns, ("image_column", "label_column", "id_column"), strict=True):
+        if name is not None and list(names).count(name) != 1:
+            hint = f"columns: {known_columns(names)}; --set {argument}=NAME"
+            hint += f"; {UNLABELLED_HINT}" if argument == "label_column" else ""
+            raise InputError(path, f"has not one column {name!r}", hint)
+
+
+def only_images(path: str, names: Sequence[str]) -> str:
+    """Returns the one of the columns of encoded images, or of several the one called `image`."""
+    if "image" in names:
+        return "image"
+    if len(names) != 1:
+        hint = f"such columns: {known_columns(names) or 'none'}; call one 'image'"
+        raise InputError(path, "has not one column of encoded images, as bytes or struct<bytes, path>", hint)
+    return names[0]
 
 
 def no_images(path: str, names: Sequence[str], column: str) -> InputError:

@@ -14,22 +14,29 @@ import numpy as np
 
 from dpdistill.data.decode import EXTENSIONS, decode_image
 from dpdistill.data.files import list_folder, one_error_type, open_regular
-from dpdistill.data.labels import ONE_CLASS
+from dpdistill.data.labels import UNLABELLED_HINT
 from dpdistill.data.limits import Limits
 from dpdistill.data.splits import choose_split
 from dpdistill.data.stack import stack_images
 from dpdistill.data.stored import Images
 from dpdistill.errors import InputError
 
+SPLITS = ("train", "test", "val", "valid", "validation")
 
-def split_folder(root: str | Path, split: str | None, limits: Limits) -> str:
-    """Returns the folder that holds the class folders: `root`, or root/train if that holds folders in turn."""
+
+def split_folder(root: str | Path, split: str | None, limits: Limits, unlabelled: bool = False) -> str:
+    """Returns the folder that holds the class folders: `root`, or root/train if that holds folders in turn.
+
+    Where images need no class folders, root/train is a part, too, if `root` holds only parts, or if it is asked for.
+    """
     folders = [entry for entry in list_folder(root, limits) if entry.is_dir(follow_symlinks=False)]
+    only_parts = all(entry.name in SPLITS for entry in folders)
     splits = {}
     for entry in folders:
-        if entry.name in ("train", "test", "val", "valid", "validation") or entry.name == split:
+        if entry.name in SPLITS or entry.name == split:
             inside = list_folder(entry.path, limits)
-            if inside and all(child.is_dir(follow_symlinks=False) for child in inside):
+            bare = unlabelled and (only_parts or entry.name == split)
+            if bare or (inside and all(child.is_dir(follow_symlinks=False) for child in inside)):
                 splits[entry.name] = entry.path
     if not splits and split is None:
         return os.fspath(root)
@@ -45,30 +52,32 @@ def read_folder(
     channels: int | None,
     limits: Limits,
     unlabelled: bool = False,
-) -> tuple[Images, np.ndarray, list[str]]:
+) -> tuple[Images, np.ndarray | None, list[str] | None]:
     """Reads images, labels and class names.
 
     Args:
       class_names: their order, and classes without a folder; every folder must be in it. None: sorted folder names.
-      unlabelled: the images lie in `root` itself, and are all of one class.
+      unlabelled: reads every image, in class folders or not.
 
     Returns:
-      uint8 [N, C, H, W], int64 [N], K names.
+      uint8 [N, C, H, W], and int64 [N] and K names, or None where labels are not read.
 
     Raises:
       InputError: the first file that cannot be used, or a layout that is not root/class/image.
     """
-    if unlabelled:
-        every = image_files(os.fspath(root), limits)
-        return stacked(root, every, resize, channels, limits), np.zeros(len(every), np.int64), list(ONE_CLASS)
-    root = split_folder(root, split, limits)
+    root = split_folder(root, split, limits, unlabelled)
     folders = list_folder(root, limits)
+    if unlabelled:
+        every: list[str] = []
+        for entry in folders:
+            every += image_files(entry.path, limits) if entry.is_dir() else [image_file(entry)]
+        return stacked(root, every, resize, channels, limits), None, None
     for entry in folders:
         if not entry.is_dir(follow_symlinks=False):
             raise InputError(
                 entry.path,
                 "lies beside the class folders",
-                "put each image in a folder named by its class; for a diffusion model of images without labels, --unlabelled",
+                f"put each image in a folder named by its class; {UNLABELLED_HINT}",
             )
     names = [entry.name for entry in folders] if class_names is None else list(class_names)
     files: list[str] = []
@@ -93,16 +102,20 @@ def stacked(root: str | Path, files: list[str], resize: int | None, channels: in
 
 def image_files(folder: str, limits: Limits) -> list[str]:
     """Returns the paths of the images of one class."""
-    paths = []
+    paths: list[str] = []
     for entry in list_folder(folder, limits):
         if entry.is_dir(follow_symlinks=False):
-            raise InputError(
-                entry.path, "is a folder inside a class folder", "--set split=NAME if the classes lie deeper"
-            )
-        if os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
-            raise InputError(entry.path, "is not named .png, .jpg, .jpeg, .bmp or .webp", "move it away or convert it")
-        paths.append(entry.path)
+            hint = "if the classes lie deeper, name the folder above them, or of --data --set split=NAME"
+            raise InputError(entry.path, "is a folder inside a class folder", hint)
+        paths.append(image_file(entry))
     return paths
+
+
+def image_file(entry: os.DirEntry[str]) -> str:
+    """Returns the path of an image, told by its name."""
+    if os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
+        raise InputError(entry.path, "is not named .png, .jpg, .jpeg, .bmp or .webp", "move it away or convert it")
+    return entry.path
 
 
 def read_image(path: str, resize: int | None, limits: Limits) -> np.ndarray:

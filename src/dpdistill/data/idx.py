@@ -15,6 +15,7 @@ from typing import IO, cast
 import numpy as np
 
 from dpdistill.data.files import check_name, list_folder, one_error_type, open_regular, pieces, read_exactly
+from dpdistill.data.labels import UNLABELLED_HINT
 from dpdistill.data.limits import Limits, check_unpacked
 from dpdistill.data.splits import choose_split
 from dpdistill.data.stored import Images, filled, in_place, room, too_large, with_channel
@@ -22,11 +23,11 @@ from dpdistill.errors import InputError
 
 IMAGES_NAME = re.compile(r"(?P<prefix>.*?)[-_.]?images[-.]idx3-ubyte(\.gz)?", re.ASCII)
 LABELS_NAME = re.compile(r"(?P<prefix>.*?)[-_.]?labels[-.]idx1-ubyte(\.gz)?", re.ASCII)
-PAIR_HINT = "expected PREFIX-images-idx3-ubyte[.gz] and PREFIX-labels-idx1-ubyte[.gz]"
+PAIR_HINT = f"expected PREFIX-images-idx3-ubyte[.gz] and PREFIX-labels-idx1-ubyte[.gz]; {UNLABELLED_HINT}"
 
 
-def find_pair(path: str | Path, split: str | None, limits: Limits) -> tuple[str, str]:
-    """Returns the paths of the image file and the label file.
+def find_pair(path: str | Path, split: str | None, limits: Limits, unlabelled: bool = False) -> tuple[str, str | None]:
+    """Returns the paths of the image file and the label file, which is None where labels are not read.
 
     Args:
       path: a folder that holds pairs, the image file of a pair, or a path prefix such as mnist/train.
@@ -36,14 +37,14 @@ def find_pair(path: str | Path, split: str | None, limits: Limits) -> tuple[str,
       InputError: no pair, or several and none asked for.
     """
     if os.path.isdir(path):
-        return pair_in_folder(path, split, limits)
+        return pair_in_folder(path, split, limits, unlabelled)
     folder, name = os.path.split(path)
     check_name(path)
     match = IMAGES_NAME.fullmatch(name)
     prefix = name if match is None else match["prefix"]
     images = os.fspath(path) if match is not None else first_file(folder, prefix, "images", "idx3")
-    labels = first_file(folder, prefix, "labels", "idx1")
-    if images is None or labels is None:
+    labels = None if unlabelled else first_file(folder, prefix, "labels", "idx1")
+    if images is None or (labels is None and not unlabelled):
         raise InputError(path, "has no pair of image and label files", PAIR_HINT)
     return images, labels
 
@@ -55,7 +56,7 @@ def first_file(folder: str, prefix: str, what: str, idx: str) -> str | None:
     return next((path for path in paths if os.path.lexists(path)), None)
 
 
-def pair_in_folder(folder: str | Path, split: str | None, limits: Limits) -> tuple[str, str]:
+def pair_in_folder(folder: str | Path, split: str | None, limits: Limits, unlabelled: bool) -> tuple[str, str | None]:
     """Returns the pair of the split asked for."""
     images: dict[str, str] = {}
     labels: dict[str, str] = {}
@@ -64,21 +65,26 @@ def pair_in_folder(folder: str | Path, split: str | None, limits: Limits) -> tup
             match = pattern.fullmatch(entry.name)
             if match is not None:
                 found.setdefault(match["prefix"], entry.path)  # sorted order: a plain file comes before its .gz
-    both = sorted(images.keys() & labels.keys())
+    both = sorted(images.keys() if unlabelled else images.keys() & labels.keys())
     if not both:
         raise InputError(folder, "has no pair of image and label files", PAIR_HINT)
     chosen = choose_split(folder, both, "t10k" if split == "test" and "test" not in both else split)
-    return images[chosen], labels[chosen]
+    return images[chosen], None if unlabelled else labels[chosen]
 
 
-def read_idx(path: str | Path, split: str | None, limits: Limits) -> tuple[Images, np.ndarray]:
-    """Reads a pair. Returns uint8 [N, 1, H, W] and uint8 [N]. Images that do not fit in memory stay in their file, if it is not packed.
+def read_idx(
+    path: str | Path, split: str | None, limits: Limits, unlabelled: bool = False
+) -> tuple[Images, np.ndarray | None]:
+    """Reads a pair. Returns uint8 [N, 1, H, W] and uint8 [N], or None where labels are not read.
+
+    Images that do not fit in memory stay in their file, if it is not packed.
 
     Raises:
       InputError: wrong magic number, sizes that do not fit, too large, or damaged.
     """
-    images_path, labels_path = find_pair(path, split, limits)
-    return with_channel(read_bytes(images_path, 3, limits)), read_bytes(labels_path, 1, limits)[:]
+    images_path, labels_path = find_pair(path, split, limits, unlabelled)
+    images = with_channel(read_bytes(images_path, 3, limits))
+    return images, None if labels_path is None else read_bytes(labels_path, 1, limits)[:]
 
 
 def read_bytes(path: str, n_dims: int, limits: Limits) -> Images:

@@ -12,6 +12,8 @@ import numpy as np
 from dpdistill.data.stored import Images, chunks
 from dpdistill.errors import InputError
 
+PUBLIC_FLOATS_HINT = "save them as uint8 in 0..255"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LabelledImages:
@@ -88,6 +90,24 @@ def check_value_range(value_range: tuple[float, float]) -> None:
         raise ValueError(f"Expected {value_range=} to be two finite numbers, low before high.")
 
 
+def beyond(images: Images, low: float, high: float) -> bool:
+    """Whether any pixel lies outside."""
+    return any(bool(((part < low) | (part > high)).any()) for part in chunks(images))
+
+
+def public_range(data: LabelledImages) -> tuple[float, float]:
+    """Returns the range of public float images, 0..1 or -1..1, by their pixels. Private ones are never asked.
+
+    Raises:
+      InputError: they are of neither, or only a little below 0, which could be either.
+    """
+    if data.images.dtype == np.uint8 or not beyond(data.images, 0, 1):
+        return 0.0, 1.0
+    if beyond(data.images, -1, 1) or not beyond(data.images, -0.5, np.inf):
+        raise InputError(data.source, "holds float images beyond 0..1 and not plainly of -1..1", PUBLIC_FLOATS_HINT)
+    return -1.0, 1.0
+
+
 def check_public_range(data: LabelledImages) -> None:
     """Refuses public float images beyond their declared range: they would be clamped without a word. Private ones are never asked.
 
@@ -95,8 +115,8 @@ def check_public_range(data: LabelledImages) -> None:
       InputError: some are.
     """
     low, high = data.value_range
-    if data.images.dtype != np.uint8 and any(((part < low) | (part > high)).any() for part in chunks(data.images)):
-        raise InputError(data.source, f"holds float images beyond {low:g}..{high:g}", "save them as uint8 in 0..255")
+    if data.images.dtype != np.uint8 and beyond(data.images, low, high):
+        raise InputError(data.source, f"holds float images beyond {low:g}..{high:g}", PUBLIC_FLOATS_HINT)
 
 
 def to_unit(images: np.ndarray, value_range: tuple[float, float] = (0.0, 1.0)) -> np.ndarray:

@@ -16,6 +16,7 @@ from dpdistill.errors import InputError
 WHY_DECLARED = "the set of labels present is private, so the class list must be public knowledge"
 
 ONE_CLASS = ("image",)  # of images without labels
+UNLABELLED_HINT = "for a diffusion model of images without labels, --unlabelled"
 
 
 def check_names(path: object, names: Sequence[object], limits: Limits) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from dpdistill.data.files import one_error_type, open_regular, pieces
 from dpdistill.data.images import LabelledImages
-from dpdistill.data.labels import ONE_CLASS
+from dpdistill.data.labels import UNLABELLED_HINT
 from dpdistill.data.limits import Limits
 from dpdistill.data.npy import checked_header, read_array, read_rest
 from dpdistill.data.stored import Images, StoredArray, filled, in_place, mapped, room, too_large, with_channel
@@ -79,11 +79,11 @@ def check_members(archive: zipfile.ZipFile, path: object) -> dict[str, zipfile.Z
 
 def read_npz(
     path: str | Path, limits: Limits, id_column: str | None = None, unlabelled: bool = False
-) -> tuple[Images, np.ndarray, list[str] | None, np.ndarray | None]:
+) -> tuple[Images, np.ndarray | None, list[str] | None, np.ndarray | None]:
     """Reads `images`, `labels`, `classes` (None if absent) and, if it is named, the array of ids. Other members are not unpacked.
 
     Args:
-      unlabelled: reads images alone; all are of one class.
+      unlabelled: reads neither labels nor classes; both are None.
 
     Raises:
       InputError: anything wrong with the archive or with an array in it.
@@ -98,7 +98,7 @@ def read_npz(
             for name in sorted(wanted):
                 if name not in members:
                     hint = "save it with numpy.savez(path, images=, labels=)"
-                    hint += "; for a diffusion model of images without labels, --unlabelled" if name == "labels" else ""
+                    hint += f"; {UNLABELLED_HINT}" if name == "labels" else ""
                     raise InputError(path, f"has no array '{name}'", hint)
             images: Images | None = None
             arrays: dict[str, np.ndarray] = {}
@@ -116,9 +116,7 @@ def read_npz(
                         )
     assert images is not None
     ids = arrays[id_column] if id_column is not None else None
-    if unlabelled:
-        return images, np.zeros(len(images), np.int64), list(ONE_CLASS), ids
-    return images, arrays["labels"], as_names(path, arrays.get("classes")), ids
+    return images, arrays.get("labels"), as_names(path, arrays.get("classes")), ids
 
 
 def read_images(
@@ -165,7 +163,7 @@ def to_nchw(path: object, images: Images, scratch: str | None = None) -> Images:
         raise InputError(
             path,
             f"has images of dtype {images.dtype}",
-            "use uint8 in 0..255, or float32 with --set value_low=… and --set value_high=…",
+            "use uint8 in 0..255, or float32 (of --data with --set value_low=… and --set value_high=…)",
         )
     if images.ndim == 3:
         images, first = with_channel(images), True

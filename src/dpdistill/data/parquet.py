@@ -14,7 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpdistill.data.columns import Batch, Values, check_column_names, check_nulls, no_ids, no_images, no_labels
+from dpdistill.data.columns import (
+    Batch,
+    Columns,
+    Values,
+    check_column_names,
+    check_nulls,
+    no_ids,
+    no_images,
+    no_labels,
+    only_images,
+)
 from dpdistill.data.limits import Limits
 from dpdistill.data.parquet_check import check_parquet
 
@@ -27,15 +37,13 @@ EMBEDDED_SCHEMA = b"ARROW:schema"
 class ParquetTable:
     """An open Parquet file. `metadata` is what its writer put into the footer by key."""
 
-    def __init__(self, file: IO[bytes], size: int, path: str, columns: tuple[str, ...], limits: Limits) -> None:
-        facts = check_parquet(file, size, path, columns, limits)
-        footer = facts.footer.replace(EMBEDDED_SCHEMA, b"-" * len(EMBEDDED_SCHEMA))
-        self.file = pq.ParquetFile(
-            pa.PythonFile(Overlaid(file, size, footer, size - 8 - len(footer)), "r"),
-            pre_buffer=False,
-            buffer_size=READ_BYTES,  # else a column of a row group is read whole
-            page_checksum_verification=True,
-        )
+    def __init__(self, file: IO[bytes], size: int, path: str, columns: Columns, limits: Limits) -> None:
+        if columns.image is None:  # the footer tells, and is checked before: then the pages of what it told
+            schema = opened(file, size, check_parquet(file, size, path, (), limits).footer).schema_arrow
+            found = [field.name for field in schema if holds_images(field.type)]
+            columns = columns._replace(image=only_images(path, found))
+        facts = check_parquet(file, size, path, columns.named(), limits)
+        self.file = opened(file, size, facts.footer)
         self.path, self.columns, self.metadata, self.n_rows = path, columns, facts.metadata, facts.n_rows
         self.check_types(self.file.schema_arrow)
         # Each row of a batch may repeat the largest value of a dictionary, so large dictionaries mean small batches.
@@ -44,24 +52,42 @@ class ParquetTable:
     def check_types(self, schema: Any) -> None:
         """Refuses a table without its columns, or with other types in them."""
         check_column_names(self.path, schema.names, self.columns)
-        image, label, *ids = (schema.field(name).type for name in self.columns)
-        if pa.types.is_struct(image):
-            image = image.field("bytes").type if image.get_field_index("bytes") >= 0 else pa.null()
-        if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
-            raise no_images(self.path, schema.names, self.columns[0])
-        for kind, name, refusal in zip((label, *ids), self.columns[1:], (no_labels, no_ids), strict=False):
+        image, *others = self.columns
+        if not holds_images(schema.field(image).type):
+            raise no_images(self.path, schema.names, str(image))
+        for name, refusal in zip(others, (no_labels, no_ids), strict=True):
+            kind = pa.string() if name is None else schema.field(name).type
             if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise refusal(self.path, schema.names, name)
+                raise refusal(self.path, schema.names, str(name))
 
     def batches(self) -> Iterator[Batch]:
         """Yields some rows at a time, on this thread: images as bytes, labels and ids as integers or a list of text."""
-        for batch in self.file.iter_batches(self.batch_rows, columns=list(self.columns), use_threads=False):
-            images, *others = (batch.column(name) for name in self.columns)
+        for batch in self.file.iter_batches(self.batch_rows, columns=list(self.columns.named()), use_threads=False):
+            images = batch.column(self.columns.image)
+            others = [None if name is None else batch.column(name) for name in self.columns[1:]]
             if pa.types.is_struct(images.type) and images.null_count == 0:
                 images = images.field("bytes")
-            check_nulls(self.path, any(column.null_count for column in (images, *others)))
-            labels, *ids = (_values(column) for column in others)
-            yield images.to_pylist(), labels, ids[0] if ids else None
+            check_nulls(self.path, any(column.null_count for column in (images, *others) if column is not None))
+            labels, ids = (None if column is None else _values(column) for column in others)
+            yield images.to_pylist(), labels, ids
+
+
+def opened(file: IO[bytes], size: int, footer: bytes) -> pq.ParquetFile:
+    """Returns pyarrow's reader of a file whose footer was checked, without the schema that its writer embedded."""
+    footer = footer.replace(EMBEDDED_SCHEMA, b"-" * len(EMBEDDED_SCHEMA))
+    return pq.ParquetFile(
+        pa.PythonFile(Overlaid(file, size, footer, size - 8 - len(footer)), "r"),
+        pre_buffer=False,
+        buffer_size=READ_BYTES,  # else a column of a row group is read whole
+        page_checksum_verification=True,
+    )
+
+
+def holds_images(kind: Any) -> bool:
+    """Whether a column of this type is one of encoded images."""
+    if pa.types.is_struct(kind):
+        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else pa.null()
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _values(column: Any) -> Values:

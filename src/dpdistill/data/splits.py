@@ -25,7 +25,9 @@ def choose_split(path: object, available: Collection[str], split: str | None) ->
         return str(split)
     known = ", ".join(sorted(available)[:8]) or "none"
     given = "needs a split" if split is None else f"has no split {split!r}"
-    raise InputError(path, given, f"splits found: {known}; --set split=NAME")
+    raise InputError(
+        path, given, f"splits found: {known}; name the folder or file of one, or of --data --set split=NAME"
+    )
 
 
 def group_shards(path: object, stems: Collection[str]) -> dict[str, list[str]]:

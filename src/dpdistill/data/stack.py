@@ -18,13 +18,14 @@ CHANNELS_HINT = "--set channels=1 or --set channels=3 converts all"
 
 
 def with_channels(image_CHW: np.ndarray, channels: int | None) -> np.ndarray:
-    """Returns a uint8 image with 1 channel (ITU-R 601 luma) or 3 (grey repeated), or as it is for None."""
+    """Returns a uint8 or float image with 1 channel (ITU-R 601 luma) or 3 (grey repeated), or as it is for None."""
     if channels is None or len(image_CHW) == channels:
         return image_CHW
     if channels == 3:
         return np.repeat(image_CHW, 3, axis=0)
-    luma = np.tensordot(np.array([0.299, 0.587, 0.114]), image_CHW.astype(np.float64), axes=1)
-    return np.rint(luma).astype(np.uint8)[None]
+    with np.errstate(invalid="ignore", over="ignore"):  # of pixels that are no numbers: that record counts zero
+        luma = np.tensordot(np.array([0.299, 0.587, 0.114]), image_CHW.astype(np.float64), axes=1)
+        return (np.rint(luma) if image_CHW.dtype == np.uint8 else luma).astype(image_CHW.dtype)[None]
 
 
 def stack_images(

@@ -1,6 +1,6 @@
 """Parquet and Arrow tables of encoded images, as Hugging Face `datasets` writes them.
 
-A row is an image, as struct<bytes, path> or plain bytes, and a label, as an integer or one of the class names. The
+A row is an image, as struct<bytes, path> or plain bytes, and a label, if it is read, as an integer or one of the class names. The
 bytes are decoded like image files (`decode.py`). Where tables lie in a folder: `find_tables`.
 """
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpdistill.data.arrow_stream import ArrowStream
+from dpdistill.data.columns import Columns
 from dpdistill.data.decode import decode_image
 from dpdistill.data.files import list_folder, no_warnings, one_error_type, open_regular
 from dpdistill.data.huggingface import class_names_of
@@ -67,8 +68,8 @@ def holds_tables(path: str | Path, limits: Limits, depth: int = 1) -> bool:
 
 
 @contextmanager
-def open_table(path: str, columns: tuple[str, ...], limits: Limits) -> Iterator[ArrowStream | ParquetTable]:
-    """Opens a file by its extension and checks that it has an image column and a label column.
+def open_table(path: str, columns: Columns, limits: Limits) -> Iterator[ArrowStream | ParquetTable]:
+    """Opens a file by its extension and checks that it has the columns.
 
     Raises:
       InputError: not such a table. Also for anything that a reader raises while the file is open.
@@ -85,35 +86,38 @@ def open_table(path: str, columns: tuple[str, ...], limits: Limits) -> Iterator[
 def read_tables(
     paths: Sequence[str],
     *,
-    image_column: str,
-    label_column: str,
+    image_column: str | None,
+    label_column: str | None,
     id_column: str | None,
     class_names: Sequence[str] | None,
     resize: int | None,
     channels: int | None,
     limits: Limits,
-) -> tuple[Images, np.ndarray, list[str] | None, np.ndarray | None]:
+) -> tuple[Images, np.ndarray | None, list[str] | None, np.ndarray | None]:
     """Reads the tables of one split.
 
     Args:
       paths: from `find_tables`, at least one.
+      image_column: None for the only one of images.
+      label_column: None to read none.
       class_names: that the user declares, to translate a column of text labels.
 
     Returns:
-      Images uint8 [N, C, H, W], labels [N] (integers), the class names that the schemas declare, or None, and ids as text [N], if asked.
+      Images uint8 [N, C, H, W], labels [N] (integers), if they are read, the class names that the schemas declare, or None, and ids as
+      text [N], if asked.
 
     Raises:
       InputError: a column is missing or of another type, a value is null, an image cannot be decoded, or shards differ.
     """
 
-    columns = (image_column, label_column, *([] if id_column is None else [id_column]))
+    columns = Columns(image_column, label_column, id_column)
     if id_column is not None and paths[0].endswith(".arrow"):
         raise InputError(paths[0], "is an Arrow stream, of which ids are not read", "save it as Parquet")
     declared: list[list[str] | None] = []
     n_rows = 0
     for path in paths:
         with open_table(path, columns, limits) as table:
-            declared.append(class_names_of(path, table.metadata, label_column))
+            declared.append(None if label_column is None else class_names_of(path, table.metadata, label_column))
             n_rows += table.n_rows
             if declared[-1] != declared[0]:
                 raise InputError(path, "lists other classes than the shards before it", "write all shards together")
@@ -128,9 +132,10 @@ def read_tables(
         for path in paths:
             with open_table(path, columns, limits) as table:
                 for images, labels_B, ids_B in table.batches():
-                    labels.append(
-                        labels_B if isinstance(labels_B, np.ndarray) else positions(path, labels_B, class_names)
-                    )
+                    if isinstance(labels_B, list):
+                        labels_B = positions(path, labels_B, class_names)
+                    if labels_B is not None:
+                        labels.append(labels_B)
                     ids.extend(map(str, [] if ids_B is None else ids_B))
                     for data in images:
                         yield path, decode_image(data, image_name(path), limits, resize)
@@ -139,7 +144,12 @@ def read_tables(
         images = stack_images(paths[0], rows(), n_rows, limits, channels)
         if max(map(len, ids), default=0) > MAX_ID:
             raise InputError(paths[0], f"has ids of more than {MAX_ID} characters", "write shorter ones")
-        return images, np.concatenate(labels), declared[0], None if id_column is None else np.array(ids, np.str_)
+        return (
+            images,
+            None if label_column is None else np.concatenate(labels),
+            declared[0],
+            None if id_column is None else np.array(ids, np.str_),
+        )
 
 
 def image_name(path: str) -> str:

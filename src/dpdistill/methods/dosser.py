@@ -94,6 +94,10 @@ class Config:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
         if self.depth is not None and self.depth < 1:
             raise ConfigError(f"Expected depth of at least 1, or none, got {self.depth}.")
+        if self.expected_records_per_class is not None and self.expected_records_per_class < 1:
+            raise ConfigError(
+                f"Expected expected_records_per_class of at least 1, or none, got {self.expected_records_per_class}."
+            )
         check_bounds(self, NORMS, "group_size", "clip_norm")
         check_bounds(self, RATES, "lr")
         if not (0 <= self.momentum < 1 and 0 <= self.ema < 1):
@@ -120,7 +124,7 @@ class Config:
             raise ConfigError("dosser needs one of expected_records_per_class (a public guess) and sampling_prob.")
         if self.sampling_prob is not None:
             return self.sampling_prob
-        return min(1.0, self.group_size / max(1, self.expected_records_per_class or 0))
+        return min(1.0, self.group_size / (self.expected_records_per_class or 1))
 
     @property
     def dsa(self) -> Dsa:

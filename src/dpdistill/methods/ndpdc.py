@@ -69,6 +69,10 @@ class Config:
     def __post_init__(self) -> None:
         if min(self.per_class, self.parts, self.steps, self.checkpoint_steps, self.width, self.depth or 1) < 1:
             raise ConfigError("Expected per_class, parts, steps, checkpoint_steps, width and depth of at least 1.")
+        if self.expected_records_per_class is not None and self.expected_records_per_class < 1:
+            raise ConfigError(
+                f"Expected expected_records_per_class of at least 1, or none, got {self.expected_records_per_class}."
+            )
         check_bounds(self, NORMS, "group_size", "clip_norm")
         check_bounds(self, RATES, "lr")
         if not (0 <= self.momentum < 1):
@@ -85,7 +89,7 @@ class Config:
             raise ConfigError("ndpdc needs one of expected_records_per_class (a public guess) and sampling_prob.")
         if self.sampling_prob is not None:
             return self.sampling_prob
-        return min(1.0, self.group_size / max(1, self.expected_records_per_class or 0))
+        return min(1.0, self.group_size / (self.expected_records_per_class or 1))
 
     @property
     def dsa(self) -> Dsa:

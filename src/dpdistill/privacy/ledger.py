@@ -264,7 +264,7 @@ class Ledger:
                 f"{self.path}: a write failed or another hand wrote into the ledger; open it again; nothing was read"
             )
         if end + len(raw) > MAX_BYTES:
-            raise LedgerError(f"{self.path}: the ledger is full ({MAX_BYTES} bytes); nothing was read")
+            raise LedgerError(f"{self.path}: the ledger is full ({MAX_BYTES} bytes); nothing was charged")
         point("ledger: before the line")
         self._unsure = True  # until the line is on disk and in `lines`, whatever interrupts
         try:
@@ -335,7 +335,9 @@ class Ledger:
             lines.append({**body, "hash": line_hash(lines[-1]["hash"], body)})
             size += len(canonical(lines[-1])) + 1
         if size > MAX_BYTES:
-            raise LedgerError(f"{self.path}: the ledger has no room for this run ({MAX_BYTES} bytes); nothing was read")
+            raise LedgerError(
+                f"{self.path}: the ledger has no room for this run ({MAX_BYTES} bytes); nothing was charged"
+            )
         return lines
 
     def check_unit(self, unit: str) -> None:
@@ -355,7 +357,7 @@ class Ledger:
             spent = accounting.epsilon(parts(self.lines), cap_delta)
             raise BudgetError(
                 f"the ledger of this data has spent ε = {shown(spent)} of its cap {cap_epsilon:g} (δ = {cap_delta:g}), and this "
-                f"would make it {shown(total)}; nothing was read (--budget {shown(round_up(total, 2))} raises the cap, on the record)"
+                f"would make it {shown(total)}; nothing was charged (--budget {shown(round_up(total, 2))} raises the cap, on the record)"
             )
 
     def reserve(self, run: str, query: Query, count: int = 1, again: str = "") -> int:
