@@ -2,11 +2,12 @@
 
   .venv/bin/python benchmarks/step_cost.py --shapes 1,8,8 1,16,16 1,28,28 3,32,32 --batch 256 --multiplicity 4
 
-Prints one JSON line for each shape: medians over --repeats, and their range, of the seconds of a plain batched backward of the same network on as many
-draws (batch · multiplicity), and of a private step's parts: per-record gradients, clipping and summing, exact noise, the record-wise
-check, what the vault brings to disk (a commitment to the sum, then the noisy sum), and the ledger's line, of which a run has one for all
-its steps. What goes to disk (that of $TMPDIR) is timed by the clock, the rest in seconds of the processor: on a machine with other work
-the share of noise, vault and ledger comes out too large, not too small. `--page` also writes the lines to docs/benchmarks/step_cost.json.
+Prints one JSON line for each shape: medians over --repeats, and their range, of the seconds of a plain batched backward of the same network
+on as many draws (batch · multiplicity), and of a private step's parts: per-record gradients, clipping and summing, exact noise, the
+record-wise check, what the vault brings to disk (a commitment to the sum, then the noisy sum), and the ledger's line, of which a run has
+one for all its steps. What goes to disk (that of $TMPDIR) is timed by the clock, the rest in seconds of the processor: on a machine with
+other work the share of noise, vault and ledger comes out too large, not too small. `--page` also writes the lines to
+docs/benchmarks/step_cost.json.
 """
 
 import argparse
