@@ -43,7 +43,8 @@ MAX_WINDOW = 4096  # kernel, stride, dilation, padding
 MAX_HEADER = 2**22  # bytes, of a safetensors file
 EXTRA_BYTES = 2**30  # address space that loading and probing may take beyond the model's own
 
-EXPORT = "export it to ONNX: torch.onnx.export(model.eval(), x, 'model.onnx'), or tf2onnx for Keras and TensorFlow"
+ONE_FILE = "external_data=False"  # of torch.onnx.export, which else keeps the weights beside the file
+EXPORT = f"export it to ONNX: torch.onnx.export(model.eval(), (x,), 'model.onnx', {ONE_FILE}), or tf2onnx for Keras and TensorFlow"
 REFUSED = frozenset({".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".h5", ".hdf5", ".keras", ".joblib", ".pb"})
 
 OPERATIONS = frozenset(
@@ -58,7 +59,7 @@ OPERATIONS = frozenset(
 )  # no loops, branches, sequences, strings or random numbers: what is left ends, and repeats
 
 FORBIDDEN_FIELDS = {  # of the ONNX schema, with the way out
-    ("TensorProto", "external_data"): ("keeps weights in other files", "save it as one file: save_as_external_data=False"),
+    ("TensorProto", "external_data"): ("keeps weights in other files", f"save it as one file: torch.onnx.export(…, {ONE_FILE})"),
     ("GraphProto", "sparse_initializer"): ("has sparse weights", "store them densely"),
     ("AttributeProto", "g"): ("has loops or branches", "export it with fixed control flow"),
     ("AttributeProto", "graphs"): ("has loops or branches", "export it with fixed control flow"),
