@@ -15,9 +15,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from onnx import numpy_helper
 from safetensors.torch import save_file
 
-from dpdistill import conversion, pipeline
+import small_models
+from dpdistill import conversion, pipeline, sources
 from dpdistill.bundle import claims, load_student, verification, verify, write_report
 from dpdistill.bundle.claims import Attested, Nominal
 from dpdistill.bundle.onnx_file import student_onnx
@@ -212,6 +214,28 @@ def test_two_owners_of_one_model_are_refused(tmp_path: Path, run: Callable[..., 
     with pytest.raises(InputError, match=r"2\.onnx: is the same model as 0\.onnx \(keep one of every owner\)"):
         convert(run(teachers=str(tmp_path / "models")), quiet=True)
     assert not (tmp_path / "home").exists()
+
+
+def test_pixels_of_another_range_are_found_before_anything_is_spent(
+    tmp_path: Path, run: Callable[..., ModelConfig]
+) -> None:
+    """A model of pixels 0..255 that is fed 0..1 sees black: one class wins everywhere. A few such owners are let be, as they may be so."""
+    (tmp_path / "models").mkdir()
+    for owner in range(4):
+        w, b = small_models.weight("w", 192, 4, seed=owner), small_models.weight("b", 4, seed=9)
+        dark = numpy_helper.from_array(numpy_helper.to_array(w) / 255, "w")
+        (tmp_path / "models" / f"{owner}.onnx").write_bytes(small_models.made(weights=[dark, b]).SerializeToString())
+    one = {"teacher": str(tmp_path / "models" / "0.onnx"), "accept_no_record_guarantee": True}
+    for given in (one, {"teachers": str(tmp_path / "models")}):
+        with pytest.raises(InputError, match=r"one class to every made-up image .*--input-low and --input-high"):
+            convert(run(**given), quiet=True)
+    assert not (tmp_path / "home").exists()
+    assert conversion.prepare(run(**one, input_high=255.0)).brought.image_shape == (3, 8, 8)
+    assert sources.owners(run(teachers=str(tmp_path / "models"), input_high=255.0)).models == 4
+    for owner in range(2):
+        bright = small_models.made(weights=[small_models.weight("w", 192, 4, seed=owner), small_models.weight("b", 4)])
+        (tmp_path / "models" / f"{owner}.onnx").write_bytes(bright.SerializeToString())
+    assert sources.owners(run(teachers=str(tmp_path / "models"))).models == 4
 
 
 def test_a_teacher_with_our_certificate_hands_its_guarantee_on(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:

@@ -84,6 +84,13 @@ def _show_plan(plan: Any, config: Any, outlook: Iterable[str] = ()) -> None:
         console.print(line, markup=False)
 
 
+def _show_range(config: Any) -> None:
+    console.print(
+        f"pixels: the teacher is fed {config.input_low:g} for black and {config.input_high:g} for white "
+        "(--input-low, --input-high); a uint8 model gets 0 to 255"
+    )
+
+
 @app.command()
 def plan(
     kind: Annotated[str, typer.Argument(help="Of what: dataset, model or diffusion.")] = "dataset",
@@ -246,6 +253,8 @@ def model(
                 _show_advice(planned)
             if dry_run:
                 _show_plan(planned, chosen, pipeline.outlook(pipeline.with_way(chosen), planned, source))
+                if chosen.teachers:
+                    _show_range(chosen)
                 return
         elif dry_run:
             ready = conversion.prepare(chosen)
@@ -255,10 +264,7 @@ def model(
                 f"way: {chosen.way}; {len(found.class_names)} classes of {found.image_shape}; nothing will be charged"
             )
             if not found.differentiable:  # a release of ours knows its own range
-                console.print(
-                    f"pixels: the teacher is fed {chosen.input_low:g} for black and {chosen.input_high:g} for white "
-                    "(--input-low, --input-high); a uint8 model gets 0 to 255"
-                )
+                _show_range(chosen)
             if ready.nominal:
                 console.print(ready.nominal.statement(), markup=False)
             return

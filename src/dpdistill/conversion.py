@@ -25,7 +25,7 @@ from .data import procedural_images, to_unit
 from .errors import ConfigError, InputError, ReleaseError
 from .mechanisms import Vault
 from .methods import MODEL_METHODS, Public, Student
-from .models.teachers import Teacher
+from .models.teachers import RANGE, Teacher, one_class
 from .pipeline import (
     auxiliary_hash,
     auxiliary_of,
@@ -202,6 +202,8 @@ def bring(config: ModelConfig, given: Teacher | None = None) -> Brought:
             "--accept-no-record-guarantee"
         )
     teacher = given or read_teacher(config, path)
+    if one_class(teacher.outputs, teacher.image_shape):
+        raise InputError(path, "gives one class to every made-up image", RANGE)
     facts: dict[str, Any] = {}
     if config.attested_epsilon is not None:
         epsilon, delta = float(config.attested_epsilon), float(config.attested_delta or 0)

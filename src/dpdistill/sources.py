@@ -239,6 +239,8 @@ class Source:
 
 def owners(config: ModelConfig) -> Source:
     """The models of many owners, one file each, that vote: changing everything of one owner changes one model."""
+    from .models.teachers import RANGE, one_class
+
     folder = Path(str(config.teachers))
     try:
         files = sorted(path for path in folder.iterdir() if path.suffix in (".onnx", ".safetensors"))
@@ -259,6 +261,10 @@ def owners(config: ModelConfig) -> Source:
         if teacher.sha256 in owner_of:  # twice the votes of one owner: twice the sensitivity
             raise InputError(path, f"is the same model as {owner_of[teacher.sha256].name}", "keep one of every owner")
         owner_of[teacher.sha256] = path
+    # A few owners may have a model of one class; most of them have not, unless what they are fed is wrong.
+    constant = sum(one_class(voting(teacher), first.image_shape) for teacher in teachers)
+    if constant > len(teachers) / 2:
+        raise InputError(folder, f"holds {len(teachers)} models, and most give one class to every made-up image", RANGE)
     hashes = sorted(t.sha256.encode() for t in teachers)
     return Source(
         image_shape=first.image_shape,

@@ -19,6 +19,7 @@ from dpdistill.errors import InputError
 from dpdistill.models.teachers.base import (
     EXPORT,
     EXTRA_BYTES,
+    RANGE,
     REFUSED,
     Run,
     Teacher,
@@ -28,10 +29,10 @@ from dpdistill.models.teachers.base import (
     read_bytes,
 )
 from dpdistill.models.teachers.onnx_run import checked_onnx, onnx_run
-from dpdistill.models.teachers.probe import probe
+from dpdistill.models.teachers.probe import one_class, probe
 from dpdistill.models.teachers.weights import network_of
 
-__all__ = ["Teacher", "Wants", "from_callable", "load_teacher"]
+__all__ = ["RANGE", "Teacher", "Wants", "from_callable", "load_teacher", "one_class"]
 
 
 def load_teacher(

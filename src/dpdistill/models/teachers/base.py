@@ -45,6 +45,7 @@ EXTRA_BYTES = 2**30  # address space that loading and probing may take beyond th
 
 ONE_FILE = "external_data=False"  # of torch.onnx.export, which else keeps the weights beside the file
 EXPORT = f"export it to ONNX: torch.onnx.export(model.eval(), (x,), 'model.onnx', {ONE_FILE}), or tf2onnx for Keras and TensorFlow"
+RANGE = "check --input-low and --input-high (0 and 255?), --set mean=… and std=…, and that the weights are trained"
 REFUSED = frozenset({".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".h5", ".hdf5", ".keras", ".joblib", ".pb"})
 
 OPERATIONS = frozenset(
