@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +28,6 @@ from dpdistill.config import ModelConfig
 from dpdistill.conversion import convert
 from dpdistill.data import load_images, to_unit
 from dpdistill.errors import ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
-from dpdistill.models import ConvNet
 from dpdistill.models.teachers import from_callable
 from dpdistill.models.wavelet_net import WaveletNet
 from dpdistill.privacy import gaussian_multiplier
@@ -80,6 +80,18 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModelC
         return ModelConfig(**{**plain, "settings": WAY[way] | changes.get("settings", {})})
 
     return make
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The architecture of a network whose weights are in t.safetensors."""
+    code = "from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))\n"
+    (tmp_path / "theirs.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
+    weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    save_file({"1.weight": weight, "1.bias": torch.zeros(3)}, tmp_path / "t.safetensors")
+    return "theirs:make"
 
 
 def certificate(out: Path) -> dict[str, Any]:
@@ -205,6 +217,38 @@ def test_models_of_owners_vote(tmp_path: Path, run: Callable[..., ModelConfig]) 
     assert verdict.guarantee is not None
     assert verdict.guarantee.unit == "owner"
     assert certificate(out)["mechanisms"][0]["models"] == "4"
+
+
+def test_no_owner_is_left_out_in_silence(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    folder = tmp_path / "models"
+    for owner, name in enumerate(("0.onnx", "1.ONNX")):
+        onnx_teacher(folder / name, owner)
+    for name in (".hidden.pt", "README.md", "notes.TXT", "owners.json"):
+        (folder / name).write_bytes(b"x")
+    config = run(teachers=str(folder))
+    assert sources.owners(config).models == 2
+    for name, words in (("3.zip", "is not a model file"), ("2.pt", "is a .pt file, which may run code")):
+        (folder / name).write_bytes(b"\x80\x04.")
+        with pytest.raises(InputError, match=rf"{name}: {words}.*torch\.onnx\.export"):
+            sources.owners(config)
+    (folder / "1").mkdir()
+    with pytest.raises(InputError, match=r"1: is a folder, not a model file"):
+        sources.owners(config)
+
+
+def test_an_architecture_is_of_the_owners_files_that_need_one(
+    tmp_path: Path, run: Callable[..., ModelConfig], theirs: str
+) -> None:
+    folder = tmp_path / "models"
+    onnx_teacher(folder / "0.onnx")
+    onnx_teacher(folder / "1.onnx", 1)
+    config = run(teachers=str(folder), architecture=theirs)
+    with pytest.raises(InputError, match=r"0\.onnx: needs no architecture.*leave --architecture out"):
+        sources.owners(config)
+    shutil.copy(tmp_path / "t.safetensors", folder / "2.safetensors")
+    assert sources.owners(config).models == 3
+    with pytest.raises(InputError, match=r"2\.safetensors: holds weights without their network"):
+        sources.owners(run(teachers=str(folder)))
 
 
 def test_two_owners_of_one_model_are_refused(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
@@ -511,16 +555,11 @@ def test_the_planner_says_whether_the_shards_are_enough(tmp_path: Path, run: Cal
 
 
 def test_a_safetensors_teacher_names_its_architecture(
-    tmp_path: Path, run: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Callable[..., ModelConfig], theirs: str
 ) -> None:
-    code = "from dpdistill.models import ConvNet\ndef make():\n    return ConvNet((1, 8, 8), 3, width=8, groups=4)\n"
-    (tmp_path / "theirs.py").write_text(code)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    model = ConvNet((1, 8, 8), 3, width=8, groups=4)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "t.safetensors")
     config = run(
         teacher=str(tmp_path / "t.safetensors"),
-        architecture="theirs:make",
+        architecture=theirs,
         shape="1,8,8",
         attested_epsilon=1.0,
         attested_delta=1e-5,

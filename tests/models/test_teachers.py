@@ -325,8 +325,10 @@ def test_mixed_in_training_or_random_files(save: Callable[..., Path]) -> None:
     ],
 )
 def test_functions_that_are_no_teachers(fn: Any, message: str) -> None:
-    with torch.random.fork_rng(), pytest.raises(InputError, match=message):
-        from_callable(fn, image_shape=SHAPE, n_classes=K)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # else two random answers are now and then as good as one
+        with pytest.raises(InputError, match=message):
+            from_callable(fn, image_shape=SHAPE, n_classes=K)
 
 
 def test_functions() -> None:

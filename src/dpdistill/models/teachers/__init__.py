@@ -32,7 +32,19 @@ from dpdistill.models.teachers.onnx_run import checked_onnx, onnx_run
 from dpdistill.models.teachers.probe import one_class, probe
 from dpdistill.models.teachers.weights import network_of
 
-__all__ = ["RANGE", "Teacher", "Wants", "from_callable", "load_teacher", "one_class"]
+__all__ = ["RANGE", "Teacher", "Wants", "check_kind", "from_callable", "load_teacher", "one_class"]
+
+
+def check_kind(path: Path) -> None:
+    """Raises InputError unless this is named as a model file that is read here is; the file is not opened."""
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        known = "is a TensorFlow SavedModel" if (path / "saved_model.pb").exists() else "is a folder"
+        raise InputError(path, f"{known}, not a model file", EXPORT)
+    if suffix in REFUSED:
+        raise InputError(path, f"is a {suffix} file, which may run code when it is read", EXPORT)
+    if suffix not in (".onnx", ".safetensors"):
+        raise InputError(path, "is not a model file: wanted .onnx, or .safetensors with an architecture", EXPORT)
 
 
 def load_teacher(
@@ -66,13 +78,7 @@ def load_teacher(
     wants = Wants(value_range=tuple(value_range), layout=layout, outputs=outputs, mean=mean, std=std)  # type: ignore[arg-type]
     suffix, path = Path(spec).suffix.lower(), Path(spec)
     name = check_name(path)
-    if path.is_dir():
-        known = "is a TensorFlow SavedModel" if (path / "saved_model.pb").exists() else "is a folder"
-        raise InputError(spec, f"{known}, not a model file", EXPORT)
-    if suffix in REFUSED:
-        raise InputError(spec, f"is a {suffix} file, which may run code when it is read", EXPORT)
-    if suffix not in (".onnx", ".safetensors"):
-        raise InputError(spec, "is not a model file: wanted .onnx, or .safetensors with an architecture", EXPORT)
+    check_kind(path)
     if image_shape is not None:
         check_image_shape(spec, image_shape, wants)
     if suffix == ".onnx":
