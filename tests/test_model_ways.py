@@ -540,6 +540,33 @@ def test_a_callable_teacher_is_asked_and_never_differentiated(tmp_path: Path, ru
     assert verify(convert(attested, teacher, quiet=True)).ok
 
 
+def test_a_callable_that_does_not_answer_to_the_last_bit_goes_on(
+    tmp_path: Path, run: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a served one, or one on a GPU. Without a name it goes by what wins; with one, by that."""
+    noise, bias = torch.Generator().manual_seed(0), torch.arange(3)
+    weight = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
+
+    def wavering(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ weight + bias + 1e-5 * torch.rand(len(x), 3, generator=noise)
+
+    def at_ties(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)[:, :3] + 1e-5 * torch.rand(len(x), 3, generator=noise)
+
+    shape: dict[str, Any] = {"image_shape": (1, 8, 8), "n_classes": 3}
+    for number, (fn, names) in enumerate(((wavering, {}), (at_ties, {"name": "ours, of May"}))):
+        config = run(teacher="mine", accept_no_record_guarantee=True, out=str(tmp_path / str(number)))
+        with monkeypatch.context() as patch:
+            patch.setattr(conversion, "write_result", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                convert(config, from_callable(fn, **shape, **names), quiet=True)
+        with pytest.raises(ConfigError, match="other settings"):
+            convert(config, from_callable(lambda x: -x.flatten(1) @ weight, **shape), quiet=True)
+        assert convert(config, from_callable(fn, **shape, **names), quiet=True) == Path(config.out)
+    with pytest.raises(ReleaseError, match="holds something else"):
+        convert(config, from_callable(at_ties, **shape, name="ours, of June"), quiet=True)
+
+
 def test_the_planner_says_whether_the_shards_are_enough(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
     few, many = (pipeline.make_plan(run(shards=n), (1, 28, 28), tuple("0123456789")).advice for n in (20, 5000))
     assert "too few" in few[-1]

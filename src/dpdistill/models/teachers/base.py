@@ -95,7 +95,7 @@ class Teacher:
       n_classes: K.
       outputs: maps images [B, C, H, W], float32 in [-1, 1], to logits or log-probabilities [B, K], float32 on the same
         device, without a gradient. Softmax of a row is the teacher's answer. Each row depends on its image alone.
-      sha256: of the file, in hex; '' for a callable.
+      sha256: of the file, in hex; of a callable, 'callable-' and part of that of its name, or '' where it was given none.
     """
 
     name: str
