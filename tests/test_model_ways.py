@@ -32,6 +32,7 @@ from dpdistill.models.teachers import from_callable
 from dpdistill.models.wavelet_net import WaveletNet
 from dpdistill.privacy import gaussian_multiplier
 from dpdistill.privacy import ledger as ledgers
+from dpdistill.sampling import load_sampler
 
 SMALL = {"steps": 6, "batch": 16, "width": 8, "generator_width": 4, "latent": 4, "pool": 128, "checkpoint_steps": 2}
 WAY = {
@@ -164,6 +165,7 @@ def test_the_student_is_the_same_in_torch_and_onnx(tmp_path: Path, run: Callable
     session = onnxruntime.InferenceSession(str(out / "model" / "student.onnx"))
     (logits,) = session.run(None, {"images": x.numpy()})
     np.testing.assert_allclose(logits, student(x).detach().numpy(), atol=1e-4)
+    assert load_sampler(out).class_names == ("top", "left", "none")
     page = (out / "report.html").read_text()
     assert "The student" in page
     assert "What its generator draws" in page

@@ -343,11 +343,16 @@ def sample(
     classes: Annotated[
         str | None, typer.Option(help="Names of classes, or their numbers from 0, with commas; all by default.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=4, help="Passes of the network for an image: 1, 2 or 4.")] = 2,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=4, help="Of a diffusion model: passes of the network for an image, 1, 2 (by default) or 4."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
     device: Device = None,
 ) -> None:
-    """Samples a diffusion release, as many images as you like: the guarantee stays what it is."""
+    """Samples a diffusion release, or a student's generator with the student's labels, without limit: the guarantee stays what it is."""
     from .pipeline import check_device
     from .sampling import sample as run
 
