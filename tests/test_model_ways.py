@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,14 +22,14 @@ from safetensors.torch import save_file
 
 import small_models
 from dpdistill import conversion, pipeline, sources
-from dpdistill.bundle import claims, load_student, verification, verify, write_report
+from dpdistill.bundle import claims, load_student, read_bundle, verification, verify, write_report
 from dpdistill.bundle.claims import Attested, Nominal
 from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.config import ModelConfig
 from dpdistill.conversion import convert
 from dpdistill.data import load_images, to_unit
 from dpdistill.errors import ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
-from dpdistill.models.teachers import from_callable
+from dpdistill.models.teachers import from_callable, load_teacher
 from dpdistill.models.wavelet_net import WaveletNet
 from dpdistill.privacy import gaussian_multiplier
 from dpdistill.privacy import ledger as ledgers
@@ -171,6 +172,40 @@ def test_the_student_is_the_same_in_torch_and_onnx(tmp_path: Path, run: Callable
     assert "What its generator draws" in page
     write_report(out, tmp_path / "page.html", {"mean": 0.5})
     assert "50.0 %" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"shards": 5}, {"accept_no_record_guarantee": True}, {"attested_epsilon": 2.0, "attested_delta": 1e-6}]
+)
+def test_the_page_shows_teacher_and_student_side_by_side_where_that_is_free(
+    more: dict[str, Any], tmp_path: Path, run: Callable[..., ModelConfig]
+) -> None:
+    brought = {} if "shards" in more or not more else {"teacher": str(onnx_teacher(tmp_path / "t.onnx"))}
+    config = run(**brought, **more)
+    out = convert(config, quiet=True)
+    page, found = (out / "report.html").read_text(), certificate(out)
+    if config.accept_no_record_guarantee:  # an opaque teacher's answers cost what nobody has counted
+        assert "side by side" not in page
+        assert found["figures"] == {}
+        return
+    assert verify(out).ok
+    assert "Teacher and student side by side" in page
+    assert ("fitted to the noisy votes" in page) == (config.way == "votes")
+    assert "teacher class 0" not in page
+    rows = re.findall(
+        r'<td><img src="data:image/png;base64,[^"]+" alt="Made-up image of class \w+"[^>]*></td>(.*)</tr>', page
+    )
+    assert len(rows) == 3
+    student, drawn, names = load_student(out), read_bundle(out), found["release"]["class_names"]
+    for k, row in enumerate(rows):
+        teacher, pupil = re.findall(r"<td>(\w+), ([0-9.]+) %</td>", row)
+        p = student(drawn.images[k * 2 : k * 2 + 1]).softmax(dim=1)[0].detach()
+        assert pupil == (names[int(p.argmax())], f"{100 * float(p.max()):.1f}")
+        assert teacher[0] == names[int(float(found["figures"][f"teacher_class_{k}"]))]
+        assert float(teacher[1]) == pytest.approx(100 * float(found["figures"][f"teacher_probability_{k}"]), abs=0.06)
+    if config.teacher:
+        teacher_of = load_teacher(str(config.teacher)).outputs(drawn.images[::2]).argmax(dim=1)
+        assert [float(found["figures"][f"teacher_class_{k}"]) for k in range(3)] == teacher_of.tolist()
 
 
 def test_a_changed_student_is_caught(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
