@@ -29,6 +29,7 @@ from dpdistill.config import ModelConfig
 from dpdistill.conversion import convert
 from dpdistill.data import load_images, to_unit
 from dpdistill.errors import ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
+from dpdistill.methods.model import votes
 from dpdistill.models.teachers import from_callable, load_teacher
 from dpdistill.models.wavelet_net import WaveletNet
 from dpdistill.privacy import gaussian_multiplier
@@ -575,6 +576,35 @@ def test_a_callable_teacher_is_asked_and_never_differentiated(tmp_path: Path, ru
         convert(opaque, other, quiet=True)
     attested = run(teacher="mine", attested_epsilon=1.0, attested_delta=1e-5)
     assert verify(convert(attested, teacher, quiet=True)).ok
+
+
+@pytest.mark.parametrize("by", ["owners", "shards"])
+def test_no_gradient_reaches_a_model_that_votes(
+    by: str, tmp_path: Path, run: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the student's nor the generator's, though its answers could carry one: in two rounds, the second with the generator."""
+    weight, asked = torch.ones((), requires_grad=True), list[int]()
+
+    def answers(x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = Deaf.apply(x * weight)
+        asked.append(len(x))
+        return found
+
+    with pytest.raises(AssertionError, match="flowed"):
+        answers(torch.ones(1, 1, 8, 8)).sum().backward()
+    if by == "owners":
+        for owner in range(4):
+            onnx_teacher(tmp_path / "models" / f"{owner}.onnx", owner)
+        read = sources.read_teacher
+        deaf = lambda *args: dataclasses.replace(read(*args), outputs=answers)  # noqa: E731
+        monkeypatch.setattr(sources, "read_teacher", deaf)
+        config = run(teachers=str(tmp_path / "models"), settings={"rounds": 2})
+    else:
+        monkeypatch.setattr(votes.ShardTrainer, "__call__", lambda self, images, labels, generator: answers)
+        config = run(shards=5, settings={"rounds": 2})
+    assert verify(convert(config, quiet=True)).ok
+    assert len(asked) > 8
+    assert weight.grad is None
 
 
 def test_a_callable_that_does_not_answer_to_the_last_bit_goes_on(
