@@ -146,7 +146,8 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
             "teacher_accuracy": score(asked["teacher"]),
             "teacher_seconds": asked["seconds"],
         }
-        rows.append(done(note=student, **facts, **made.figures))
+        agreement = {name: value for name, value in made.figures.items() if name.startswith("agreement")}
+        rows.append(done(note=student, **facts, **agreement))
     return rows
 
 

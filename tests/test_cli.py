@@ -251,6 +251,16 @@ def test_a_dry_run_with_an_opaque_teacher_says_both_counts_and_what_it_is_fed(dp
     assert (code, out) == (2, "")
     assert "did you mean settings.steps?" in err
     assert names(tmp_path) == ["private.npz", "t.onnx", "test.npz"]
+    line = "pixels: the teacher is fed 0 for black and 255 for white (--input-low, --input-high); a uint8 model gets 0 to 255"
+    assert line in dp(*command)[1].splitlines()
+    (tmp_path / "models").mkdir()
+    for owner in range(2):  # of many owners, the same line
+        net.head.bias.data += 0.01
+        weights["head.bias"] = net.head.bias.data.numpy()
+        (tmp_path / "models" / f"{owner}.onnx").write_bytes(student_onnx(weights, net.config))
+    code, out, err = dp("model", "--teachers", "models", "--dry-run", "--input-high", 255)
+    assert (code, err) == (0, "")
+    assert line in out.splitlines()
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ import statistics
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 from dpdistill import cli
 
@@ -26,17 +28,40 @@ def test_a_flipped_label_shows_by_the_papers_way_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example = loaded("flip_one_label")
-    found: dict[str, list[float]] = {}
+    found: dict[str, Any] = {}
     for way in ("paper", "private_teacher", "votes"):
         inner = getattr(example, way)
         monkeypatch.setattr(example, way, lambda *args, way=way, inner=inner: found.setdefault(way, inner(*args)))
     for name, value in (("TRIALS", 5), ("STEPS", 40), ("SHARDS", 10), ("QUERIES", 20)):
         monkeypatch.setattr(example, name, value)
     example.main()
-    assert "private teacher" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "private teacher" in said
+    assert "with ids" in said
+    assert "no ids" in said
+    assert "two teachers change (unit_moves=2)" in said
     assert min(found["paper"]) > 50
     assert statistics.median(map(abs, found["private_teacher"])) < 3
-    assert statistics.median(map(abs, found["votes"])) < 3
+    assert set(found["votes"]) == {"with ids", "no ids"}
+    assert all(statistics.median(map(abs, ratios)) < 3 for ratios in found["votes"].values())
+
+
+def test_a_flipped_label_changes_one_teacher_with_ids_and_two_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    example, seen = loaded("flip_one_label"), []
+    monkeypatch.setattr(example, "tell", lambda phi, labels, shards, queries, g: seen.append((labels, shards)) or [0.0])
+    _, labels = example.worlds()
+    example.votes(torch.zeros(len(labels[0]), 1), labels, torch.zeros(1, 1), torch.Generator().manual_seed(0))
+    changed = []
+    for worlds, shards in seen:
+        held = [
+            [
+                list(zip((s == k).nonzero()[:, 0].tolist(), y[s == k].tolist(), strict=True))
+                for k in range(example.SHARDS)
+            ]
+            for y, s in zip(worlds, shards, strict=True)
+        ]
+        changed.append(sum(one != other for one, other in zip(*held, strict=True)))
+    assert changed == [1, 2]
 
 
 def test_the_row_space_of_an_update_shows_its_members(

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,21 +17,24 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from onnx import numpy_helper
 from safetensors.torch import save_file
 
-from dpdistill import conversion, pipeline
-from dpdistill.bundle import claims, load_student, verification, verify, write_report
+import small_models
+from dpdistill import conversion, pipeline, sources
+from dpdistill.bundle import claims, load_student, read_bundle, verification, verify, write_report
 from dpdistill.bundle.claims import Attested, Nominal
 from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.config import ModelConfig
 from dpdistill.conversion import convert
 from dpdistill.data import load_images, to_unit
 from dpdistill.errors import ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
-from dpdistill.models import ConvNet
-from dpdistill.models.teachers import from_callable
+from dpdistill.methods.model import votes
+from dpdistill.models.teachers import from_callable, load_teacher
 from dpdistill.models.wavelet_net import WaveletNet
 from dpdistill.privacy import gaussian_multiplier
 from dpdistill.privacy import ledger as ledgers
+from dpdistill.sampling import load_sampler
 
 SMALL = {"steps": 6, "batch": 16, "width": 8, "generator_width": 4, "latent": 4, "pool": 128, "checkpoint_steps": 2}
 WAY = {
@@ -78,6 +83,18 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModelC
         return ModelConfig(**{**plain, "settings": WAY[way] | changes.get("settings", {})})
 
     return make
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The architecture of a network whose weights are in t.safetensors."""
+    code = "from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))\n"
+    (tmp_path / "theirs.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
+    weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    save_file({"1.weight": weight, "1.bias": torch.zeros(3)}, tmp_path / "t.safetensors")
+    return "theirs:make"
 
 
 def certificate(out: Path) -> dict[str, Any]:
@@ -150,11 +167,46 @@ def test_the_student_is_the_same_in_torch_and_onnx(tmp_path: Path, run: Callable
     session = onnxruntime.InferenceSession(str(out / "model" / "student.onnx"))
     (logits,) = session.run(None, {"images": x.numpy()})
     np.testing.assert_allclose(logits, student(x).detach().numpy(), atol=1e-4)
+    assert load_sampler(out).class_names == ("top", "left", "none")
     page = (out / "report.html").read_text()
     assert "The student" in page
     assert "What its generator draws" in page
     write_report(out, tmp_path / "page.html", {"mean": 0.5})
     assert "50.0 %" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"shards": 5}, {"accept_no_record_guarantee": True}, {"attested_epsilon": 2.0, "attested_delta": 1e-6}]
+)
+def test_the_page_shows_teacher_and_student_side_by_side_where_that_is_free(
+    more: dict[str, Any], tmp_path: Path, run: Callable[..., ModelConfig]
+) -> None:
+    brought = {} if "shards" in more or not more else {"teacher": str(onnx_teacher(tmp_path / "t.onnx"))}
+    config = run(**brought, **more)
+    out = convert(config, quiet=True)
+    page, found = (out / "report.html").read_text(), certificate(out)
+    if config.accept_no_record_guarantee:  # an opaque teacher's answers cost what nobody has counted
+        assert "side by side" not in page
+        assert found["figures"] == {}
+        return
+    assert verify(out).ok
+    assert "Teacher and student side by side" in page
+    assert ("fitted to the noisy votes" in page) == (config.way == "votes")
+    assert "teacher class 0" not in page
+    rows = re.findall(
+        r'<td><img src="data:image/png;base64,[^"]+" alt="Made-up image of class \w+"[^>]*></td>(.*)</tr>', page
+    )
+    assert len(rows) == 3
+    student, drawn, names = load_student(out), read_bundle(out), found["release"]["class_names"]
+    for k, row in enumerate(rows):
+        teacher, pupil = re.findall(r"<td>(\w+), ([0-9.]+) %</td>", row)
+        p = student(drawn.images[k * 2 : k * 2 + 1]).softmax(dim=1)[0].detach()
+        assert pupil == (names[int(p.argmax())], f"{100 * float(p.max()):.1f}")
+        assert teacher[0] == names[int(float(found["figures"][f"teacher_class_{k}"]))]
+        assert float(teacher[1]) == pytest.approx(100 * float(found["figures"][f"teacher_probability_{k}"]), abs=0.06)
+    if config.teacher:
+        teacher_of = load_teacher(str(config.teacher)).outputs(drawn.images[::2]).argmax(dim=1)
+        assert [float(found["figures"][f"teacher_class_{k}"]) for k in range(3)] == teacher_of.tolist()
 
 
 def test_a_changed_student_is_caught(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
@@ -205,6 +257,38 @@ def test_models_of_owners_vote(tmp_path: Path, run: Callable[..., ModelConfig]) 
     assert certificate(out)["mechanisms"][0]["models"] == "4"
 
 
+def test_no_owner_is_left_out_in_silence(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    folder = tmp_path / "models"
+    for owner, name in enumerate(("0.onnx", "1.ONNX")):
+        onnx_teacher(folder / name, owner)
+    for name in (".hidden.pt", "README.md", "notes.TXT", "owners.json"):
+        (folder / name).write_bytes(b"x")
+    config = run(teachers=str(folder))
+    assert sources.owners(config).models == 2
+    for name, words in (("3.zip", "is not a model file"), ("2.pt", "is a .pt file, which may run code")):
+        (folder / name).write_bytes(b"\x80\x04.")
+        with pytest.raises(InputError, match=rf"{name}: {words}.*torch\.onnx\.export"):
+            sources.owners(config)
+    (folder / "1").mkdir()
+    with pytest.raises(InputError, match=r"1: is a folder, not a model file"):
+        sources.owners(config)
+
+
+def test_an_architecture_is_of_the_owners_files_that_need_one(
+    tmp_path: Path, run: Callable[..., ModelConfig], theirs: str
+) -> None:
+    folder = tmp_path / "models"
+    onnx_teacher(folder / "0.onnx")
+    onnx_teacher(folder / "1.onnx", 1)
+    config = run(teachers=str(folder), architecture=theirs)
+    with pytest.raises(InputError, match=r"0\.onnx: needs no architecture.*leave --architecture out"):
+        sources.owners(config)
+    shutil.copy(tmp_path / "t.safetensors", folder / "2.safetensors")
+    assert sources.owners(config).models == 3
+    with pytest.raises(InputError, match=r"2\.safetensors: holds weights without their network"):
+        sources.owners(run(teachers=str(folder)))
+
+
 def test_two_owners_of_one_model_are_refused(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
     """It would have two votes."""
     for owner in range(3):
@@ -222,6 +306,28 @@ def test_a_place_in_the_folder_of_the_models_is_refused(
     with pytest.raises(ConfigError, match=f"lies in --{option} .*choose a --out outside"):
         convert(run(**{option: str(tmp_path / "models"), "out": str(tmp_path / "models" / "x")}), quiet=True)
     assert sorted(os.listdir(tmp_path)) == ["data", "models"]
+
+
+def test_pixels_of_another_range_are_found_before_anything_is_spent(
+    tmp_path: Path, run: Callable[..., ModelConfig]
+) -> None:
+    """A model of pixels 0..255 that is fed 0..1 sees black: one class wins everywhere. A few such owners are let be, as they may be so."""
+    (tmp_path / "models").mkdir()
+    for owner in range(4):
+        w, b = small_models.weight("w", 192, 4, seed=owner), small_models.weight("b", 4, seed=9)
+        dark = numpy_helper.from_array(numpy_helper.to_array(w) / 255, "w")
+        (tmp_path / "models" / f"{owner}.onnx").write_bytes(small_models.made(weights=[dark, b]).SerializeToString())
+    one = {"teacher": str(tmp_path / "models" / "0.onnx"), "accept_no_record_guarantee": True}
+    for given in (one, {"teachers": str(tmp_path / "models")}):
+        with pytest.raises(InputError, match=r"one class to every made-up image .*--input-low and --input-high"):
+            convert(run(**given), quiet=True)
+    assert not (tmp_path / "home").exists()
+    assert conversion.prepare(run(**one, input_high=255.0)).brought.image_shape == (3, 8, 8)
+    assert sources.owners(run(teachers=str(tmp_path / "models"), input_high=255.0)).models == 4
+    for owner in range(2):
+        bright = small_models.made(weights=[small_models.weight("w", 192, 4, seed=owner), small_models.weight("b", 4)])
+        (tmp_path / "models" / f"{owner}.onnx").write_bytes(bright.SerializeToString())
+    assert sources.owners(run(teachers=str(tmp_path / "models"))).models == 4
 
 
 def test_a_teacher_with_our_certificate_hands_its_guarantee_on(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
@@ -482,6 +588,62 @@ def test_a_callable_teacher_is_asked_and_never_differentiated(tmp_path: Path, ru
     assert verify(convert(attested, teacher, quiet=True)).ok
 
 
+@pytest.mark.parametrize("by", ["owners", "shards"])
+def test_no_gradient_reaches_a_model_that_votes(
+    by: str, tmp_path: Path, run: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the student's nor the generator's, though its answers could carry one: in two rounds, the second with the generator."""
+    weight, asked = torch.ones((), requires_grad=True), list[int]()
+
+    def answers(x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = Deaf.apply(x * weight)
+        asked.append(len(x))
+        return found
+
+    with pytest.raises(AssertionError, match="flowed"):
+        answers(torch.ones(1, 1, 8, 8)).sum().backward()
+    if by == "owners":
+        for owner in range(4):
+            onnx_teacher(tmp_path / "models" / f"{owner}.onnx", owner)
+        read = sources.read_teacher
+        deaf = lambda *args: dataclasses.replace(read(*args), outputs=answers)  # noqa: E731
+        monkeypatch.setattr(sources, "read_teacher", deaf)
+        config = run(teachers=str(tmp_path / "models"), settings={"rounds": 2})
+    else:
+        monkeypatch.setattr(votes.ShardTrainer, "__call__", lambda self, images, labels, generator: answers)
+        config = run(shards=5, settings={"rounds": 2})
+    assert verify(convert(config, quiet=True)).ok
+    assert len(asked) > 8
+    assert weight.grad is None
+
+
+def test_a_callable_that_does_not_answer_to_the_last_bit_goes_on(
+    tmp_path: Path, run: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a served one, or one on a GPU. Without a name it goes by what wins; with one, by that."""
+    noise, bias = torch.Generator().manual_seed(0), torch.arange(3)
+    weight = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
+
+    def wavering(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ weight + bias + 1e-5 * torch.rand(len(x), 3, generator=noise)
+
+    def at_ties(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)[:, :3] + 1e-5 * torch.rand(len(x), 3, generator=noise)
+
+    shape: dict[str, Any] = {"image_shape": (1, 8, 8), "n_classes": 3}
+    for number, (fn, names) in enumerate(((wavering, {}), (at_ties, {"name": "ours, of May"}))):
+        config = run(teacher="mine", accept_no_record_guarantee=True, out=str(tmp_path / str(number)))
+        with monkeypatch.context() as patch:
+            patch.setattr(conversion, "write_result", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                convert(config, from_callable(fn, **shape, **names), quiet=True)
+        with pytest.raises(ConfigError, match="other settings"):
+            convert(config, from_callable(lambda x: -x.flatten(1) @ weight, **shape), quiet=True)
+        assert convert(config, from_callable(fn, **shape, **names), quiet=True) == Path(config.out)
+    with pytest.raises(ReleaseError, match="holds something else"):
+        convert(config, from_callable(at_ties, **shape, name="ours, of June"), quiet=True)
+
+
 def test_the_planner_says_whether_the_shards_are_enough(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
     few, many = (pipeline.make_plan(run(shards=n), (1, 28, 28), tuple("0123456789")).advice for n in (20, 5000))
     assert "too few" in few[-1]
@@ -509,16 +671,11 @@ def test_the_planner_says_whether_the_shards_are_enough(tmp_path: Path, run: Cal
 
 
 def test_a_safetensors_teacher_names_its_architecture(
-    tmp_path: Path, run: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Callable[..., ModelConfig], theirs: str
 ) -> None:
-    code = "from dpdistill.models import ConvNet\ndef make():\n    return ConvNet((1, 8, 8), 3, width=8, groups=4)\n"
-    (tmp_path / "theirs.py").write_text(code)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    model = ConvNet((1, 8, 8), 3, width=8, groups=4)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "t.safetensors")
     config = run(
         teacher=str(tmp_path / "t.safetensors"),
-        architecture="theirs:make",
+        architecture=theirs,
         shape="1,8,8",
         attested_epsilon=1.0,
         attested_delta=1e-5,

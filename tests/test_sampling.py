@@ -11,9 +11,14 @@ import torch
 
 from dpdistill import sampling
 from dpdistill.bundle.diffusion_product import DiffusionProduct
+from dpdistill.bundle.product import ModelProduct
+from dpdistill.bundle.release import product_of, student_of
 from dpdistill.data import load_images
 from dpdistill.errors import ConfigError, DpdistillError, InputError, ReleaseError
+from dpdistill.methods.base import Student, Synthetic
 from dpdistill.models import few_step
+from dpdistill.models.student_generator import StudentGenerator
+from dpdistill.models.wavelet_net import WaveletNet
 
 pytest.importorskip("diffusers")
 
@@ -146,6 +151,69 @@ def test_a_model_whose_numbers_run_over_is_refused_in_one_line(
             draw()
         assert str(error.value).isprintable()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def student(monkeypatch: pytest.MonkeyPatch) -> ModelProduct:
+    """A model release: a generator as it was drawn, of images higher than wide, and a student that has learnt to tell its classes."""
+    generator = StudentGenerator((1, 12, 8), 3, latent=2, width=4, generator=torch.Generator().manual_seed(0)).eval()
+    net = WaveletNet((1, 12, 8), 3, width=8, groups=4, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for seed in range(30):
+        images, labels = generator.sample(64, torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+    plain = Synthetic(images=torch.zeros(0), labels=torch.zeros(0))
+    product = product_of(Student(model=net.eval(), generator=generator, images=plain, figures={}), NAMES)
+    monkeypatch.setattr(sampling.verification, "open_release", lambda path: SimpleNamespace(product=product))
+    return product
+
+
+def test_a_students_generator_draws_what_the_student_takes_for_the_class(student: ModelProduct, tmp_path: Path) -> None:
+    read = {}
+    for name in ("out.npz", "out.parquet", "folder"):
+        sampling.sample("release", tmp_path / name, 80, batch=30, seed=4, quiet=True)
+        read[name] = load_images(str(tmp_path / name))
+    npz, parquet, folder = read.values()
+    assert npz.images.shape == (80, 1, 12, 8)
+    assert np.array_equal(npz.images, parquet.images)
+    assert np.array_equal(npz.labels, parquet.labels)
+    assert np.array_equal(npz.labels, np.repeat([0, 1, 2], [27, 27, 26]))
+    assert np.array_equal(folder.images[:26], npz.images[54:])
+    drawer = sampling.load_sampler("release")
+    x = drawer(torch.tensor([2, 0, 0, 1]), 1, torch.Generator().manual_seed(0))
+    assert student_of(student)(x).argmax(dim=1).tolist() == [2, 0, 0, 1]
+    assert len(x.flatten(1).unique(dim=0)) == 4
+    sampling.sample("release", tmp_path / "again.npz", 80, batch=30, seed=4, quiet=True)
+    assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "out.npz").read_bytes()
+    sampling.sample("release", tmp_path / "dogs.npz", 3, classes=["dog"], quiet=True)
+    assert load_images(str(tmp_path / "dogs.npz")).labels.tolist() == [1, 1, 1]
+    with pytest.raises(ConfigError, match="leave --steps out"):
+        sampling.sample("release", tmp_path / "x.npz", 3, steps=2, quiet=True)
+
+
+def test_a_class_that_the_generator_hardly_draws_is_refused(student: ModelProduct, tmp_path: Path) -> None:
+    student.student["head.bias"][1] -= 1e6
+    with pytest.raises(ReleaseError, match=r"of 12,800 images drawn for class 'dog' its student takes 0 .*--classes"):
+        sampling.sample("release", tmp_path / "x", 6, quiet=True)
+    assert list(tmp_path.iterdir()) == []
+    sampling.sample("release", tmp_path / "x", 4, classes=["cat", "a/b"], quiet=True)
+
+
+@pytest.mark.parametrize("change", [{"latent": 3}, {"width": 10**9}, {"latent": 2.0}, {"image_shape": [1, 8, 8]}])
+def test_a_generator_of_other_settings_is_refused_before_it_is_made(
+    change: dict[str, Any], student: ModelProduct, tmp_path: Path
+) -> None:
+    student.generator_config.update(change)
+    with pytest.raises(ReleaseError, match="not the weights of its config"):
+        sampling.sample("release", tmp_path / "x", 6, quiet=True)
+
+
+def test_a_generator_whose_numbers_run_over_is_refused(student: ModelProduct, tmp_path: Path) -> None:
+    student.generator["first.weight"][:] = 3e38
+    with pytest.raises(ReleaseError, match="not finite"):
+        sampling.sample("release", tmp_path / "x", 6, quiet=True)
 
 
 def test_nothing_is_left_of_a_failed_run(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

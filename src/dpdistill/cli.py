@@ -82,6 +82,13 @@ def _show_plan(plan: Any, config: Any, outlook: Iterable[str] = ()) -> None:
         console.print(line, markup=False)
 
 
+def _show_range(config: Any) -> None:
+    console.print(
+        f"pixels: the teacher is fed {config.input_low:g} for black and {config.input_high:g} for white "
+        "(--input-low, --input-high); a uint8 model gets 0 to 255"
+    )
+
+
 @app.command()
 def plan(
     kind: Annotated[str, typer.Argument(help="Of what: dataset, model or diffusion.")] = "dataset",
@@ -244,6 +251,8 @@ def model(
                 _show_advice(planned)
             if dry_run:
                 _show_plan(planned, chosen, pipeline.outlook(pipeline.with_way(chosen), planned, source))
+                if chosen.teachers:
+                    _show_range(chosen)
                 return
         elif dry_run:
             ready = conversion.prepare(chosen)
@@ -253,10 +262,7 @@ def model(
                 f"way: {chosen.way}; {len(found.class_names)} classes of {found.image_shape}; nothing will be charged"
             )
             if not found.differentiable:  # a release of ours knows its own range
-                console.print(
-                    f"pixels: the teacher is fed {chosen.input_low:g} for black and {chosen.input_high:g} for white "
-                    "(--input-low, --input-high); a uint8 model gets 0 to 255"
-                )
+                _show_range(chosen)
             if ready.nominal:
                 console.print(ready.nominal.statement(), markup=False)
             return
@@ -336,11 +342,16 @@ def sample(
     classes: Annotated[
         str | None, typer.Option(help="Names of classes, or their numbers from 0, with commas; all by default.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=4, help="Passes of the network for an image: 1, 2 or 4.")] = 2,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=4, help="Of a diffusion model: passes of the network for an image, 1, 2 (by default) or 4."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
     device: Device = None,
 ) -> None:
-    """Samples a diffusion release, as many images as you like: the guarantee stays what it is."""
+    """Samples a diffusion release, or a student's generator with the student's labels, without limit: the guarantee stays what it is."""
     from .pipeline import check_device
     from .sampling import sample as run
 

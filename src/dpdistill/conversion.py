@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .bundle import BundleFacts
@@ -21,11 +20,10 @@ from .bundle.product import ModelProduct
 from .bundle.release import restore, student_of
 from .bundle.verification import open_release
 from .config import ModelConfig, build, config_hash, public_toml
-from .data import procedural_images, to_unit
 from .errors import ConfigError, InputError, ReleaseError
 from .mechanisms import Vault
 from .methods import MODEL_METHODS, Public, Student
-from .models.teachers import Teacher
+from .models.teachers import RANGE, Teacher, one_class, varied_images
 from .pipeline import (
     auxiliary_hash,
     auxiliary_of,
@@ -45,8 +43,6 @@ from .pipeline import (
 )
 from .sources import check_apart, names_of, read_teacher
 from .workspace import FolderWorkspace
-
-N_ASKED = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +199,8 @@ def bring(config: ModelConfig, given: Teacher | None = None) -> Brought:
             "--accept-no-record-guarantee"
         )
     teacher = given or read_teacher(config, path)
+    if one_class(teacher.outputs, teacher.image_shape):
+        raise InputError(path, "gives one class to every made-up image", RANGE)
     facts: dict[str, Any] = {}
     if config.attested_epsilon is not None:
         epsilon, delta = float(config.attested_epsilon), float(config.attested_delta or 0)
@@ -218,11 +216,12 @@ def bring(config: ModelConfig, given: Teacher | None = None) -> Brought:
 
 
 def _digest(teacher: Teacher) -> str:
-    """The teacher's hash; of a Python callable, the hash of its answers to made-up images: another one must not pass for it."""
+    """The teacher's hash; of a Python callable without a name, the hash of the classes that win on made-up images. Its exact answers may be
+    others each time, up to rounding. Another callable with the same winners is not noticed."""
     if teacher.sha256:
         return teacher.sha256
-    made_up = torch.from_numpy(to_unit(procedural_images(N_ASKED, *teacher.image_shape, seed=0)))
-    return "callable-" + hashlib.sha256(teacher.outputs(made_up).cpu().numpy().tobytes()).hexdigest()[:32]
+    winners_B = teacher.outputs(varied_images(teacher.image_shape)).argmax(dim=1).cpu()
+    return "callable-" + hashlib.sha256(winners_B.numpy().tobytes()).hexdigest()[:32]
 
 
 def _both(teacher: str, conversion: str) -> str:

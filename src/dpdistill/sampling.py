@@ -1,6 +1,7 @@
-"""Images without limit from a released diffusion model: PNG class folders, .npz or Parquet. Nothing here is private or charged.
+"""Images without limit from a released diffusion model, or from a released student's generator: PNG class folders, .npz or Parquet.
+Nothing here is private or charged.
 
-N images, C channels, S side, K classes.
+N images, C channels, H, W size, S side, K classes.
 """
 
 import difflib
@@ -25,14 +26,20 @@ from numpy.typing import NDArray
 
 from .bundle import png, verification
 from .bundle.diffusion_product import DiffusionProduct
+from .bundle.product import ModelProduct
+from .bundle.release import generator_of, student_of
 from .errors import ConfigError, InputError, ReleaseError
 from .methods.base import Synthetic
 from .models import few_step
+from .models.student_generator import StudentGenerator
+from .models.wavelet_net import WaveletNet
 from .privacy.disk import sync_directory
 from .workspace import passing
 
 Pixels = NDArray[np.uint8]
 FORMATS = {".npz": "npz", ".parquet": "parquet", "": "folder"}
+STEPS = 2  # of a diffusion model, where nobody says
+ROUNDS, ROUND = 200, 64  # a generator's tries for images of a class, and the least drawn in each
 AT_ONCE = 8  # files of a folder: a disk brings many down in the time of one
 MAX_MEMBER = 2**31 - 2**16  # bytes in a member of a plain zip file
 
@@ -61,8 +68,50 @@ class Drawer:
         return images
 
 
+@dataclass(frozen=True, kw_only=True)
+class GeneratorDrawer:
+    """A released student and its generator: what the generator draws for a class and the student takes for it.
+
+    Attributes:
+      image_shape: (C, H, W).
+      class_names: K names.
+      source: where it was read, for what errors say.
+    """
+
+    generator: StudentGenerator
+    student: WaveletNet
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    source: str = "the model"
+
+    @torch.no_grad()
+    def __call__(self, labels: torch.Tensor, steps: int, generator: torch.Generator) -> torch.Tensor:
+        """Returns float32 images [B, C, H, W] in [-1, 1] that the student takes for the classes `labels`; it draws in one step."""
+        out = torch.empty(len(labels), *self.image_shape)
+        for k in labels.unique().tolist():
+            places, found = (labels == k).nonzero()[:, 0], torch.empty(0, *self.image_shape)
+            for _ in range(ROUNDS):
+                z = torch.randn(max(ROUND, len(places)), self.generator.latent, generator=generator)
+                z = z.to(self.generator.first.weight.device)
+                x = self.generator(z, torch.full((len(z),), k, device=z.device))
+                if not x.isfinite().all():
+                    raise ReleaseError(
+                        f"{self.source}: its generator draws images that are not finite; ask for the release again"
+                    )
+                found = torch.cat([found, x[self.student(x).argmax(dim=1) == k].cpu()])
+                if len(found) >= len(places):
+                    break
+            else:
+                raise ReleaseError(
+                    f"{self.source}: of {ROUNDS * len(z):,} images drawn for class {self.class_names[k]!r} its student takes {len(found)} "
+                    "for it; leave it out of --classes"
+                )
+            out[places] = found[: len(places)]
+        return out
+
+
 def draw_set(
-    release: str | os.PathLike[str], count: int, *, steps: int = 2, seed: int = 0, device: str = "cpu"
+    release: str | os.PathLike[str], count: int, *, steps: int = STEPS, seed: int = 0, device: str = "cpu"
 ) -> Synthetic:
     """Returns about `count` samples of a release as a labelled set, as many of each class."""
     drawer = load_sampler(release, device)
@@ -75,19 +124,30 @@ def draw_set(
     return Synthetic(images=torch.cat(images), labels=labels)
 
 
-def load_sampler(release: str | os.PathLike[str], device: str = "cpu") -> Drawer:
-    """Returns the diffusion model of a release that holds together, private or not: for the promise ask `verify`.
+def load_sampler(release: str | os.PathLike[str], device: str = "cpu") -> Drawer | GeneratorDrawer:
+    """Returns what draws the images of a release that holds together, private or not: for the promise ask `verify`.
 
     Args:
       device: where it draws. Its noise comes from the CPU whatever this is.
 
     Raises:
-      ReleaseError: it is not what it says, or holds no diffusion model.
-      ConfigError: diffusers is not installed.
+      ReleaseError: it is not what it says, or holds neither a diffusion model nor a generator.
+      ConfigError: diffusers is not installed, and it is a diffusion model.
     """
     product = verification.open_release(release).product
+    if isinstance(product, ModelProduct):
+        channels, height, width = product.config["image_shape"]
+        return GeneratorDrawer(
+            generator=generator_of(product).to(device),
+            student=student_of(product).to(device),
+            image_shape=(channels, height, width),
+            class_names=product.class_names,
+            source=str(release),
+        )
     if not isinstance(product, DiffusionProduct):
-        raise ReleaseError(f"{release}: holds no diffusion model to sample from; `dpdistill diffusion` makes one")
+        raise ReleaseError(
+            f"{release}: holds no diffusion model and no generator to sample from; `dpdistill diffusion` and `model` make one"
+        )
     drawer = sampler_of(product)
     drawer.pipe.to(device)
     return replace(drawer, source=str(release))
@@ -114,7 +174,7 @@ def sample(
     count: int = 10_000,
     *,
     classes: Sequence[str] | None = None,
-    steps: int = 2,
+    steps: int | None = None,
     batch: int = 256,
     seed: int = 0,
     fmt: str | None = None,
@@ -123,6 +183,8 @@ def sample(
 ) -> Path:
     """Writes `count` images, as many of each class (the first classes get one more where it does not divide).
 
+    Of a student's release they are its generator's, and only those that the student takes for the class that they were drawn for.
+
     The same release, settings, software and device give the same images. Written beside `out`, brought to disk and renamed: there is
     never half of it, whatever fails or stops it, a power cut too.
 
@@ -130,7 +192,7 @@ def sample(
       out: a folder of class folders with PNG files, or a file ending in .npz or .parquet; each is read by `dpdistill dataset --data`.
       classes: names of those wanted, or their numbers from 0 where no name in the release is a number; None is all. Labels are numbers
         in the release's list of classes, whatever is wanted.
-      steps: passes of the network for an image, 1, 2 or 4; more are slower, and not always better.
+      steps: passes of a diffusion model for an image, 1, 2 (where it is None) or 4; more are slower, and not always better.
       batch: images drawn at once. Images depend on it.
       fmt: "folder", "npz" or "parquet", where the name does not say.
       device: cpu or cuda.
@@ -144,7 +206,8 @@ def sample(
     kind = _format(target, fmt)
     if count < 1 or batch < 1:
         raise ConfigError(f"Expected count and batch of at least 1, got {count} and {batch}.")
-    few_step.check_steps(steps)
+    if steps is not None:
+        few_step.check_steps(steps)
     if os.path.lexists(target):
         raise InputError(target, "exists", "choose another --out or remove it")
     if not target.absolute().parent.is_dir():
@@ -152,14 +215,17 @@ def sample(
     if target.resolve().is_relative_to(Path(release).resolve()):
         raise InputError(target, "lies in the release, which must not change", "choose another --out")
     model = load_sampler(release, device)
+    if steps is not None and isinstance(model, GeneratorDrawer):
+        raise ConfigError(f"{release}: a student's generator draws in one step; leave --steps out")
+    passes = STEPS if steps is None else steps
     chosen = _chosen(model.class_names, classes)
     labels = np.repeat(chosen, [count // len(chosen) + (k < count % len(chosen)) for k in range(len(chosen))])
 
     def drawn(progress: Callable[[float], None]) -> Iterator[tuple[Pixels, NDArray[np.int64]]]:
-        """Pixels [B, S, S, C] and labels [B]; a generator for each batch, so that no batch depends on another."""
+        """Pixels [B, H, W, C] and labels [B]; a generator for each batch, so that no batch depends on another."""
         for start in range(0, len(labels), batch):
             part = labels[start : start + batch]
-            images = model(torch.from_numpy(part), steps, _generator(seed, start))
+            images = model(torch.from_numpy(part), passes, _generator(seed, start))
             yield png.to_pixels(images.numpy()), part
             progress((start + len(part)) / len(labels))
 
@@ -226,9 +292,10 @@ def _on_disk(out: Path) -> Iterator[IO[bytes]]:
 
 
 Batches = Iterator[tuple[Pixels, NDArray[np.int64]]]
+Either = Drawer | GeneratorDrawer
 
 
-def _write_folder(out: Path, batches: Batches, model: Drawer, labels: NDArray[np.int64]) -> None:
+def _write_folder(out: Path, batches: Batches, model: Either, labels: NDArray[np.int64]) -> None:
     """out/<class>/<number>.png. A name that cannot be a folder's has other characters; the class list is the sorted folder names."""
     folders = _folder_names(model.class_names)
     digits, number = len(str(len(labels) - 1)), 0
@@ -256,10 +323,10 @@ def _folder_names(names: tuple[str, ...]) -> list[str]:
     return plain
 
 
-def _write_npz(out: Path, batches: Batches, model: Drawer, labels: NDArray[np.int64]) -> None:
-    """images uint8 [N, S, S] or [N, S, S, 3], labels int64 [N], classes [K]: streamed, since the header holds the shape."""
-    channels, side, _ = model.image_shape
-    shape = (len(labels), side, side) if channels == 1 else (len(labels), side, side, channels)
+def _write_npz(out: Path, batches: Batches, model: Either, labels: NDArray[np.int64]) -> None:
+    """images uint8 [N, H, W] or [N, H, W, 3], labels int64 [N], classes [K]: streamed, since the header holds the shape."""
+    channels, height, width = model.image_shape
+    shape = (len(labels), height, width) if channels == 1 else (len(labels), height, width, channels)
     if math.prod(shape) >= MAX_MEMBER:
         raise ConfigError("over 2 GiB of pixels do not fit into an .npz file; write a folder or .parquet")
     with _on_disk(out) as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -285,7 +352,7 @@ def _npy_header(file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -
     np.lib.format.write_array_header_1_0(file, fields)
 
 
-def _write_parquet(out: Path, batches: Batches, model: Drawer, labels: NDArray[np.int64]) -> None:
+def _write_parquet(out: Path, batches: Batches, model: Either, labels: NDArray[np.int64]) -> None:
     """A table of PNG images as a release's dataset/train.parquet, a row group for each batch."""
     names = {"names": list(model.class_names), "_type": "ClassLabel"}
     features = {"image": {"_type": "Image"}, "label": names}
@@ -304,7 +371,7 @@ def _write_parquet(out: Path, batches: Batches, model: Drawer, labels: NDArray[n
             writer.write_table(pa.table({"image": images, "label": part}, schema=schema))
 
 
-WRITERS: dict[str, Callable[[Path, Batches, Drawer, NDArray[np.int64]], None]] = {
+WRITERS: dict[str, Callable[[Path, Batches, Either, NDArray[np.int64]], None]] = {
     "folder": _write_folder,
     "npz": _write_npz,
     "parquet": _write_parquet,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from .models.teachers import Teacher
 
+NOTES = (".md", ".txt", ".json", ".py")  # what may lie beside the models of many owners
 Contents = Callable[[], Iterable[bytes | memoryview]]  # everything private that a run reads
 
 
@@ -238,27 +239,41 @@ class Source:
 
 
 def owners(config: ModelConfig) -> Source:
-    """The models of many owners, one file each, that vote: changing everything of one owner changes one model."""
+    """The models of many owners, one file each, that vote: changing everything of one owner changes one model.
+
+    Raises InputError where anything else lies in the folder, other than notes and hidden files.
+    """
+    from .models.teachers import RANGE, check_kind, one_class
+
     folder = Path(str(config.teachers))
     try:
-        files = sorted(path for path in folder.iterdir() if path.suffix in (".onnx", ".safetensors"))
+        files = sorted(path for path in folder.iterdir() if not (path.name[0] in "._" or path.suffix.lower() in NOTES))
     except OSError as error:
         raise InputError(
             folder, f"not a readable folder ({error.strerror})", "--teachers is a folder of models"
         ) from None
+    for path in files:  # a model left out would be an owner left out
+        check_kind(path)
     if len(files) < 2:
         raise InputError(
             folder, f"holds {len(files)} models (.onnx or .safetensors)", "voting needs one of every owner"
         )
-    first = read_teacher(config, files[0])
+    weights = {path for path in files if path.suffix.lower() == ".safetensors"}
+    alone = replace(config, architecture=None) if weights else config  # for an ONNX file, which holds its own
+    read = {path: config if path in weights else alone for path in files}
+    first = read_teacher(read[files[0]], files[0])
     # Each is opened by itself and checked against the first's facts, never against another's answers.
-    teachers = [first, *(read_teacher(config, path, first.image_shape, first.n_classes) for path in files[1:])]
+    teachers = [first, *(read_teacher(read[path], path, first.image_shape, first.n_classes) for path in files[1:])]
     names = names_of(config, first.n_classes)
     owner_of: dict[str, Path] = {}
     for path, teacher in zip(files, teachers, strict=True):
         if teacher.sha256 in owner_of:  # twice the votes of one owner: twice the sensitivity
             raise InputError(path, f"is the same model as {owner_of[teacher.sha256].name}", "keep one of every owner")
         owner_of[teacher.sha256] = path
+    # A few owners may have a model of one class; most of them have not, unless what they are fed is wrong.
+    constant = sum(one_class(voting(teacher), first.image_shape) for teacher in teachers)
+    if constant > len(teachers) / 2:
+        raise InputError(folder, f"holds {len(teachers)} models, and most give one class to every made-up image", RANGE)
     hashes = sorted(t.sha256.encode() for t in teachers)
     return Source(
         image_shape=first.image_shape,

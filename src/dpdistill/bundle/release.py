@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..methods.base import Sampler, Student, Synthetic
+    from ..models.student_generator import StudentGenerator
     from ..models.wavelet_net import WaveletNet
 
 __all__ = ["BundleFacts", "load_student", "product_of", "product_of_sampler", "read_bundle", "restore", "write_bundle"]
@@ -246,6 +247,33 @@ def student_of(product: ModelProduct) -> "WaveletNet":
         groups=config["groups"],
     )
     model.load_state_dict({name: torch.tensor(array) for name, array in product.student.items()})
+    return model.eval()
+
+
+def generator_of(product: ModelProduct) -> "StudentGenerator":
+    """The image generator of checked arrays. Raises ReleaseError where its weights are not of its settings: nothing is made before."""
+    import torch
+
+    from ..models.student_generator import StudentGenerator
+
+    try:
+        config = product.generator_config
+        (channels, height, width), sizes = config["image_shape"], (config["latent"], config["width"])
+        same = (list(config["image_shape"]), config["n_classes"]) == (
+            product.config["image_shape"],
+            product.config["n_classes"],
+        )
+        if not (same and all(type(size) is int and size >= 1 for size in sizes)):
+            raise ValueError
+        given = {"latent": sizes[0], "width": sizes[1]}
+        shape, n_classes = (channels, height, width), config["n_classes"]
+        wanted = StudentGenerator.shapes(shape, n_classes, **given)
+        if wanted != {name: array.shape for name, array in product.generator.items()}:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise ReleaseError("model/generator.safetensors: not the weights of its config") from None
+    model = StudentGenerator(shape, n_classes, **given, generator=torch.Generator())
+    model.load_state_dict({name: torch.tensor(array) for name, array in product.generator.items()})
     return model.eval()
 
 

@@ -90,6 +90,22 @@ def _neighbours(held: Contents) -> list[dict[str, Any]]:
     return rows
 
 
+def _beside(certificate: dict[str, Any], held: Contents) -> list[dict[str, Any]]:
+    """For the first image of each class what teacher and student answer: a class's name and its probability. Only where the certificate's
+    figures hold the teacher's answers, which nobody can check: what is no answer is not shown."""
+    figures, names, rows = certificate["figures"], held.class_names, []
+    for k, name in enumerate(names[:MOST_PAIRS]):
+        mine = np.flatnonzero(held.labels == k)
+        said = [float(figures.get(f"teacher_{what}_{k}", -1)) for what in ("class", "probability")]
+        if held.soft_labels is None or not len(mine) or not (said[0] in range(len(names)) and 0 <= said[1] <= 1):
+            continue
+        soft = held.soft_labels[mine[0]]
+        answers = [(names[int(said[0])], said[1]), (names[int(soft.argmax())], float(soft.max()))]
+        image = _uri(held.shown[mine[0]])
+        rows.append({"name": name, "image": image, "answers": [(who, f"{100 * p:.1f} %") for who, p in answers]})
+    return rows
+
+
 def _uri(pixels: NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(png.encode(pixels)).decode()
 
@@ -165,6 +181,8 @@ def render_report(certificate: dict[str, Any], held: Contents, evaluation: dict[
         plot=audit_plot.drawn(certificate["audit"]),
         strips=_strips(held),
         neighbours=_neighbours(held) if certificate["release"]["kind"] == "diffusion" else [],
+        beside=_beside(certificate, held),
+        figures={name: text for name, text in certificate["figures"].items() if not name.startswith("teacher_")},
         bars=_bars(certificate) if basis == "proved" else [],
         short=_short,
         evaluation=_figures(evaluation) if evaluation else [],

@@ -13,6 +13,7 @@ from ...models.wavelet_net import WaveletNet
 from ..base import Public, Student, Synthetic, Workspace
 
 OVERSAMPLE = 16  # images drawn for one that is kept
+BESIDE = 8  # classes of whose first image the teacher's answer is shown, where that is free
 CHUNK = 512
 
 
@@ -22,9 +23,14 @@ def finish(
     public: Public,
     workspace: Workspace,
     per_class: int,
-    figures: dict[str, float] | None = None,
+    teacher: Callable[[Tensor], Tensor] | None = None,
 ) -> Student:
-    """Returns the student with `per_class` images of every class: of those drawn for it, the ones that the student is surest of."""
+    """Returns the student with `per_class` images of every class: of those drawn for it, the ones that the student is surest of.
+
+    Args:
+      teacher: images to logits [B, K], where its answers are free to show, to be compared with the student's. An opaque one's are not.
+    """
+    figures = probe_agreement(teacher, model, public, workspace) if teacher else {}
     images, labels, soft = [], [], []
     with torch.no_grad():
         for k in range(public.n_classes):
@@ -41,7 +47,21 @@ def finish(
             soft.append(p[best])
             labels.append(torch.full((per_class,), k))
     shown = Synthetic(images=torch.cat(images).clamp(-1, 1), labels=torch.cat(labels), soft_labels=torch.cat(soft))
-    return Student(model=model.cpu().eval(), generator=generator.cpu().eval(), images=shown, figures=figures or {})
+    if teacher:
+        figures |= answers_beside(teacher, shown.images[::per_class][:BESIDE].to(workspace.device))
+    return Student(model=model.cpu().eval(), generator=generator.cpu().eval(), images=shown, figures=figures)
+
+
+def answers_beside(teacher: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, float]:
+    """The teacher's class and probability for each of these images: the page shows them beside the student's."""
+    with torch.no_grad():
+        p_BK = (
+            teacher(x.nan_to_num(0)).softmax(dim=1).nan_to_num(0).cpu()
+        )  # figures are numbers, also where a fit diverged
+    found: dict[str, float] = {}
+    for index, p in enumerate(p_BK):
+        found |= {f"teacher_class_{index}": int(p.argmax()), f"teacher_probability_{index}": round(float(p.max()), 4)}
+    return found
 
 
 def probe_agreement(

@@ -21,7 +21,7 @@ from ..shared import linear, tones
 from ..shared import mixture as mix
 from ..shared.bounds import PIXEL_DIMS, check_bounds
 from .conversion import Conversion, convert
-from .gallery import finish, probe_agreement
+from .gallery import finish
 
 N_DRAWN = 8000  # images of the mixture
 SHARE_TONES = 0.03  # of the mixture's share, for its tones; in colour they brought nothing (docs/decisions/model.md)
@@ -69,8 +69,7 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     teacher = linear.train(config, public, private, plan[:2], workspace)
     asked = with_mixture(config, public, private, plan[2:], workspace) if config.share_prior else public
     made = convert(teacher, asked, config, workspace, differentiable=False)
-    figures = probe_agreement(teacher, made.student, public, workspace)
-    return finish(made.student, made.generator, public, workspace, config.per_class, figures)
+    return finish(made.student, made.generator, public, workspace, config.per_class, teacher)
 
 
 def with_mixture(

@@ -22,7 +22,7 @@ from ..base import Public, Student, Workspace
 from ..shared.bounds import NORMS, check_bounds
 from ..shared.linear import public_images, untrained
 from .conversion import Conversion, Converted, convert
-from .gallery import finish, probe_agreement
+from .gallery import finish
 from .prior import Prior, vary
 
 
@@ -175,8 +175,7 @@ def run(
         if index + 1 < config.rounds:
             made = convert(aggregate, public, config, Renamed(workspace, f"round-{index}"), differentiable=False)
     made = convert(aggregate, public, config, workspace, differentiable=False)
-    figures = probe_agreement(aggregate, made.student, public, workspace)
-    return finish(made.student, made.generator, public, workspace, config.per_class, figures)
+    return finish(made.student, made.generator, public, workspace, config.per_class, aggregate)
 
 
 def queries(config: Config, prior: Prior, made: Converted | None, workspace: Workspace, index: int) -> Tensor:

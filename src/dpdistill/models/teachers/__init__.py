@@ -19,6 +19,7 @@ from dpdistill.errors import InputError
 from dpdistill.models.teachers.base import (
     EXPORT,
     EXTRA_BYTES,
+    RANGE,
     REFUSED,
     Run,
     Teacher,
@@ -28,10 +29,22 @@ from dpdistill.models.teachers.base import (
     read_bytes,
 )
 from dpdistill.models.teachers.onnx_run import checked_onnx, onnx_run
-from dpdistill.models.teachers.probe import probe
+from dpdistill.models.teachers.probe import one_class, probe, varied_images
 from dpdistill.models.teachers.weights import network_of
 
-__all__ = ["Teacher", "Wants", "from_callable", "load_teacher"]
+__all__ = ["RANGE", "Teacher", "Wants", "check_kind", "from_callable", "load_teacher", "one_class", "varied_images"]
+
+
+def check_kind(path: Path) -> None:
+    """Raises InputError unless this is named as a model file that is read here is; the file is not opened."""
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        known = "is a TensorFlow SavedModel" if (path / "saved_model.pb").exists() else "is a folder"
+        raise InputError(path, f"{known}, not a model file", EXPORT)
+    if suffix in REFUSED:
+        raise InputError(path, f"is a {suffix} file, which may run code when it is read", EXPORT)
+    if suffix not in (".onnx", ".safetensors"):
+        raise InputError(path, "is not a model file: wanted .onnx, or .safetensors with an architecture", EXPORT)
 
 
 def load_teacher(
@@ -65,13 +78,7 @@ def load_teacher(
     wants = Wants(value_range=tuple(value_range), layout=layout, outputs=outputs, mean=mean, std=std)  # type: ignore[arg-type]
     suffix, path = Path(spec).suffix.lower(), Path(spec)
     name = check_name(path)
-    if path.is_dir():
-        known = "is a TensorFlow SavedModel" if (path / "saved_model.pb").exists() else "is a folder"
-        raise InputError(spec, f"{known}, not a model file", EXPORT)
-    if suffix in REFUSED:
-        raise InputError(spec, f"is a {suffix} file, which may run code when it is read", EXPORT)
-    if suffix not in (".onnx", ".safetensors"):
-        raise InputError(spec, "is not a model file: wanted .onnx, or .safetensors with an architecture", EXPORT)
+    check_kind(path)
     if image_shape is not None:
         check_image_shape(spec, image_shape, wants)
     if suffix == ".onnx":
@@ -108,7 +115,7 @@ def from_callable(
     outputs: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
-    name: str = "callable",
+    name: str | None = None,
 ) -> Teacher:
     """Wraps a Python function as a teacher, after the same probe as for files.
 
@@ -116,13 +123,18 @@ def from_callable(
       fn: maps a float32 tensor [B, C, H, W] with pixels in `value_range` to a tensor or array [B, K], each row from its image
         alone. Called without gradients. A torch network must be in eval mode already.
       image_shape, n_classes, value_range, layout, outputs, mean, std: as in `load_teacher`.
-      name: printable.
+      name: printable, and what a stopped run knows the teacher by when it goes on: another function under the same name is not noticed.
+        Without one that is the classes that win on made-up images: a function that answers otherwise but has the same winners there is
+        not noticed, and one whose answers are not quite the same each time (served, or on a GPU) may be taken for another at a close
+        call. Give it a name then, and a new name whenever it changes.
 
     Raises:
       InputError: what it returns is no classifier's answer.
     """
     wants = Wants(value_range=tuple(value_range), layout=layout, outputs=outputs, mean=mean, std=std)  # type: ignore[arg-type]
-    check_image_shape(name, image_shape, wants)
+    shown = check_name("callable" if name is None else name)
+    known_by = "" if name is None else f"callable-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+    check_image_shape(shown, image_shape, wants)
     if isinstance(fn, nn.Module) and fn.training:
-        raise InputError(name, "is a network in training mode", "call its eval() first")
-    return probe(fn, name, check_name(name), image_shape, n_classes, wants, "")
+        raise InputError(shown, "is a network in training mode", "call its eval() first")
+    return probe(fn, shown, shown, image_shape, n_classes, wants, known_by)

@@ -43,7 +43,9 @@ MAX_WINDOW = 4096  # kernel, stride, dilation, padding
 MAX_HEADER = 2**22  # bytes, of a safetensors file
 EXTRA_BYTES = 2**30  # address space that loading and probing may take beyond the model's own
 
-EXPORT = "export it to ONNX: torch.onnx.export(model.eval(), x, 'model.onnx'), or tf2onnx for Keras and TensorFlow"
+ONE_FILE = "external_data=False"  # of torch.onnx.export, which else keeps the weights beside the file
+EXPORT = f"export it to ONNX: torch.onnx.export(model.eval(), (x,), 'model.onnx', {ONE_FILE}), or tf2onnx for Keras and TensorFlow"
+RANGE = "check --input-low and --input-high (0 and 255?), --set mean=… and std=…, and that the weights are trained"
 REFUSED = frozenset({".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".h5", ".hdf5", ".keras", ".joblib", ".pb"})
 
 OPERATIONS = frozenset(
@@ -58,7 +60,7 @@ OPERATIONS = frozenset(
 )  # no loops, branches, sequences, strings or random numbers: what is left ends, and repeats
 
 FORBIDDEN_FIELDS = {  # of the ONNX schema, with the way out
-    ("TensorProto", "external_data"): ("keeps weights in other files", "save it as one file: save_as_external_data=False"),
+    ("TensorProto", "external_data"): ("keeps weights in other files", f"save it as one file: torch.onnx.export(…, {ONE_FILE})"),
     ("GraphProto", "sparse_initializer"): ("has sparse weights", "store them densely"),
     ("AttributeProto", "g"): ("has loops or branches", "export it with fixed control flow"),
     ("AttributeProto", "graphs"): ("has loops or branches", "export it with fixed control flow"),
@@ -93,7 +95,7 @@ class Teacher:
       n_classes: K.
       outputs: maps images [B, C, H, W], float32 in [-1, 1], to logits or log-probabilities [B, K], float32 on the same
         device, without a gradient. Softmax of a row is the teacher's answer. Each row depends on its image alone.
-      sha256: of the file, in hex; '' for a callable.
+      sha256: of the file, in hex; of a callable, 'callable-' and part of that of its name, or '' where it was given none.
     """
 
     name: str

@@ -6,9 +6,11 @@ B images in a batch, C channels, H, W size, K classes, P images of the probe.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dpdistill.data.files import no_warnings
@@ -17,7 +19,7 @@ from dpdistill.errors import InputError
 
 with no_warnings():
     pass
-from dpdistill.models.teachers.base import BATCH, MODEL_LIMITS, PROBE, Run, Teacher, Wants, show
+from dpdistill.models.teachers.base import BATCH, MODEL_LIMITS, PROBE, RANGE, Run, Teacher, Wants, show
 
 
 def probe_images(image_shape: tuple[int, int, int]) -> Tensor:
@@ -29,6 +31,27 @@ def probe_images(image_shape: tuple[int, int, int]) -> Tensor:
     ramp = np.broadcast_to(np.linspace(-1, 1, w, dtype=np.float32), (1, c, h, w))
     flat = np.ones((1, c, h, w), np.float32)
     return torch.from_numpy(np.concatenate([drawn, noise, ramp, -flat, flat]))
+
+
+def varied_images(image_shape: tuple[int, int, int]) -> Tensor:
+    """Returns made-up images [128, C, H, W] in [-1, 1], of which a classifier that is fed rightly tells some apart: procedural, flat, and
+    blocks of a half, a quarter and an eighth of a side, half of these in black and white. Always the same."""
+    c, h, w = image_shape
+    drawn = torch.from_numpy(procedural_images(64, c, h, w, seed=1)).float() / 127.5 - 1
+    g = torch.Generator().manual_seed(0)
+    parts = [drawn]
+    for cells in (1, 2, 4, 8):
+        blocks = torch.rand(16, c, cells, cells, generator=g) * 2 - 1
+        if cells > 1:
+            blocks[:8] = blocks[:8].sign()
+        parts.append(F.interpolate(blocks, size=(h, w)))
+    return torch.cat(parts)
+
+
+def one_class(outputs: Callable[[Tensor], Tensor], image_shape: tuple[int, int, int]) -> bool:
+    """Whether one class wins on every one of `varied_images`, as where pixels of 0..1 are fed to a model of 0..255."""
+    rows_BK = outputs(varied_images(image_shape))
+    return bool(rows_BK.isfinite().all()) and len(rows_BK.argmax(dim=1).unique()) == 1
 
 
 def probe(
@@ -64,8 +87,7 @@ def probe(
             hint = "a network in training mode mixes a batch: model.eval() before export"
             raise InputError(source, "answers an image otherwise when other images are beside it", hint)
     if float((first - first[:1]).abs().max()) <= 1e-6 * scale:
-        hint = "check --input-low, --input-high, --set mean=… and std=…, and that the weights are trained"
-        raise InputError(source, "gives the same answer to every image", hint)
+        raise InputError(source, "gives the same answer to every image", RANGE)
     sums = first.sum(1)
     rows_are = bool((first >= -1e-6).all()) and bool(((sums - 1).abs() <= 1e-3).all())
     if wants.outputs == "probabilities" and not rows_are:
