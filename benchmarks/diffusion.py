@@ -40,7 +40,7 @@ from dpdistill.config import build
 from dpdistill.data import LabelledImages, load_images, procedural_images, to_unit
 from dpdistill.evaluation import Training, train_classifier
 from dpdistill.mechanisms import PrivateData, Vault
-from dpdistill.methods import DIFFUSION_METHODS, Public, Synthetic, dpmerf
+from dpdistill.methods import DIFFUSION_METHODS, METHODS, Public, Synthetic
 from dpdistill.methods.diffusion import dpsad
 from dpdistill.methods.diffusion import student as student_of
 from dpdistill.models import few_step
@@ -216,7 +216,7 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
     expected = len(records.labels)  # of a benchmark's set; public
     if setting == "control":
         records = replace(records, images=records.images[:0], labels=records.labels[:0])
-    method: Any = dpmerf if setting == "dpmerf" else DIFFUSION_METHODS["dpsad" if setting in OURS else setting]
+    method: Any = {**METHODS, **DIFFUSION_METHODS}["dpsad" if setting in OURS else setting]
     sizes = {"dpmerf": {"per_class": DRAWN // records.n_classes}, "shards": {"unit_moves": 2}}
     given |= sizes.get(setting, {"expected_records": expected})
     given |= {"target_epsilon": epsilon} if method is dpsad else {}
