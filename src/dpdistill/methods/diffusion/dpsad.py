@@ -33,6 +33,7 @@ from ..shared.bounds import PIXEL_DIMS, check_bounds
 from ..shared.embedding import EmbeddingConfig
 from . import private_denoiser
 from .distillation import DistillationConfig, Teacher
+from .expected import figures
 from .private_denoiser import DenoiserConfig
 from .student import finish
 
@@ -188,6 +189,12 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
     if per_class < 40 * noise:
         lines.append(
             "few records for this ε: expect samples that show a class only roughly; ask for more ε, or merge classes"
+        )
+    if near := figures(public, config.expected_records, epsilon):
+        found = ", ".join(f"about {figure.default} % on {figure.images}" for figure in near)
+        lines.append(
+            f"measured with the defaults at {near[0].records:,} images and ε = {near[0].epsilon:g}, by a small network trained on "
+            f"samples alone: {found}; other images may be harder"
         )
     return lines
 
