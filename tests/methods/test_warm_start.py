@@ -63,6 +63,23 @@ def test_the_advice_says_why_there_is_no_dp_sgd() -> None:
     assert not any("few records" in line for line in dpsad.advice(many, PUBLIC, 10.0, 1e-5))
 
 
+def test_ordinary_sets_have_no_dp_sgd_by_default() -> None:
+    """Of 16×16 and larger, up to ten classes: none, however many records. Smaller images, or more classes, of many records: a half."""
+    for shape, k, half in (
+        ((1, 16, 16), 10, False),
+        ((3, 64, 64), 2, False),
+        ((1, 15, 15), 10, True),
+        ((1, 28, 28), 20, True),
+    ):
+        public = replace(PUBLIC, image_shape=shape, class_names=tuple(map(str, range(k))))
+        shares = {
+            config(expected_records=records, target_epsilon=epsilon).share(public)
+            for records in (1437, 10_000, 60_000, 100_000, 10**6)
+            for epsilon in (0.5, 1.0, 2.0, 4.0, 10.0)
+        }
+        assert shares == ({0.0, 0.5} if half else {0.0})
+
+
 @pytest.mark.parametrize(
     ("method", "records", "epsilon", "said"),
     [
