@@ -171,6 +171,15 @@ class Stopping(FolderWorkspace):
             yield step
 
 
+def test_c_the_same_attack_fails_on_a_step_of_dp_sgd(attack: Any, flat: Any, tmp_path: Path) -> None:
+    """On the first layer of the denoiser itself. It is the noise that stops it: with next to none, the attack is right every time."""
+    right, at_least = attack.audit(attack.dp_sgd(*flat, 10.0, tmp_path))
+    assert 33 <= right <= 67
+    assert at_least <= accounting.gaussian_epsilon(10.0, DELTA)
+    right, _ = attack.audit(attack.dp_sgd(*flat, 1e-3, tmp_path))
+    assert right >= 95
+
+
 # The numbers that are printed, and that the method runs.
 
 

@@ -1,6 +1,6 @@
 """Pretraining of a denoiser on public images: ordinary steps, before the first private one. Nothing here is private.
 
-Source: Ghalebikesabi et al. (2023), who fine-tune by DP-SGD what was trained on public images. What these are of is of no account: each gets
+Source: Ghalebikesabi et al. (2023), who fine-tune by DP-SGD what was trained on public images. What these show is of no account: each gets
 a class at random, anew in every step, so that no class begins ahead of another.
 B images of a step, K classes.
 """
