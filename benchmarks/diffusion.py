@@ -16,6 +16,18 @@ Utility: three classifiers (softmax regression, a network with one hidden layer,
 each as it was after the epoch at which it was best on the other tenth; accuracy on the test images. Rows without `"epoch": "chosen"` are
 of before: all synthetic images, and the last epoch. Distance: Fréchet's, between 500 public scattering components of synthetic and
 of test images; precision and recall (Kynkäänniemi et al. 2019, k = 3) in the same space. Test images are used for these figures only.
+
+`--features NET.onnx` adds Fréchet's distance between the features of a network of yours, and the file's name to the rows. NET maps images
+[B, 3 or 1, H, W] in [-1, 1] to [B, D]; ours are scaled to its H and W, and grey ones repeated. Inception, 0.4 s an image on one core, of
+torchvision's weights (published figures are mostly of TensorFlow's of 2015, which give others):
+  python -c "import torch, torchvision
+  net = torchvision.models.inception_v3(init_weights=False)
+  net.load_state_dict(torch.load('inception_v3_google-0cc3c7bd.pth', weights_only=True))
+  net.fc = torch.nn.Identity()
+  axes = {'x': {0: 'n'}, 'y': {0: 'n'}}
+  torch.onnx.export(net.eval(), torch.zeros(2, 3, 299, 299), 'inception.onnx',
+                    input_names=['x'], output_names=['y'], dynamic_axes=axes, dynamo=False)"
+
 Runs are kept in docs/benchmarks/diffusion.runs.jsonl, one line each, and a cell that has enough is not run again. DIR: see common.py.
 """
 
@@ -24,12 +36,14 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import scipy.linalg
 import torch
 import torch.nn.functional as F
@@ -40,7 +54,7 @@ from dpdistill.config import build
 from dpdistill.data import LabelledImages, load_images, procedural_images, to_unit
 from dpdistill.evaluation import Training, train_classifier
 from dpdistill.mechanisms import PrivateData, Vault
-from dpdistill.methods import DIFFUSION_METHODS, Public, Synthetic, dpmerf
+from dpdistill.methods import DIFFUSION_METHODS, METHODS, Public, Synthetic
 from dpdistill.methods.diffusion import dpsad
 from dpdistill.methods.diffusion import student as student_of
 from dpdistill.models import few_step
@@ -71,11 +85,12 @@ def both(args: argparse.Namespace, dataset: str) -> tuple[LabelledImages, Labell
 class Judge:
     """Says how good synthetic images are, by a test set."""
 
-    def __init__(self, test: LabelledImages, public: Public) -> None:
+    def __init__(self, test: LabelledImages, public: Public, given: Callable[[Tensor], Tensor] | None = None) -> None:
         self.x, self.y = torch.from_numpy(test.to_unit()), torch.from_numpy(test.labels)
         self.features = LinearTeacher(test.image_shape, test.n_classes)
         self.features.fit_public(public.auxiliary, torch.Generator().manual_seed(0))
         self.real = self.embed(self.x)
+        self.given, self.real_given = given, given and given(self.x)
         self.flip = test.source in FLIP
 
     def embed(self, x: Tensor) -> Tensor:
@@ -97,7 +112,8 @@ class Judge:
             **found,
             "epoch": "chosen",
             "accuracy": found["cnn"],
-            "frechet": frechet(fake, self.real),
+            "frechet": 1000 * frechet(fake, self.real),  # features have norm 1
+            **({"frechet_given": frechet(self.given(x), self.real_given)} if self.given else {}),
             **near(fake, self.real),
         }
 
@@ -162,11 +178,35 @@ class Best:
 
 
 def frechet(fake: Tensor, real: Tensor) -> float:
-    """Fréchet distance of two Gaussians with the features' means and covariances; features have norm 1, so it is given times 1,000."""
+    """Fréchet distance of two Gaussians with the features' means and covariances; features [N, D] in float64."""
     a, b = np.cov(fake.numpy(), rowvar=False), np.cov(real.numpy(), rowvar=False)
     apart = float(np.square(fake.mean(0).numpy() - real.mean(0).numpy()).sum())
     root = scipy.linalg.sqrtm(a @ b).real
-    return 1000 * (apart + float(np.trace(a) + np.trace(b) - 2 * np.trace(root)))
+    return apart + float(np.trace(a) + np.trace(b) - 2 * np.trace(root))
+
+
+def network_features(path: str) -> Callable[[Tensor], Tensor]:
+    """Returns fn(x [N, C, H, W] in [-1, 1]) -> [N, D] in float64: what an ONNX network says of images, fitted to what its input asks."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    if len(given.shape) != 4:
+        raise SystemExit(f"Expected {path} to take images [B, C, H, W], got an input of shape {given.shape}.")
+    batch, channels, *sides = (size if isinstance(size, int) else None for size in given.shape)
+
+    def fn(x: Tensor) -> Tensor:
+        found = []
+        for part in x.split(batch or 50):
+            n, size = len(part), [wanted or own for wanted, own in zip(sides, part.shape[2:], strict=True)]
+            if size != list(part.shape[2:]):
+                part = F.interpolate(part, size, mode="bilinear", antialias=True)
+            if channels not in (None, part.shape[1]):
+                part = part.mean(dim=1, keepdim=True).expand(-1, channels, -1, -1)
+            part = F.pad(part, (0, 0) * 3 + (0, (batch or n) - n))  # a file may name its batch
+            (out, *_) = session.run(None, {given.name: part.numpy()})
+            found.append(torch.from_numpy(out)[:n].flatten(1).double())
+        return torch.cat(found)
+
+    return fn
 
 
 def near(fake: Tensor, real: Tensor, k: int = 3, n: int = 3000) -> dict[str, float]:
@@ -189,7 +229,7 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     records, test = both(args, dataset)
     public = public_of(records, args.seed)
-    judge = Judge(test, public)
+    judge = Judge(test, public, network_features(args.features) if args.features else None)
     rows: list[dict[str, Any]] = []
     started = time.monotonic()
 
@@ -216,7 +256,7 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
     expected = len(records.labels)  # of a benchmark's set; public
     if setting == "control":
         records = replace(records, images=records.images[:0], labels=records.labels[:0])
-    method: Any = dpmerf if setting == "dpmerf" else DIFFUSION_METHODS["dpsad" if setting in OURS else setting]
+    method: Any = {**METHODS, **DIFFUSION_METHODS}["dpsad" if setting in OURS else setting]
     sizes = {"dpmerf": {"per_class": DRAWN // records.n_classes}, "shards": {"unit_moves": 2}}
     given |= sizes.get(setting, {"expected_records": expected})
     given |= {"target_epsilon": epsilon} if method is dpsad else {}
@@ -259,11 +299,11 @@ def table() -> None:
     for run in runs():
         note = ", ".join(filter(None, [run["note"], "" if "epoch" in run else "last epoch"]))
         cells.setdefault((run["dataset"], float(run["epsilon"]), run["setting"], note), []).append(run)
+    in_given = any("frechet_given" in run for found in cells.values() for run in found)
     rows, text = [], [(DOCS / "diffusion.head.md").read_text() if (DOCS / "diffusion.head.md").exists() else ""]
-    text.append(
-        "| data | ε | setting | CNN, % | spread | MLP | softmax | Fréchet | precision | recall | releases | minutes | peak GiB | what |"
-    )
-    text.append("|" + "---|" * 14)
+    head = "| data | ε | setting | CNN, % | spread | MLP | softmax | Fréchet |" + " Fréchet, given |" * in_given
+    head += " precision | recall | releases | minutes | peak GiB | what |"
+    text += [head, "|" + "---|" * (head.count("|") - 1)]
     for (dataset, epsilon, setting, note), found in sorted(cells.items()):
 
         def mean(name: str, found: list[dict[str, Any]] = found) -> float:
@@ -281,6 +321,7 @@ def table() -> None:
             "mean": round(mean("accuracy"), 4),
             "std": None if spread is None else round(spread, 4),
             **{name: round(mean(name), 4) for name in ("mlp", "logistic", "frechet", "precision", "recall")},
+            **({"frechet_given": round(mean("frechet_given"), 4)} if "frechet_given" in found[0] else {}),
             "releases": len(found),
             "seconds": round(mean("seconds"), 1),
             "peak_gib": round(max(run["peak_gib"] for run in found), 2),
@@ -290,9 +331,10 @@ def table() -> None:
         rows.append(row)
         shown = "–" if spread is None else f"± {100 * spread:.1f}"
         others = " | ".join(f"{100 * row[name]:.1f}" for name in ("mlp", "logistic"))
+        distance = f" {row['frechet_given']:.1f} |" if "frechet_given" in row else " – |" * in_given
         text.append(
             f"| {dataset} | {epsilon:g} | {setting} | {100 * row['mean']:.1f} | {shown} | {others} "
-            f"| {row['frechet']:.1f} | {row['precision']:.2f} | {row['recall']:.2f} | {len(found)} | {row['seconds'] / 60:.1f} "
+            f"| {row['frechet']:.1f} |{distance} {row['precision']:.2f} | {row['recall']:.2f} | {len(found)} | {row['seconds'] / 60:.1f} "
             f"| {row['peak_gib']:.1f} | {note} |"
         )
     text += ["", "The student beside its teacher, on the releases that have both:", ""]
@@ -325,13 +367,16 @@ def main() -> None:
     parser.add_argument("--releases", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], help="name=value for the method's Config")
     parser.add_argument("--steps", type=int, default=2, help="of the student, for an image")
+    parser.add_argument(
+        "--features", metavar="NET.onnx", help="feature network for a second Fréchet distance; see above"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.note = ", ".join(args.set)
+    args.note = ", ".join([*args.set, *([f"features={Path(args.features).name}"] if args.features else [])])
     if args.one:
         print(json.dumps({"rows": one(args)}))
         return
@@ -348,6 +393,7 @@ def main() -> None:
         todo += [(cell, seed) for seed in range(args.releases) if seed not in have]
     passed = ["--data", str(args.data), "--device", args.device, "--steps", str(args.steps)]
     passed += [word for item in args.set for word in ("--set", item)]
+    passed += ["--features", args.features] if args.features else []
 
     def work(job: tuple[str, int]) -> None:
         cell, seed = job

@@ -5,7 +5,8 @@
 A student of one linear layer W, x_θ = W·x_r, is updated. A coin decides whether one digit, the candidate, is among the private ones. The
 observer knows the candidate, the mechanism and what it releases; it says in or out, and learns its threshold from runs of its own. In the
 paper's mechanism noise of any σ is put on each sample's output gradient u_i, and the update is Σ (u_i + noise)·x_rᵢᵀ: its row space is
-spanned by the private x_rᵢ, whatever the noise. At the door the noise is on the sum of whole gradients. Half a minute on one core.
+spanned by the private x_rᵢ, whatever the noise. At the door the noise is on the sum of whole gradients: of that layer, and of the
+denoiser that `dpdm` trains, in one of its own steps. Two minutes on one core.
 
 B private images of a step, D pixels.
 """
@@ -24,7 +25,8 @@ from torch import Tensor
 from dpdistill.data import load_images
 from dpdistill.data.images import LabelledImages
 from dpdistill.mechanisms import PrivateData, Vault
-from dpdistill.methods.diffusion import paper
+from dpdistill.methods import Public
+from dpdistill.methods.diffusion import paper, private_denoiser
 from dpdistill.models import edm
 from dpdistill.privacy import GaussianSum, Ledger, epsilon
 
@@ -103,6 +105,46 @@ def door(others: Tensor, candidate: Tensor, sigma: float, folder: Path, *, match
             (2 * (-x_r - x_0) / d)[:, :, None].mul(x_r[:, None, :]).flatten(1)
         )  # per-record gradient of L_dis at W = 0
 
+    seen = both_worlds(others, candidate, query, fn, folder / f"door-{sigma}-{matched}")
+    own = fn(candidate.view(1, 1, 8, 8), torch.zeros(1))[0]
+
+    def release(inside: bool, trial: int) -> Tensor:
+        update = seen(inside, trial)
+        return -(update @ own) if matched else residual(update.view(d, d), candidate)
+
+    return release
+
+
+def dp_sgd(others: Tensor, candidate: Tensor, sigma: float, folder: Path) -> Release:
+    """One real step of `methods.diffusion.private_denoiser`, at low levels; the row space is that of its first layer's noisy gradient."""
+    config = private_denoiser.DenoiserConfig(
+        expected_records=B,
+        expected_batch=B,
+        multiplicity=1,
+        width=B,  # as many rows as images
+        depth=1,
+        p_mean=math.log(LOW),
+        p_std=1e-3,
+        label_dropout=0.0,
+    )
+    public = Public(image_shape=(1, 8, 8), class_names=("digit",), auxiliary=torch.zeros(1, 1, 8, 8))
+    model = private_denoiser.network(config, public, torch.Generator().manual_seed(0))
+    fn = private_denoiser.record_gradient(model, config, torch.Generator().manual_seed(0))
+    query = private_denoiser.planned(config, public, sigma).query
+    seen = both_worlds(others, candidate, query, fn, folder / f"dp-sgd-{sigma}")
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+
+    def release(inside: bool, trial: int) -> Tensor:
+        parts = dict(zip(sizes, seen(inside, trial).split_with_sizes(list(sizes.values())), strict=True))
+        return residual(parts["first.weight"].view(B, -1), candidate)
+
+    return release
+
+
+def both_worlds(
+    others: Tensor, candidate: Tensor, query: GaussianSum, fn: Callable[[Tensor, Tensor], Tensor], folder: Path
+) -> Release:
+    """Returns (candidate is in, number of the trial) -> the noisy sum, of a door with the candidate and of one without."""
     handles = []
     for inside in (False, True):
         pixels = torch.cat([candidate[None], others[: B - 1]]) if inside else others[: B - 1]
@@ -112,18 +154,16 @@ def door(others: Tensor, candidate: Tensor, sigma: float, folder: Path, *, match
             class_names=("digit",),
             source="digits",
         )
-        place = folder / f"door-{sigma}-{matched}-{inside}"
+        place = folder / str(inside)
         ledger = Ledger.open(place / "ledger.jsonl", cap=(1e9, DELTA), data="digits", unit="record")
         handle = PrivateData(records, ledger, Vault.open(place / "vault"), micro_batch=B)
         handles.append((handle, handle.reserve(query, SHADOW + TRIALS)))
-    own = fn(candidate.view(1, 1, 8, 8), torch.zeros(1))[0]
 
-    def release(inside: bool, trial: int) -> Tensor:
+    def seen(inside: bool, trial: int) -> Tensor:
         handle, held = handles[inside]
-        update = handle.release_reserved(held, trial, fn)[0]
-        return -(update @ own) if matched else residual(update.view(d, d), candidate)
+        return handle.release_reserved(held, trial, fn)[0]
 
-    return release
+    return seen
 
 
 def audit(release: Release) -> tuple[int, float]:
@@ -166,6 +206,7 @@ def main() -> None:
             row(table, "door, row space", sigma, claimed, door(others, candidate, sigma, folder))
             best = door(others, candidate, sigma, folder, matched=True)
             row(table, "door, best test", sigma, claimed, best)
+            row(table, "DP-SGD step, row space", sigma, claimed, dp_sgd(others, candidate, sigma, folder))
     Console().print(table)
     print(
         f"ε claimed: what noise of σ·C on a sum proves (δ = {DELTA:g}). The paper's noise is on output gradients, and its update shows\n"

@@ -189,6 +189,12 @@ def test_an_option_of_another_kind_s_plan(given: tuple[str, str], dp: Cli) -> No
     assert err.startswith(f"dpdistill: plan {kind} has no {option}")
 
 
+def test_dp_merf_is_planned_like_any_other(dp: Cli) -> None:
+    code, out, err = dp("plan", "dataset", "--method", "dpmerf", "--shape", "1,8,8", "--classes", 2)
+    assert (code, err) == (0, "")
+    assert "dpmerf-embedding" in out
+
+
 def test_a_model_s_file_is_planned_as_a_model_s(dp: Cli, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text('data = "private.npz"\nexpected_records = 13\nper_class = 1\n')
     code, out, _ = dp("plan", "diffusion", "--shape", "1,8,8", "--config", "c.toml")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dpdistill.methods import METHODS
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -27,6 +29,10 @@ def test_the_install_line_brings_what_the_readme_then_uses() -> None:
     assert "diffusion" in extras
     assert "dpdistill diffusion" in README
     assert "'.[diffusion]'" in line
+
+
+def test_the_readme_lists_the_methods_for_data_sets() -> None:
+    assert re.findall(r"^\| `(\w+)`", README.split("## Methods for data sets")[1], re.MULTILINE) == list(METHODS)
 
 
 def test_what_is_said_of_the_few_step_student_is_in_its_table() -> None:

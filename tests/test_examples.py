@@ -73,9 +73,10 @@ def test_the_row_space_of_an_update_shows_its_members(
     example.main()
     lines = capsys.readouterr().out.splitlines()
     right = [int(line.split("of 20")[0].split("│")[-1]) for line in lines if "of 20" in line]
-    assert len(right) == 7
+    assert len(right) == 9
     assert right[:2] == [20, 20]  # one step of the paper, whatever σ is
     assert right[3] < 18  # the same attack at the door
+    assert right[5] < 18  # and on a step of DP-SGD
 
 
 @pytest.mark.parametrize("verb", ["dataset", "model", "diffusion"])

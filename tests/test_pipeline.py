@@ -54,6 +54,7 @@ TINY: dict[str, dict[str, Any]] = {
         "width": 8,
     },
     "ndpdc": {"steps": 4, "sampling_prob": 0.5, "group_size": 10, "width": 8},
+    "dpmerf": {"n_frequencies": 20, "steps": 5, "batch": 4, "latent": 2, "width": 4},
 }
 N = 47
 

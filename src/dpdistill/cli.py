@@ -31,7 +31,7 @@ Out = Annotated[str | None, typer.Option(help="The release folder to make.")]
 Epsilon = Annotated[float | None, typer.Option(help="ε asked for.")]
 Delta = Annotated[float | None, typer.Option(help="δ asked for.")]
 PerClass = Annotated[int | None, typer.Option(help="Synthetic images per class.")]
-MethodName = Annotated[str | None, typer.Option(help="joint (ours), dosser (the paper's, sound), ndpdc.")]
+MethodName = Annotated[str | None, typer.Option(help="joint (ours), dosser (the paper's, sound), ndpdc, dpmerf.")]
 Auxiliary = Annotated[
     str | None,
     typer.Option(help="Public images in any of the forms of --data (they need no labels), or 'none' (procedural)."),
@@ -98,7 +98,7 @@ def plan(
     delta: Delta = None,
     per_class: PerClass = None,
     method: Annotated[
-        str | None, typer.Option(help="joint, dosser or ndpdc; of a diffusion model dpsad, dpdm or shards.")
+        str | None, typer.Option(help="joint, dosser, ndpdc or dpmerf; of a diffusion model dpsad, dpdm or shards.")
     ] = None,
     shards: Annotated[str | None, typer.Option(help="Of a model: as `model --shards`.")] = None,
     expected_records: Annotated[

@@ -44,7 +44,7 @@ from dpdistill.data.decode import resize_arrays
 from dpdistill.mechanisms import Door, Ensemble, PrivateData, Vault, answers, ensemble, features, private
 from dpdistill.mechanisms.noise import Stream, derive, rounded_gaussian
 from dpdistill.mechanisms.recordwise import probe
-from dpdistill.methods import DIFFUSION_METHODS, METHODS, MODEL_METHODS, dpmerf, dpsgd
+from dpdistill.methods import DIFFUSION_METHODS, METHODS, MODEL_METHODS, dpsgd
 from dpdistill.methods.diffusion import distillation, dpsad
 from dpdistill.methods.model import conversion as model_conversion
 from dpdistill.methods.model import prior, teacher
@@ -202,7 +202,6 @@ class ClassifierConfig(dpsgd.Config):
 
 
 BASELINES: dict[str, Any] = {  # behind the same door, in no registry
-    "dpmerf": dpmerf,
     "dpsgd": SimpleNamespace(Config=ClassifierConfig, plan=dpsgd.plan, run=dpsgd.run),
 }
 

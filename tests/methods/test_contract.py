@@ -50,6 +50,7 @@ TINY: dict[str, dict[str, Any]] = {  # a method of another name runs with its de
         "checkpoint_steps": 2,
     },
     "ndpdc": {"steps": 4, "sampling_prob": 0.5, "group_size": 10, "width": 4, "checkpoint_steps": 2},
+    "dpmerf": {"n_frequencies": 20, "steps": 5, "batch": 4, "latent": 2, "width": 4, "checkpoint_steps": 2},
 }
 STUDENT = SAMPLER | {"checkpoint_steps": 2}
 DENOISER = NETWORK | STUDENT | {"expected_records": 60, "expected_batch": 20, "steps": 3, "multiplicity": 2}

@@ -6,6 +6,7 @@ B rows of a step, D pixels.
 import dataclasses
 import importlib.util
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,34 @@ def test_c_the_same_attack_fails_at_the_door(matched: bool, attack: Any, flat: A
     assert at_least <= accounting.gaussian_epsilon(10.0, DELTA)
 
 
+class Stop(Exception):
+    pass
+
+
+class Stopping(FolderWorkspace):
+    """Stops before the step after the n-th of all that `track` yields."""
+
+    def __init__(self, folder: Path, n: int) -> None:
+        super().__init__(folder, quiet=True)
+        self.n, self.done = n, 0
+
+    def track(self, steps: Sequence[int], description: str) -> Iterator[int]:
+        for step in steps:
+            if self.done == self.n:
+                raise Stop
+            self.done += 1
+            yield step
+
+
+def test_c_the_same_attack_fails_on_a_step_of_dp_sgd(attack: Any, flat: Any, tmp_path: Path) -> None:
+    """On the first layer of the denoiser itself. It is the noise that stops it: with next to none, the attack is right every time."""
+    right, at_least = attack.audit(attack.dp_sgd(*flat, 10.0, tmp_path))
+    assert 33 <= right <= 67
+    assert at_least <= accounting.gaussian_epsilon(10.0, DELTA)
+    right, _ = attack.audit(attack.dp_sgd(*flat, 1e-3, tmp_path))
+    assert right >= 95
+
+
 # The numbers that are printed, and that the method runs.
 
 
@@ -189,3 +218,28 @@ def test_it_runs_and_repeats_itself(sigma: float, digits: Any, vault: Vault, tmp
     first, second = run("a"), run("b")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.isfinite(value).all() for value in first.values())
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.0])
+def test_stopped_it_goes_on_where_it_was_with_the_same_bytes(
+    sigma: float, digits: Any, vault: Vault, tmp_path: Path
+) -> None:
+    """Stopped in the teacher's training, in the student's, and between checkpoints; each time from what the last one left."""
+    settings = config(teacher_steps=5, checkpoint_steps=2)
+    made: list[int] = []
+
+    def run(place: str, n: int = -1) -> dict[str, Tensor]:
+        workspace = Stopping(tmp_path / place, n)
+        try:
+            return paper.run(settings, PUBLIC, *digits, sigma, vault, workspace).state_dict()
+        finally:
+            made.append(workspace.done)
+
+    whole = run("whole")
+    for n in (1, 3, 2, 3):
+        with pytest.raises(Stop):
+            run("cut", n)
+    resumed = run("cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    # Of 5 and 5 steps, the first stop kept none, the second 2, the third 4, and the fourth the teacher's 5 and the student's 2.
+    assert made == [10, 1, 3, 2, 3, 3]

@@ -17,7 +17,7 @@ from dpdistill.data.images import LabelledImages
 from dpdistill.errors import ConfigError, RecordwiseError
 from dpdistill.mechanisms import PrivateData, Vault
 from dpdistill.methods.base import Public
-from dpdistill.methods.diffusion import dpdm, private_denoiser
+from dpdistill.methods.diffusion import dpdm, pretraining, private_denoiser
 from dpdistill.models import edm
 from dpdistill.privacy import Ledger
 from dpdistill.workspace import FolderWorkspace
@@ -90,6 +90,59 @@ def test_end_to_end(tmp_path: Path, records: LabelledImages, public: Public) -> 
     assert synthetic.images.abs().max() <= 1
     assert synthetic.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def given_by_a_person(public: Public) -> Public:
+    return replace(public, procedural=public.auxiliary)
+
+
+def test_public_images_pretrain_the_denoiser_and_cost_nothing(
+    tmp_path: Path, records: LabelledImages, public: Public, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DP-SGD begins where pretraining ended, which is nearer to the public images, of every class alike."""
+    stripes = torch.ones(40, 1, 8, 8)
+    stripes[:, :, :, ::2] = -1
+    public = given_by_a_person(replace(public, auxiliary=stripes))
+    begun: list[Tensor] = []
+    train = private_denoiser.train
+
+    def noted(model: Any, *rest: Any) -> Any:
+        with torch.no_grad():
+            y = torch.arange(4)
+            begun.append(model(stripes[:4] + torch.randn(4, 1, 8, 8, generator=seeded(1)), torch.ones(4), y))
+        return train(model, *rest)
+
+    monkeypatch.setattr(private_denoiser, "train", noted)
+    plain, parts = go(tmp_path / "plain", records, public, CONFIG)
+    made, same_parts = go(tmp_path / "pre", records, public, replace(CONFIG, pretrain_steps=60))
+    assert parts == same_parts
+    assert not torch.equal(plain.images.images, made.images.images)
+    far, near = ((answer - stripes[:4]).square().mean(dim=(1, 2, 3)) for answer in begun)
+    assert bool((near < far / 2).all())
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_stopped_in_pretraining_it_goes_on_with_the_same_bytes(
+    tmp_path: Path, records: LabelledImages, public: Public, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretraining, "EVERY", 2)
+    config, public = replace(CONFIG, pretrain_steps=5), given_by_a_person(public)
+    whole, _ = go(tmp_path / "whole", records, public, config)
+    with pytest.raises(Stop):
+        go(tmp_path / "cut", records, public, config, Stopping(tmp_path / "cut" / "w", n))
+    assert (tmp_path / "cut" / "w" / "pretraining.safetensors").exists() == (n > 0)
+    assert not (tmp_path / "cut" / "w" / "denoiser.safetensors").exists()
+    resumed, _ = go(tmp_path / "cut", records, public, config)
+    assert torch.equal(resumed.images.images, whole.images.images)
+
+
+def test_pretraining_needs_images_that_a_person_gave(public: Public) -> None:
+    config = replace(CONFIG, pretrain_steps=5)
+    with pytest.raises(ConfigError, match="give --auxiliary"):
+        dpdm.plan(config, public, 1.0)
+    assert dpdm.plan(config, given_by_a_person(public), 1.0) == dpdm.plan(CONFIG, public, 1.0)
+    with pytest.raises(ConfigError, match="pretrain_steps of at least 0"):
+        replace(CONFIG, pretrain_steps=-1)
 
 
 @pytest.mark.parametrize("n", [1, 5])

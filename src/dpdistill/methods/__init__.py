@@ -3,7 +3,7 @@
 from types import ModuleType
 from typing import cast
 
-from . import dosser, joint, ndpdc
+from . import dosser, dpmerf, joint, ndpdc
 from .base import Method, Public, Sampler, Student, Synthetic, Workspace
 from .diffusion import dpdm, dpsad, paper, shard_teachers
 from .model import conversion_way, opaque, teacher, votes
@@ -12,6 +12,7 @@ METHODS: dict[str, Method] = {
     "joint": cast(Method, joint),
     "dosser": cast(Method, dosser),
     "ndpdc": cast(Method, ndpdc),
+    "dpmerf": cast(Method, dpmerf),
 }
 
 # The ways to a student model. The first two ask the door, so they are methods like the others; the last two get a teacher as it is.

@@ -1,6 +1,6 @@
 """DP-MERF, the baseline: one release of each class' mean random Fourier features, and images of a generator fitted to it.
 
-Source, privacy, and where it differs from the paper: `shared.embedding`.
+Source, privacy, and where it differs from the paper: `shared.embedding`. Proof: docs/privacy/gaussian_sum.md, once, for vectors of norm 1.
 """
 
 from dataclasses import dataclass

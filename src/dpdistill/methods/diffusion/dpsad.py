@@ -33,6 +33,7 @@ from ..shared.bounds import PIXEL_DIMS, check_bounds
 from ..shared.embedding import EmbeddingConfig
 from . import private_denoiser
 from .distillation import DistillationConfig, Teacher
+from .expected import figures
 from .private_denoiser import DenoiserConfig
 from .student import finish
 
@@ -56,8 +57,9 @@ class Config(DenoiserConfig, DistillationConfig):
       per_class: samples that are released beside the model.
       target_epsilon: the asked ε, for "auto" alone; what a run costs is calibrated elsewhere.
       warm_start: "auto" is "embedding" where the expected records are few for a sum's noise (below about 22,000 at ε = 1), else "mixture".
-      share_denoiser: of Σ 1/σ², for DP-SGD; where it is 0 there is none. "auto" is a half where a sum's noise weighs little against
-        the expected records (60,000 at ε = 4 and more), but for a fine mixture, which was better without; else 0.
+      share_denoiser: of Σ 1/σ², for DP-SGD; where it is 0 there is none. "auto" is 0 for ordinary sets, of 16×16 and larger and up to
+        ten classes: their teacher is the released warm start, which DP-SGD was measured to make worse (docs/decisions/diffusion.md). It
+        is a half for smaller images, or more classes, of many records (60,000 at ε = 4 and more), as long as the mixture is not fine.
       share_tones: of the rest, for the tones. The embedding needs none, nor a guide: it has all of the rest.
       share_guide: of the rest of that, for the guide where there is one (`guided`); what then remains is the mixture's.
       pixel_dims: of the mixture; "auto" is 64, or 256 where each class has many records for a sum's noise (6,000 at ε = 10).
@@ -188,6 +190,12 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
     if per_class < 40 * noise:
         lines.append(
             "few records for this ε: expect samples that show a class only roughly; ask for more ε, or merge classes"
+        )
+    if near := figures(public, config.expected_records, epsilon):
+        found = ", ".join(f"about {figure.default} % on {figure.images}" for figure in near)
+        lines.append(
+            f"measured with the defaults at {near[0].records:,} images and ε = {near[0].epsilon:g}, by a small network trained on "
+            f"samples alone: {found}; other images may be harder"
         )
     return lines
 

@@ -3,7 +3,8 @@ r"""DP-SAD as published: faithful to its text, and without a guarantee for any t
 Source: "Learning Differentially Private Diffusion Models via Stochastic Adversarial Distillation" (ECCV 2024, arXiv 2408.14738), as we
 read it: no code is published, and where its text leaves a choice the note says so.
 Private: everything, and nothing is protected. `run` takes the records themselves, so no method of this package that keeps a promise can be
-mistaken for it. The teacher is trained on them without noise; every input of the student is a noisy private image.
+mistaken for it. The teacher is trained on them without noise; every input of the student is a noisy private image. The checkpoints of both
+show as much of the records as the teacher does; they go with the run's state.
 
 Otherwise than the paper: denoisers predict x_0, and x_r = x_0 + σ_r·n on T levels from σ_max down to σ_min (Karras et al. 2022, Eq. 5) in
 place of √ᾱ_r·x_0 + √(1-ᾱ_r)·n: the same images on another scale. Small transformers in place of U-Nets.
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...mechanisms import Vault, noisy_rows
@@ -27,6 +28,7 @@ from ...models.denoiser import Denoiser, check_sizes
 from ...privacy import GaussianSum, Planned, calibrate, epsilon
 from ..base import Public, Sampler, Workspace
 from ..shared.bounds import NORMS, RATES, SCALES, check_bounds
+from ..shared.checkpoints import restore, saved
 from .distillation import Critic, DistillationConfig, Teacher
 from .student import finish
 
@@ -152,6 +154,8 @@ def run(
 ) -> Denoiser:
     """Returns the student. It carries NO guarantee: call this only where `--accept-no-record-guarantee` was given.
 
+    A stopped run goes on with the same bytes.
+
     Args:
       images: the PRIVATE records [N, C, H, W] in [-1, 1]; no door is between.
       labels: their classes, int64 [N].
@@ -170,8 +174,11 @@ def run(
     ).to(workspace.device)
     optimizer = torch.optim.Adam(student.parameters(), lr=config.lr)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99))
+    modules: dict[str, nn.Module] = {"student": student, "average": average, "critic": critic}
+    optimizers: dict[str, torch.optim.Optimizer] = {"student": optimizer, "critic": critic_optimizer}
+    start = restore(workspace.load("paper-student"), modules, optimizers)
     levels = edm.schedule(config.dilution, config.sigma_min, config.sigma_max, config.rho)[:-1]
-    for step in workspace.track(range(config.steps), "the paper's distillation"):
+    for step in workspace.track(range(start, config.steps), "the paper's distillation"):
         g = workspace.generator("paper-step", step)
         rows = torch.randint(len(images), (config.batch,), generator=g)
         x_0, y = images[rows], labels[rows]
@@ -197,6 +204,8 @@ def run(
         with torch.no_grad():
             for mine, new in zip(average.parameters(), student.parameters(), strict=True):
                 mine.lerp_(new, 1 - min(config.ema, (1 + step) / (10 + step)))
+        if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.steps:
+            workspace.save("paper-student", saved(step + 1, modules, optimizers))
     return average.cpu().eval()
 
 
@@ -251,7 +260,8 @@ def train_teacher(config: Config, public: Public, images: Tensor, labels: Tensor
     """Returns an ordinary denoiser of the private images: NOT private, and every answer of it depends on every record."""
     model = network(config, public, workspace.generator("paper-teacher")).to(images.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.teacher_lr)
-    for step in workspace.track(range(config.teacher_steps), "a teacher without privacy"):
+    start = restore(workspace.load("paper-teacher"), {"teacher": model}, {"teacher": optimizer})
+    for step in workspace.track(range(start, config.teacher_steps), "a teacher without privacy"):
         g = workspace.generator("paper-teacher", step)
         for group in optimizer.param_groups:
             group["lr"] = config.teacher_lr * (1 + math.cos(math.pi * step / config.teacher_steps)) / 2
@@ -263,4 +273,6 @@ def train_teacher(config: Config, public: Public, images: Tensor, labels: Tensor
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if (step + 1) % config.checkpoint_steps == 0 or step + 1 == config.teacher_steps:
+            workspace.save("paper-teacher", saved(step + 1, {"teacher": model}, {"teacher": optimizer}))
     return model.requires_grad_(False).eval()

@@ -22,7 +22,7 @@ from ...mechanisms import PrivateData
 from ...mechanisms.ensemble import Model
 from ...models import edm, few_step
 from ...models.denoiser import Denoiser, check_patch, check_sizes
-from ...privacy import Planned, ShardSum
+from ...privacy import Planned, ShardSum, gaussian_multiplier
 from ..base import Public, Sampler, Workspace
 from ..shared.bounds import NORMS, RATES, SCALES, check_bounds
 from .distillation import DistillationConfig, Teacher
@@ -99,6 +99,16 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
         grid_bits=max(20, math.ceil(math.log(dim, 4)) + 4),
     )
     return [Planned(query, config.rounds)]
+
+
+def advice(config: Config, public: Public, epsilon: float, delta: float) -> list[str]:
+    """What to expect, before anything is spent. docs/privacy/shard_sum.md#what-it-is-good-for."""
+    dim = config.queries * math.prod(public.image_shape)
+    longer = 2 * gaussian_multiplier(epsilon, delta) * math.sqrt(config.rounds * dim) / config.models
+    return [
+        f"the noise of a round is {longer:.1f} times as long as what {config.models} models that agree say together",
+        "a baseline: where single images are protected, one-shot statistics (the default, --method dpsad) beat sums over shards by far",
+    ]
 
 
 def run(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Sampler:
