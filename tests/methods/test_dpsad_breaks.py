@@ -171,13 +171,17 @@ class Stopping(FolderWorkspace):
             yield step
 
 
-def test_c_the_same_attack_fails_on_a_step_of_dp_sgd(attack: Any, flat: Any, tmp_path: Path) -> None:
+def test_c_the_same_attack_fails_on_a_step_of_dp_sgd(
+    attack: Any, flat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the first layer of the denoiser itself. It is the noise that stops it: with next to none, the attack is right every time."""
+    monkeypatch.setattr(attack, "SHADOW", 15)
+    monkeypatch.setattr(attack, "TRIALS", 40)
     right, at_least = attack.audit(attack.dp_sgd(*flat, 10.0, tmp_path))
-    assert 33 <= right <= 67
+    assert 8 <= right <= 32
     assert at_least <= accounting.gaussian_epsilon(10.0, DELTA)
     right, _ = attack.audit(attack.dp_sgd(*flat, 1e-3, tmp_path))
-    assert right >= 95
+    assert right >= 38
 
 
 # The numbers that are printed, and that the method runs.
