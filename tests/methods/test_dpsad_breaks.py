@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from behind_the_door import Stop, Stopping
 from dpdistill.data import load_images
 from dpdistill.errors import ConfigError
 from dpdistill.mechanisms import Vault
@@ -152,16 +153,10 @@ def test_c_the_same_attack_fails_at_the_door(matched: bool, attack: Any, flat: A
     assert at_least <= accounting.gaussian_epsilon(10.0, DELTA)
 
 
-class Stop(Exception):
-    pass
+class StoppingOverall(Stopping):
+    """Stops before the step after the n-th of all that `track` yields, of several loops together."""
 
-
-class Stopping(FolderWorkspace):
-    """Stops before the step after the n-th of all that `track` yields."""
-
-    def __init__(self, folder: Path, n: int) -> None:
-        super().__init__(folder, quiet=True)
-        self.n, self.done = n, 0
+    done = 0
 
     def track(self, steps: Sequence[int], description: str) -> Iterator[int]:
         for step in steps:
@@ -233,7 +228,7 @@ def test_stopped_it_goes_on_where_it_was_with_the_same_bytes(
     made: list[int] = []
 
     def run(place: str, n: int = -1) -> dict[str, Tensor]:
-        workspace = Stopping(tmp_path / place, n)
+        workspace = StoppingOverall(tmp_path / place, n)
         try:
             return paper.run(settings, PUBLIC, *digits, sigma, vault, workspace).state_dict()
         finally:
