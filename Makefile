@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+# uv leaves packages uncompiled, so Python's cache of compiled modules has to be on: without it every process that a test starts
+# compiles torch anew. Empty is not set.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test long mutants lint types setup clean
 

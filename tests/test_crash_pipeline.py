@@ -134,6 +134,7 @@ def test_a_real_limit_is_one_line_and_exit_code_2(
 
     def limited(size: int) -> None:
         sys.argv, sys.stdout, sys.stderr = command, io.StringIO(), os.fdopen(writer, "w")
+        sys.dont_write_bytecode = True  # else Python 3.11 leaves halves of modules in its cache, for all
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         try:
             cli.main()

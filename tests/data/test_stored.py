@@ -4,6 +4,7 @@ import os
 import resource
 import stat
 import struct
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,6 +201,7 @@ def test_a_disk_that_fills_up_or_is_not_there(tmp_path, write, in_files, monkeyp
     in_files(True)
     with pytest.raises(InputError, match="No such file"):
         load_images(spec, limits=Limits(scratch=str(tmp_path / "nowhere")))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # else Python 3.11 leaves halves of modules in its cache
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # what the system says is what a full disk says
     try:

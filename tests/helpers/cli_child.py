@@ -106,6 +106,7 @@ def _child(asked: dict[str, Any], run: Callable[[], None]) -> int:
     os.environ["DPDISTILL_HOME"] = asked["home"]
     sys.argv = ["dpdistill", *asked["words"]]
     if asked["file_bytes"] is not None:
+        sys.dont_write_bytecode = True  # else Python 3.11 leaves halves of modules in its cache, for all
         resource.setrlimit(resource.RLIMIT_FSIZE, (asked["file_bytes"],) * 2)
     try:
         run()
