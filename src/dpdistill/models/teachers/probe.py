@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,11 +23,17 @@ with no_warnings():
 from dpdistill.models.teachers.base import BATCH, MODEL_LIMITS, PROBE, RANGE, Run, Teacher, Wants, show
 
 
+@lru_cache(maxsize=2)
+def _drawn(n_images: int, image_shape: tuple[int, int, int], seed: int) -> np.ndarray:
+    """The procedural ones, uint8: the same for each of many owners' models."""
+    return procedural_images(n_images, *image_shape, seed=seed)
+
+
 def probe_images(image_shape: tuple[int, int, int]) -> Tensor:
     """Returns made-up images [P, C, H, W] in [-1, 1]: procedural, noise, smooth, black and white. Always the same."""
     c, h, w = image_shape
     rng = np.random.default_rng(0)
-    drawn = procedural_images(PROBE - 4, c, h, w, seed=0).astype(np.float32) / 127.5 - 1
+    drawn = _drawn(PROBE - 4, image_shape, 0).astype(np.float32) / 127.5 - 1
     noise = rng.uniform(-1, 1, (1, c, h, w)).astype(np.float32)
     ramp = np.broadcast_to(np.linspace(-1, 1, w, dtype=np.float32), (1, c, h, w))
     flat = np.ones((1, c, h, w), np.float32)
@@ -37,7 +44,7 @@ def varied_images(image_shape: tuple[int, int, int]) -> Tensor:
     """Returns made-up images [128, C, H, W] in [-1, 1], of which a classifier that is fed rightly tells some apart: procedural, flat, and
     blocks of a half, a quarter and an eighth of a side, half of these in black and white. Always the same."""
     c, h, w = image_shape
-    drawn = torch.from_numpy(procedural_images(64, c, h, w, seed=1)).float() / 127.5 - 1
+    drawn = torch.from_numpy(_drawn(64, image_shape, 1)).float() / 127.5 - 1
     g = torch.Generator().manual_seed(0)
     parts = [drawn]
     for cells in (1, 2, 4, 8):
