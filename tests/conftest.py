@@ -28,6 +28,8 @@ settings.load_profile("here")
 # A plain `pytest` is as `make test`: tests fork, and a pool of threads does not outlive a fork, so its user would wait for ever.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+# That fsync is called, when and on what is tested; no test cuts the power, and some would mostly wait for a disk.
+os.fsync = os.fstat  # which refuses too what is no open file
 for _name in ("DPDISTILL_KILL_AT", "DPDISTILL_POINTS"):
     os.environ.pop(_name, None)
 assert callable(point)
