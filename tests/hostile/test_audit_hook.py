@@ -140,7 +140,8 @@ def test_no_pickle_process_or_socket_whatever_is_read(tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(b"Dear Diary")
     words.append(f"ledger={tmp_path / 'other'}=refused")
     helpers = Path(small_files.__file__).parent
-    command = [sys.executable, "-c", f"import sys; sys.path.append({str(helpers)!r})\n{SCRIPT}", *words]
+    # -B: a module that is imported for the first time would be written into Python's cache.
+    command = [sys.executable, "-B", "-c", f"import sys; sys.path.append({str(helpers)!r})\n{SCRIPT}", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == "quiet\n"
