@@ -120,7 +120,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     ):
         watch.watch(owner, function, "door")
     watch.watch(PrivateData, "release_reserved", "private passes, door included")
-    watch.watch(joint_module, "match_pool", "fit")
+    watch.watch(joint_module, "match", "fit")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)

@@ -39,10 +39,10 @@ from torch import Tensor
 from dpdistill.config import RunConfig
 from dpdistill.data import LabelledImages, procedural_images, stored, to_unit
 from dpdistill.mechanisms import PrivateData, Vault, per_record_gradient
-from dpdistill.methods.joint import measure
+from dpdistill.methods.joint import views
 from dpdistill.methods.model.votes import ShardTrainer
 from dpdistill.methods.shared.linear import residuals
-from dpdistill.models import ConvNet
+from dpdistill.models import ConvNet, Dsa
 from dpdistill.privacy import GaussianSum, Ledger, NoisyVotes, accounting
 from dpdistill.privacy import ledger as ledgers
 from dpdistill.sources import default_ledger, load_private
@@ -158,7 +158,9 @@ def row(
 
 def joint(n: int, generator: torch.Generator) -> Callable[[PrivateData], object]:
     network = ConvNet(SHAPE, CLASSES, width=4, generator=generator)
-    space = measure.coordinates([network], torch.from_numpy(to_unit(procedural_images(2000, *SHAPE, 0))), 100)
+    view = views.View(network, Dsa(strategy="none"), torch.zeros(1, 4)).requires_grad_(False)
+    made_up = torch.from_numpy(to_unit(procedural_images(2000, *SHAPE, 0)))
+    space = views.coordinates([view], views.seen([view], made_up), 100)
     query = GaussianSum(name="joint-means", dim=101, n_classes=CLASSES, noise_multiplier=10.0)
     return lambda private: private.release(query, lambda x, y: space(x))
 

@@ -21,12 +21,10 @@ from dpdistill.models.wavelet_net import WaveletNet
 TINY = [
     "steps=4",
     "networks=1",
-    "feature_width=4",
+    "pool=12",
     "feature_dims=6",
     "pixel_dims=4",
     "components=2",
-    "pool_mixture=4",
-    "pool_public=12",
     "width=4",
 ]
 SETTINGS = [word for name in TINY for word in ("--set", name)]

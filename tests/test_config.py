@@ -237,7 +237,7 @@ def test_an_assignment_that_is_none(wrong: str) -> None:
 
 def test_the_public_file_holds_no_path_and_parses_back() -> None:
     config = RunConfig(data="/secret/records.npz", out="/secret/out", ledger="/secret/l", auxiliary="/secret/aux.npz")
-    settings = Joint(per_class=10, pixel_prior=0.5)
+    settings = Joint(per_class=10, procedural=0.5)
     text = public_toml(config, settings, 1.25)
     values = tomllib.loads(text)
     assert "/" not in text.split("\n", 1)[1]

@@ -32,8 +32,8 @@ from dpdistill.privacy import Ledger, faults
 from dpdistill.sources import default_ledger, load_private
 from small_sampler import NETWORK, SAMPLER
 
-JOINT = {"steps": 2, "networks": 1, "feature_width": 4, "feature_dims": 6, "pixel_dims": 4, "components": 2}
-JOINT |= {"pool_mixture": 4, "pool_public": 12, "width": 4}
+JOINT = {"steps": 2, "networks": 1, "feature_dims": 6, "pixel_dims": 4, "components": 2}
+JOINT |= {"pool": 12, "width": 4}
 NDPDC = {"steps": 3, "sampling_prob": 0.5, "group_size": 10, "width": 4}
 STUDENT = {"steps": 2, "batch": 8, "width": 8, "generator_width": 4, "latent": 4, "pool": 64, "teacher_dims": 20}
 DPDM = {"steps": 2, "expected_batch": 8, "multiplicity": 2, **NETWORK, **SAMPLER}

@@ -35,13 +35,11 @@ from dpdistill.privacy import ledger as ledgers
 TINY: dict[str, dict[str, Any]] = {
     "joint": {
         "steps": 4,
-        "networks": 1,
-        "feature_width": 8,
+        "networks": 2,
+        "pool": 12,
         "feature_dims": 8,
         "pixel_dims": 6,
         "components": 2,
-        "pool_mixture": 6,
-        "pool_public": 20,
         "width": 8,
     },
     "dosser": {

@@ -36,13 +36,11 @@ from small_sampler import NETWORK, SAMPLER
 N_RECORDS = 37  # ten micro-batches of four, the last not full; three batches of rank-one vectors
 JOINT = {
     "steps": 3,
-    "networks": 1,
-    "feature_width": 4,
+    "networks": 2,
+    "pool": 12,
     "feature_dims": 6,
     "pixel_dims": 4,
     "components": 2,
-    "pool_mixture": 4,
-    "pool_public": 12,
     "width": 4,
 }
 DOSSER = {"sampling_steps": 6, "optimisation_steps": 2, "sampling_prob": 0.15, "group_size": 10, "width": 4} | {

@@ -29,13 +29,11 @@ from dpdistill.privacy import GaussianSum, Ledger, gaussian_multiplier
 Config = Callable[..., RunConfig]
 TINY: dict[str, Any] = {  # settings of `joint` that make a run a matter of a moment
     "steps": 2,
-    "networks": 1,
-    "feature_width": 8,
+    "networks": 2,
+    "pool": 40,
     "feature_dims": 12,
     "pixel_dims": 16,
     "components": 2,
-    "pool_mixture": 6,
-    "pool_public": 40,
     "width": 8,
 }
 

@@ -50,14 +50,11 @@ DATASET: dict[str, dict[str, Any]] = {
     "toy": {},
     "joint": {
         "steps": 7,
-        "repeats": 3,
-        "networks": 1,
-        "feature_width": 4,
+        "networks": 2,
+        "pool": 12,
         "feature_dims": 6,
         "pixel_dims": 4,
         "components": 2,
-        "pool_mixture": 4,
-        "pool_public": 12,
         "width": 4,
     },
     "dosser": {
@@ -182,7 +179,7 @@ def cases(folder: Path) -> Iterator[Callable[[str], Case]]:
         stack.enter_context(quick())
         stack.enter_context(mock.patch.dict(METHODS, {"toy": TOY}))
         stack.enter_context(mock.patch.object(pipeline, "N_PROCEDURAL", 40))
-        stack.enter_context(mock.patch.object(joint, "match_pool", partial(joint.match_pool, save_every=2)))
+        stack.enter_context(mock.patch.object(joint, "match", partial(joint.match, save_every=2)))
         stack.enter_context(mock.patch.object(dpsad, "GUIDE", linear.Training(teacher_steps=2, teacher_dims=4)))
         small = EmbeddingConfig(n_frequencies=8, steps=4, at_once=3, latent=2, width=2, bf16=True, checkpoint_steps=2)
         stack.enter_context(mock.patch.object(dpsad, "EMBEDDING", small))

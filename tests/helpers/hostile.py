@@ -164,14 +164,14 @@ SETTINGS = {
     },
     "--set sigma=0": typed("--method", "dosser", "--set", "noise_multiplier=0"),
     "--set without a value": typed("--set", "steps", says="name=value"),
-    "--set of NaN": typed("--set", "pixel_prior=nan", says="pixel_prior"),
+    "--set of NaN": typed("--set", "procedural=nan", says="procedural"),
     "--set of 10^400": typed("--set", "steps=1" + "0" * 400, says="steps"),
     "--epsilon nan": typed("--epsilon", "nan", says="epsilon"),
     "--epsilon inf": typed("--epsilon", "inf", says="epsilon"),
     "--delta 1": typed("--delta", 1, says="delta"),
     "more images than a release holds": Case(
         make=lambda root: [
-            "dataset", "--data", _wide(root), "--per-class", 400, "--set", "pool_mixture=400", "--set", "pool_public=400"
+            "dataset", "--data", _wide(root), "--per-class", 400
         ],
         says="more than the 256 MiB",
     ),

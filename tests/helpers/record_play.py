@@ -95,13 +95,11 @@ TINY: dict[
 ] = {  # a line for a method, of its settings and the run's; without one, it is played with its defaults
     "joint": {
         "steps": 2,
-        "networks": 1,
-        "feature_width": 4,
+        "networks": 2,
+        "pool": 12,
         "feature_dims": 4,
         "pixel_dims": 3,
         "components": 2,
-        "pool_mixture": 3,
-        "pool_public": 8,
         "width": 4,
     },
     "dosser": {

@@ -20,9 +20,7 @@ from cli_child import Cli, tree
 
 SECONDS, MEGABYTES = 10, 1500
 WHOLE = [name for name in hostile_data.LEGAL if name.startswith(("NaN", "all images"))]
-TINY = (
-    "steps=4 networks=1 feature_width=4 feature_dims=6 pixel_dims=4 components=2 pool_mixture=4 pool_public=12 width=4"
-)
+TINY = "steps=4 networks=1 feature_dims=6 pixel_dims=4 components=2 pool=12 width=4"
 
 
 @pytest.fixture(scope="module")

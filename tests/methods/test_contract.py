@@ -30,13 +30,11 @@ from small_sampler import NETWORK, SAMPLER
 TINY: dict[str, dict[str, Any]] = {  # a method of another name runs with its defaults: add a line for it
     "joint": {
         "steps": 5,
-        "networks": 1,
-        "feature_width": 4,
+        "networks": 2,
+        "pool": 12,
         "feature_dims": 8,
         "pixel_dims": 6,
         "components": 2,
-        "pool_mixture": 6,
-        "pool_public": 20,
         "width": 4,
     },
     "dosser": {

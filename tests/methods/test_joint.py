@@ -1,6 +1,6 @@
-"""The pieces of `joint`: norms of the record functions, the mixture, the measure, and the fit. The whole is in test_contract.
+"""The pieces of `joint`: norms of the record functions, the mixture, the views, and the fit. The whole is in test_contract.
 
-B records, K classes, d pixel dims, D feature dims, J components, P pool images.
+B records, K classes, d pixel dims, N views, D feature dims, J components.
 """
 
 import math
@@ -12,8 +12,8 @@ import torch
 
 from dpdistill.errors import ConfigError
 from dpdistill.methods.base import Public
-from dpdistill.methods.joint import Config, _of_groups, _prior, _public_images, measure, plan
-from dpdistill.methods.joint.matching import apportioned, match_pool, packed
+from dpdistill.methods.joint import Config, _of_each, _of_groups, _public_images, plan, views
+from dpdistill.methods.joint.matching import apportioned, match, packed
 from dpdistill.methods.shared import mixture as mix
 from dpdistill.models import ConvNet, Dsa, expand
 from dpdistill.workspace import FolderWorkspace
@@ -40,21 +40,25 @@ def space() -> mix.PixelSpace:
 
 
 @pytest.fixture
-def nets() -> list[ConvNet]:
-    makers = [torch.Generator().manual_seed(i) for i in range(2)]
-    return [ConvNet(SHAPE, 1, width=4, generator=g).requires_grad_(False) for g in makers]
+def two(tmp_path: Path) -> list[views.View]:
+    return views_of(2, SHAPE, tmp_path)
 
 
-def test_record_vectors_are_no_longer_than_one(space: mix.PixelSpace, nets: list[ConvNet]) -> None:
+def views_of(n: int, shape: tuple[int, int, int], folder: Path, width: int = 4) -> list[views.View]:
+    dsa = Dsa(strategy="crop_scale_rotate")
+    return views.random_views(n, shape, width, dsa, FolderWorkspace(folder / "views", quiet=True))
+
+
+def test_record_vectors_are_no_longer_than_one(space: mix.PixelSpace, two: list[views.View]) -> None:
     x = torch.cat([extremes(), images(50), space.images(torch.eye(7) * 5, SHAPE)])
     y = torch.arange(len(x)) % 3
     centres = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(0))
-    z = measure.coordinates(nets, images(40, 1), 12)
+    z = views.coordinates(two, views.seen(two, images(40, 1)), 7)
     for vectors, dim in (
         (mix.moments(space, x), mix.n_moments(7)),
         (mix.local_means(space, centres, x, y), 4 * 8),
-        (z(x), 13),
-        (measure.grouped(z(x), mix.nearest_group(centres, space.coordinates(x), y), 4), 4 * 13),
+        (z(x), 8),
+        (views.grouped(z(x), mix.nearest_group(centres, space.coordinates(x), y), 4), 4 * 8),
     ):
         assert vectors.shape == (len(x), dim)
         assert (vectors.double().norm(dim=1) <= 1 + 1e-6).all()
@@ -131,34 +135,56 @@ def test_a_mixture_sampled_has_its_moments() -> None:
     assert torch.allclose(torch.cov(z.T), covariance[0], atol=0.01)
 
 
-def weights_for(noise: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights for class means that no prior has, at a noise level: pool features, prior, means, weights."""
+def test_noisy_sums_are_read_as_means_counts_and_the_noise_in_them(two: list[views.View]) -> None:
+    z = views.coordinates(two, views.seen(two, images(40, 1)), 5)
+    x = images(30, 2)
+    vectors = z(x)
+    means, noise, counts = views.read(torch.stack([vectors.sum(dim=0), vectors[:3].sum(dim=0)]), 1e-3)
+    of_all = z.of(views.seen(two, x))
+    assert torch.allclose(means, torch.stack([of_all.mean(dim=0), of_all[:3].mean(dim=0)]), atol=1e-5)
+    assert torch.allclose(counts, torch.tensor([30.0, 3.0]), rtol=1e-4)
+    # Of sums with noise of 1 the means have noise of so much.
     g = torch.Generator().manual_seed(0)
-    pool = torch.cat([0.3 * torch.randn(60, 8, generator=g), torch.full((60, 1), measure.CONSTANT)], dim=1)
-    prior = torch.full((60, 2), 1 / 60)
-    true = torch.softmax(torch.randn(60, 2, generator=g), dim=0)
-    sums = 100 * true.T @ pool
-    means, counts = measure.class_means(sums, noise)
-    return pool, prior, means, measure.signed_weights(pool, prior, means, counts, noise)
+    noisy = vectors.sum(dim=0) + torch.randn(4000, 6, generator=g) * 0.1
+    found, noise, _ = views.read(noisy, 0.1)
+    assert float((found - means[:1]).std()) == pytest.approx(float(noise.mean()), rel=0.1)
+    empty = views.read(torch.zeros(1, 6), 2.0)
+    assert empty[2].tolist() == [9.0]  # no class has fewer records than noise alone might look like
 
 
-def test_weights_reproduce_the_means_without_noise() -> None:
-    pool, _, means, weights = weights_for(1e-7)
-    assert weights.shape == (60, 2)
-    assert torch.allclose(weights.T @ pool, means, atol=1e-5)
-    assert torch.allclose(weights.sum(dim=0), torch.ones(2), atol=1e-4)
+def test_coordinates_say_all_of_what_their_axes_hold(two: list[views.View]) -> None:
+    """Of images near the centre, which are not cut: lifted, they are the features again."""
+    seen = views.seen(two, images(12, 1))
+    z = views.coordinates(two, seen, 16)  # eleven axes hold twelve images
+    near = z.centre + 0.1 * (seen - z.centre)
+    assert torch.allclose(z.centre + z.lifted(z.of(near)), near, atol=1e-5)
+    one = torch.nn.functional.one_hot(torch.tensor([2]), 16).float()
+    assert torch.allclose(z.lifted(one)[0], z.axes[:, 2] / z.scale[2])
+    # Along weaker axes images are told apart better than by their features, by the fourth root of the variance.
+    spread = ((seen - z.centre) @ z.axes).square().mean(dim=0)[:8]
+    assert torch.allclose(z.scale[:8] / z.scale[0], (spread / spread[0]).pow(-0.25), rtol=1e-3)
 
 
-def test_weights_are_the_prior_where_noise_drowns_the_means() -> None:
-    _, prior, _, weights = weights_for(1e6)
-    assert torch.allclose(weights, prior, atol=1e-3)
+def test_trust_is_all_or_nothing_where_noise_is_nothing_or_all() -> None:
+    away = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(views.trusted(away, torch.full((5,), 1e-4)), away, atol=1e-5)
+    assert views.trusted(away, torch.full((5,), 1e4)).abs().max() == 0
+    assert views.trusted(torch.zeros(5, 7), torch.ones(5)).abs().max() == 0
 
 
-def test_weights_between_leave_what_the_noise_explains() -> None:
-    pool, prior, means, weights = weights_for(1.0)
-    left = (weights.T @ pool - means).norm(dim=1)
-    assert (left <= math.sqrt(9) * (1 / 100) * 1.01).all()
-    assert not torch.allclose(weights, prior, atol=1e-4)
+def test_trust_comes_nearer_to_the_truth_than_the_noisy_means_and_than_none() -> None:
+    """Along each axis as far as it deserves, and in rows of little noise further than in others."""
+    g = torch.Generator().manual_seed(0)
+    spread = torch.tensor([2.0, 0.5, 0.1, 0.0])
+    noise = torch.tensor([0.1, 1.0]).repeat(500)
+    truth = torch.randn(1000, 4, generator=g) * spread
+    noisy = truth + torch.randn(1000, 4, generator=g) * noise[:, None]
+    found = views.trusted(noisy, noise)
+    for row in (0, 1):
+        error = (found - truth)[row::2].square().mean(dim=0)
+        best = spread**2 * noise[row] ** 2 / (spread**2 + noise[row] ** 2)
+        assert torch.allclose(error, best, rtol=0.25, atol=2e-4)
+        assert (error <= 1.05 * (noisy - truth)[row::2].square().mean(dim=0)).all()
 
 
 def gathered(components: int = 6, used: tuple[int, int] = (3, 1), groups: int = 4) -> tuple[mix.Mixture, torch.Tensor]:
@@ -190,20 +216,20 @@ def test_groups_are_far_from_each_other_and_no_more_than_used() -> None:
 
 def test_a_vector_fills_the_block_of_its_group() -> None:
     vectors = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
-    blocks = measure.grouped(vectors, torch.tensor([0, 1, 3, 3, 2]), 4).view(5, 4, 3)
+    blocks = views.grouped(vectors, torch.tensor([0, 1, 3, 3, 2]), 4).view(5, 4, 3)
     for row, group in enumerate([0, 1, 3, 3, 2]):
         assert torch.equal(blocks[row, group], vectors[row])
         assert torch.equal(blocks[row].norm(), vectors[row].norm())
 
 
-def test_the_prior_of_a_group_is_its_own_images() -> None:
+def test_a_group_is_expected_to_be_as_its_own_images() -> None:
     _, centres = gathered(used=(3, 3))
     own = 5 * torch.eye(3).repeat(2, 4, 1)  # 12 of each class, none of the fourth group
-    prior = _prior(own, centres)
-    assert prior.shape == (24, 8)
-    assert torch.allclose(prior.sum(dim=0), torch.ones(8))
-    assert prior[:12, 4:].abs().sum() == prior[12:, :4].abs().sum() == 0
-    assert (prior > 0).sum(dim=0).tolist() == [4, 4, 4, 12] * 2
+    weights = _of_each(own, centres)
+    assert weights.shape == (24, 8)
+    assert torch.allclose(weights.sum(dim=0), torch.ones(8))
+    assert weights[:12, 4:].abs().sum() == weights[12:, :4].abs().sum() == 0
+    assert (weights > 0).sum(dim=0).tolist() == [4, 4, 4, 12] * 2
 
 
 def test_tiles_are_apportioned_and_drawn_from_their_groups() -> None:
@@ -217,24 +243,35 @@ def test_tiles_are_apportioned_and_drawn_from_their_groups() -> None:
     assert few.isfinite().all()
 
 
-def test_coordinates_keep_what_the_plan_promised(nets: list[ConvNet]) -> None:
+def test_coordinates_keep_what_the_plan_promised(two: list[views.View]) -> None:
     """Fewer directions than coordinates, and none at all: zeros, never NaN."""
     for reference in (images(5), images(1).expand(20, -1, -1, -1), torch.zeros(20, *SHAPE)):
-        z = measure.coordinates(nets, reference, 30)
+        z = views.coordinates(two, views.seen(two, reference), 30)
         vectors = z(images(6, 2))
         assert vectors.shape == (6, 31)
         assert vectors.isfinite().all()
         assert (vectors.norm(dim=1) <= 1 + 1e-6).all()
+        assert z.lifted(torch.ones(1, 30)).isfinite().all()
 
 
 def test_a_view_is_the_network_under_its_own_augmentation_and_treats_records_alone() -> None:
     x, dsa = images(6, 1, (1, 16, 16)), Dsa(strategy="crop")
     net = ConvNet((1, 16, 16), 1, width=8).requires_grad_(False)
     draw = dsa.draw(torch.Generator().manual_seed(3))
-    view = measure.View(net, dsa, draw)
-    assert torch.equal(view.embed(x), net.embed(dsa.apply(x, draw)))
-    assert not torch.allclose(view.embed(x), net.embed(x), atol=1e-3)
-    torch.testing.assert_close(torch.cat([view.embed(row) for row in x.split(1)]), view.embed(x))
+    view = views.View(net, dsa, draw)
+    assert torch.equal(view(x), net.embed(dsa.apply(x, draw)))
+    assert not torch.allclose(view(x), net.embed(x), atol=1e-3)
+    torch.testing.assert_close(torch.cat([view(row) for row in x.split(1)]), view(x))
+
+
+def test_views_differ_take_every_operation_in_turn_and_repeat_themselves(tmp_path: Path) -> None:
+    first, again = views_of(5, SHAPE, tmp_path), views_of(5, SHAPE, tmp_path)
+    assert [int(view.draw[0, 0]) for view in first] == [0, 1, 2, 0, 1]
+    x = images(4)
+    assert torch.equal(views.seen(first, x), views.seen(again, x))
+    weights = [view.network.features[0].weight for view in first]
+    assert not any(torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+    assert torch.equal(views.seen(first, x), torch.cat([view(x) for view in first], dim=1))
 
 
 @pytest.mark.parametrize("gain", [1, 8])
@@ -265,26 +302,21 @@ def test_a_gain_keeps_thin_strokes() -> None:
     assert lost(8) < 0.2 * lost(1)
 
 
-def fit(
-    folder: Path, steps: int = 9, repeats: int = 4, parts: int = 1, save_every: int = 50, **changes
-) -> torch.Tensor:
-    pool = changes.get("pool", images(20, 1))
+def fit(folder: Path, steps: int = 9, parts: int = 1, save_every: int = 50, **changes) -> torch.Tensor:
     groups = changes.get("groups", 2)
-    weights = torch.softmax(images(len(pool), 2).flatten(1)[:, : 2 * groups] * 3, dim=0).view(-1, 2, groups)
+    three = views_of(3, SHAPE, folder)
+    target = changes.get("target", views.seen(three, images(2 * groups, 1)).view(2, groups, 3, -1))
     share = torch.full((2, groups), 1 / groups)
-    return match_pool(
-        pool,
-        weights,
+    return match(
+        three,
+        target,
         share,
         apportioned(share, 2 * parts**2),
         images(4, 3).view(2, 2, *SHAPE),
         parts=parts,
         gain=changes.get("gain", 1),
         steps=steps,
-        repeats=repeats,
         lr=0.05,
-        width=4,
-        dsa=Dsa(strategy="crop_scale_rotate"),
         workspace=FolderWorkspace(folder, quiet=True),
         save_every=save_every,
     )
@@ -301,7 +333,7 @@ def test_the_fit_stays_in_range_and_repeats_itself(tmp_path: Path, parts: int) -
 
 @pytest.mark.parametrize("save_every", range(1, 9))
 def test_the_fit_goes_on_from_any_step(tmp_path: Path, save_every: int) -> None:
-    """Also from the middle of what one network serves."""
+    """Also from the middle of a turn through the views."""
     whole = fit(tmp_path / "a")
     assert torch.equal(fit(tmp_path / "b", save_every=save_every), whole)
     assert FolderWorkspace(tmp_path / "b").load("matching") is not None
@@ -312,11 +344,11 @@ def test_the_fit_goes_on_from_any_step(tmp_path: Path, save_every: int) -> None:
 def test_the_fit_comes_nearer_to_the_means_of_classes_and_groups(tmp_path: Path, groups: int) -> None:
     """From noise to bars, in a network that took no part; with four groups and two images a class, some groups have none."""
     shape = (1, 16, 16)
-    pool = torch.full((2 * groups, *shape), -1.0)
+    bars = torch.full((2 * groups, *shape), -1.0)
     for row in range(2 * groups):
-        pool[row, :, 2 * row : 2 * row + 2] = 1
+        bars[row, :, 2 * row : 2 * row + 2] = 1
     net = ConvNet(shape, 1, width=64, generator=torch.Generator().manual_seed(9)).requires_grad_(False)
-    target = net.embed(pool).view(2, groups, -1)
+    target = net.embed(bars).view(2, groups, -1)
     start, share = images(4, 3, shape).view(2, 2, *shape), torch.full((2, groups), 1 / groups)
 
     def away(made: torch.Tensor) -> tuple[float, float]:
@@ -325,19 +357,17 @@ def test_the_fit_comes_nearer_to_the_means_of_classes_and_groups(tmp_path: Path,
         each = mine - target if groups == 2 else mine.new_zeros(1)
         return float((mine.mean(dim=1) - target.mean(dim=1)).square().sum()), float(each.square().sum())
 
-    made = match_pool(
-        pool,
-        torch.eye(2 * groups).view(-1, 2, groups),
+    eight = views_of(8, shape, tmp_path, width=16)
+    made = match(
+        eight,
+        views.seen(eight, bars).view(2, groups, 8, -1),
         share,
         apportioned(share, 2),
         start,
         parts=1,
         gain=1,
         steps=100,
-        repeats=4,
         lr=0.1,
-        width=16,
-        dsa=Dsa(strategy="none"),
         workspace=FolderWorkspace(tmp_path, quiet=True),
     )
     now, before = away(made), away(start)
@@ -345,8 +375,8 @@ def test_the_fit_comes_nearer_to_the_means_of_classes_and_groups(tmp_path: Path,
     assert now[1] <= 0.7 * before[1]
 
 
-def test_a_pool_of_equal_images_gives_no_nan(tmp_path: Path) -> None:
-    assert fit(tmp_path, pool=torch.zeros(20, *SHAPE)).isfinite().all()
+def test_a_target_without_contrasts_gives_no_nan(tmp_path: Path) -> None:
+    assert fit(tmp_path, target=torch.zeros(2, 2, 3, 4)).isfinite().all()
 
 
 def test_the_shares_are_of_one_budget() -> None:
@@ -357,13 +387,13 @@ def test_the_shares_are_of_one_budget() -> None:
         (1.0, rows, 1) for rows in (2, 2, 2, 1, 2)
     ]
     assert asked[0].query.dim == mix.n_moments(64)  # no more coordinates than pixels
-    assert asked[4].query.dim == 4 * 301
+    assert asked[4].query.dim == 4 * (16 * 32 + 1)  # nor more axes than the views have features
     coloured = Public(image_shape=(3, 8, 8), class_names=("a", "b"), auxiliary=images(4, shape=(3, 8, 8)))
-    assert plan(Config(), coloured, 3.0)[3].query.dim == 301  # without tones
+    assert plan(Config(), coloured, 3.0)[3].query.dim == 513  # without tones
     assert sum(p.query.noise_multiplier**-2 for p in plan(Config(), coloured, 3.0)) == pytest.approx(1 / 9)
-    assert plan(Config(groups=3), coloured, 3.0)[3].query.dim == 3 * 301
+    assert plan(Config(groups=3), coloured, 3.0)[3].query.dim == 3 * 513
     small = Config(per_class=1, groups=9)  # 8x8 images are not cut into parts: one image, one group
-    assert plan(small, public, 3.0)[4].query.dim == 301
+    assert plan(small, public, 3.0)[4].query.dim == 513
     for wrong in (
         {"share_means": 0.5},
         {"share_local": 0.0, "share_means": 0.8},
@@ -383,15 +413,13 @@ def test_the_shares_are_of_one_budget() -> None:
         {"gain": 65},
         {"share_tones": 1.0},
         {"share_tones": -0.1},
-        {"pixel_prior": 1.1},
         {"procedural": float("nan")},
-        {"per_class": 50, "pool_mixture": 12},
         {"components": 1501},
         {"components": 0},
         {"networks": 0},
+        {"feature_dims": 0},
+        {"width": 0},
         {"groups": -1},
-        {"pool_public": 0},
-        {"repeats": 0},
         {"steps": -1},
         {"lr": 0.0},
         {"lr": float("nan")},

@@ -107,15 +107,12 @@ DOSSER = {"sampling_prob": 0.5, "group_size": 10, "width": 4} | {
 }
 JOINT = {
     "steps": 4,
-    "networks": 1,
-    "feature_width": 4,
+    "networks": 2,
+    "pool": 12,
     "feature_dims": 8,
     "pixel_dims": 6,
     "components": 2,
     "width": 4,
-} | {
-    "pool_mixture": 6,
-    "pool_public": 20,
 }
 DPSAD = {
     "warm_start": "mixture",

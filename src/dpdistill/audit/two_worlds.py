@@ -25,14 +25,12 @@ ALL = {"sampling_prob": 1.0, "expected_records_per_class": None}  # of a baselin
 CHEAP: dict[str, dict[str, Any]] = {  # by method: settings that only make it small
     "joint": {
         "steps": 2,
-        "networks": 1,
-        "feature_width": 4,
+        "networks": 2,
+        "pool": 40,
         "feature_dims": 8,
         "pixel_dims": 8,
         "components": 1,
         "groups": 1,
-        "pool_mixture": 4,
-        "pool_public": 40,
         "width": 4,
     },
     "teacher": {

@@ -2,14 +2,14 @@
 
 1. Mixture (private, three releases): for each class the mean, covariance and local means of its images in public pixel coordinates.
    Of grey images one release more: how often a pixel is how light, since samples of a mixture are pale.
-2. Pool (free): images drawn without limit from the mixture, and public ones.
-3. Means (private, one release): means of the joint features of a few random networks over each class, in a few groups of its records;
-   each network sees the images under one augmentation of its own.
-4. Measure (free): signed weights over the pool that reproduce those means: targets for any network under any augmentation.
-5. Images (free): a few images fitted to the targets under fresh random networks.
+2. Views (free): a few random networks, each of which sees images under one augmentation of its own; and the axes along which images
+   drawn without limit from the mixture, and public ones, differ there.
+3. Means (private, one release): of what the views see of each class, along those axes, in a few groups of its records.
+4. Target (free): what the mixture says of each view, put right by what the means say, as far as their noise lets one trust them.
+5. Images (free): a few images fitted to the target, a view at a time.
 
 Every release is a `GaussianSum` of rate 1, so the budget adds up exactly: Σ 1/σ². Proof: docs/privacy/joint.md.
-σ noise_multiplier, K classes, d pixel dims, D feature dims, J components, G groups, M images per class, P pool images.
+σ noise_multiplier, K classes, d pixel dims, N views, D feature dims, J components, G groups, M images per class.
 """
 
 import math
@@ -27,14 +27,17 @@ from ..base import Public, Synthetic, Workspace
 from ..shared import mixture as mix
 from ..shared import tones
 from ..shared.bounds import DIMS, PIXEL_DIMS, RATES, check_bounds
-from . import measure
-from .matching import apportioned, match_pool, packed
+from .matching import apportioned, match, packed
+from .views import coordinates, grouped, random_views, read, seen, trusted
 
 N_PUBLIC = 6000
-MOST_POOLED = 4000  # of all classes, where that leaves each 100
+N_REFERENCE = (
+    3000  # mixture images of all classes that show what a view makes of images, and what the mixture says of each class
+)
+N_OPEN = 1000  # public images that say so, too
 N_TONED = 3000  # images of all classes that show what tones the mixture has
+CLEAR = 0.15  # noise that a group's mean may have, against the largest norm of what it is a mean of
 SHARE_TONES = 0.03  # of grey images; in colour they brought nothing (docs/decisions/model.md)
-VIEWS = ("none", "crop", "cutout", "rotate")  # the augmentation that each network of the means sees, in turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +51,15 @@ class Config:
         sharp edges. 1 is the papers' decoder.
       pixel_dims: d; at most the number of pixels.
       components: J.
-      feature_dims: D.
-      networks, feature_width: random ConvNets behind the feature means.
+      networks, width: N views, random ConvNets of this width. Each of them takes a pass over the records.
+      feature_dims: D, of all views together; at most the number of their features.
+      pool: images of all classes, drawn from the mixture, that show what views make of images; and a third as many public ones.
       groups: G, at most: feature means are of each class's records nearest to each of G centres. A class too small for its noise has
         fewer. 0 is 4 for grey images and 1 for colour, where it was not tried.
       share_moments, share_local, share_means: of Σ 1/σ²: step 1's moments, each of its two rounds of local means, step 3.
       share_tones: of Σ 1/σ², for the tones; the three shares above divide the rest. "auto" is 0.03 for grey images, 0 for colour.
-      pool_mixture: pool images drawn for each class; fewer, down to 100, where classes are many.
-      pool_public: public pool images, in all.
-      pixel_prior: mass that a class's weights give its own mixture images before they are fitted; the rest is on the public
-        ones. "auto" is 1 for grey images and 0 for colour, where pixel coordinates say little of what a class looks like.
       procedural: share of made-up images among the public ones; "auto" is a half for grey images and 0 for colour.
-      steps, lr, width: of the fit, and of the fresh networks in it; each network serves `repeats` steps.
+      steps, lr: of the fit.
       flip: mirror images are of the same class (not so for digits and letters).
     """
 
@@ -68,27 +68,22 @@ class Config:
     gain: int = 8
     pixel_dims: int = 64
     components: int = 20
-    feature_dims: int = 300
-    networks: int = 4
-    feature_width: int = 32
+    networks: int = 16
+    width: int = 32
+    feature_dims: int = 1000
+    pool: int = 3000
     groups: int = 0
     share_moments: float = 0.2
     share_local: float = 0.2
     share_means: float = 0.4
     share_tones: float | Literal["auto"] = "auto"
-    pool_mixture: int = 400
-    pool_public: int = 1000
-    pixel_prior: float | Literal["auto"] = "auto"
     procedural: float | Literal["auto"] = "auto"
     steps: int = 800
-    repeats: int = 8
     lr: float = 0.04
-    width: int = 32
     flip: bool = False
 
     def __post_init__(self) -> None:
-        counts = ("per_class", "pixel_dims", "components", "feature_dims", "networks", "feature_width", "width")
-        for name in (*counts, "pool_mixture", "pool_public", "repeats"):
+        for name in ("per_class", "pixel_dims", "components", "networks", "width", "feature_dims", "pool"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
         if self.groups < 0:
@@ -99,7 +94,7 @@ class Config:
             raise ConfigError(f"Expected steps of at least 0, got {self.steps}.")
         check_bounds(self, RATES, "lr")
         check_bounds(self, PIXEL_DIMS, "pixel_dims")
-        check_bounds(self, DIMS, "feature_dims", "feature_width", "width")
+        check_bounds(self, DIMS, "width", "feature_dims")
         shares = (self.share_moments, self.share_local, self.share_means)
         if not (min(shares) > 0 and abs(self.share_moments + 2 * self.share_local + self.share_means - 1) <= 1e-6):
             raise ConfigError(f"Expected positive shares with moments + 2·local + means = 1, got {shares}.")
@@ -109,12 +104,8 @@ class Config:
             raise ConfigError(f"Expected share_tones of auto or in [0, 1), got {self.share_tones}.")
         if self.parts not in (0, 1, 2):
             raise ConfigError(f"Expected parts of 0 (automatic), 1 or 2, got {self.parts}.")
-        for name in ("pixel_prior", "procedural"):
-            value = getattr(self, name)
-            if value != "auto" and not (0 <= value <= 1):
-                raise ConfigError(f"Expected {name} of auto or in [0, 1], got {value}.")
-        if self.pool_mixture * 4 < self.per_class:
-            raise ConfigError(f"Expected pool_mixture of at least a quarter of per_class, got {self.pool_mixture}.")
+        if self.procedural != "auto" and not (0 <= self.procedural <= 1):
+            raise ConfigError(f"Expected procedural of auto or in [0, 1], got {self.procedural}.")
 
 
 def _share(value: float | Literal["auto"], public: Public, grey: float) -> float:
@@ -138,6 +129,12 @@ def _groups(config: Config, public: Public) -> int:
     return min(wanted, config.components, config.per_class * _parts(config, public) ** 2)
 
 
+def _feature_dims(config: Config, public: Public) -> int:
+    """No more than features of all views."""
+    shape = public.image_shape
+    return min(config.feature_dims, config.networks * ConvNet(shape, 1, width=config.width).embed_dim)
+
+
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
     """Four full-batch sums, or five. Shares divide Σ 1/σ² (GDP), so all together cost what one sum with `noise_multiplier` would."""
     d, rows = _dims(config, public), public.n_classes
@@ -145,7 +142,7 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
     sigma = noise_multiplier / math.sqrt(1 - toned)
     means = GaussianSum(
         name="joint-means",
-        dim=_groups(config, public) * (config.feature_dims + 1),
+        dim=_groups(config, public) * (_feature_dims(config, public) + 1),
         n_classes=rows,
         noise_multiplier=sigma / math.sqrt(config.share_means),
     )
@@ -176,66 +173,56 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     def shown(z: Tensor) -> Tensor:
         return pale(z) if curve is None else curve(pale(z))
 
-    k, m = public.n_classes, config.per_class
+    k, m, shape = public.n_classes, config.per_class, public.image_shape
     parts, g = _parts(config, public), _groups(config, public)
-    # 2. The pool, and what each group's weights are before anything is known of its features.
-    noise = of_means.noise_multiplier
-    # A group's mean may have noise of a tenth of the largest norm, within which the features lie, at the most; the counts are released.
-    used = (0.1 * fitted.count / (noise * math.sqrt(config.feature_dims))).long().clamp(1, g)
+    # 2. Groups, views, and the axes along which images differ in these.
+    noise, dims = of_means.noise_multiplier, _feature_dims(config, public)
+    used = (CLEAR * fitted.count / (noise * math.sqrt(dims))).long().clamp(1, g)  # the counts are released
     centres = mix.group_centres(fitted, used.tolist(), g, workspace.generator("groups"))
-    seen = open_images[: config.pool_public]
-    own = draw(min(config.pool_mixture, max(100, MOST_POOLED // k)), "pool")
-    pool = torch.cat([shown(own), seen])
-    mass = _share(config.pixel_prior, public, 1.0)
-    prior = torch.cat([mass * _prior(own, centres), torch.full((len(seen), k * g), (1 - mass) / max(1, len(seen)))])
-    # 3. Means of joint random features, of each group of each class.
-    shape = public.image_shape
-    fill = float(pool.amin())
-    nets = []
-    for i in range(config.networks):
-        net = ConvNet(shape, 1, width=config.feature_width, generator=workspace.generator("network", i))
-        dsa = Dsa(strategy=VIEWS[i % len(VIEWS)], fill=fill)
-        view = measure.View(net, dsa, dsa.draw(workspace.generator("view", i)))
-        nets.append(view.requires_grad_(False).to(workspace.device))
-    z = measure.coordinates(nets, pool, config.feature_dims)
+    own = draw(max(1, config.pool // k), "reference")
+    reference = shown(own)
+    flip = "_flip" if config.flip else ""
+    dsa = Dsa(strategy="color_crop_cutout_scale_rotate" + flip, fill=float(reference.amin()))
+    views = random_views(config.networks, shape, config.width, dsa, workspace)
+    features = seen(views, torch.cat([reference, open_images[: config.pool // 3]]))
+    z = coordinates(views, features, dims)
 
+    # 3. Means of each group of each class.
     def by_group(x: Tensor, y: Tensor) -> Tensor:
-        return measure.grouped(z(x), mix.nearest_group(centres, space.coordinates(x), y), g)
+        return grouped(z(x), mix.nearest_group(centres, space.coordinates(x), y), g)
 
     with workspace.passing("private pass over the records: feature means") as progress:
         sums = private.release(of_means, by_group, progress=progress)  # private
-    # 4. The measure. The noise of a group that is not used is of no account.
-    means, counts = measure.class_means(sums.view(k * g, -1), noise)
+    means, spread, counts = read(sums.view(k * g, -1), noise)
+    # 4. The target.
+    features = features[: len(reference)]
+    of_group = _of_each(own, centres)
+    away = means - of_group.T @ z.of(features)
+    target = of_group.T @ features + z.lifted(trusted(away, spread))
+    # The noise of a group that is not used is of no account.
     counts = torch.where(torch.arange(g) < used[:, None], counts.view(k, g), 0.0)
-    with torch.no_grad():
-        features = torch.cat([z(x.to(workspace.device)).cpu() for x in pool.split(250)])
-    weights = measure.signed_weights(features, prior, means, counts.flatten().clamp_min(1.0), noise)
     share = counts / counts.sum(dim=1, keepdim=True)
     # 5. The images.
     tiles = apportioned(share, m * parts**2)
     gain = config.gain if parts > 1 else 1
     start = packed(shown(_of_groups(draw(10 * m * parts**2, "start"), centres, tiles)), parts, gain)
-    dsa = Dsa(strategy="color_crop_cutout_scale_rotate" + ("_flip" if config.flip else ""), fill=fill)
-    images = match_pool(
-        pool,
-        weights.view(-1, k, g),
+    images = match(
+        views,
+        target.view(k, g, config.networks, -1),
         share,
         tiles,
         start.view(k, m, *shape),
         parts=parts,
         gain=gain,
         steps=config.steps,
-        repeats=config.repeats,
         lr=config.lr,
-        width=config.width,
-        dsa=dsa,
         workspace=workspace,
     )
     return Synthetic(images=images.flatten(0, 1), labels=torch.arange(k).repeat_interleave(m), parts=parts, gain=gain)
 
 
-def _prior(own_KND: Tensor, centres_KGD: Tensor) -> Tensor:
-    """Equal weights over the images drawn for a class that fall to each of its groups; over all of them where none does: [K·N, K·G]."""
+def _of_each(own_KND: Tensor, centres_KGD: Tensor) -> Tensor:
+    """Equal weights over the images drawn of a class that fall to each of its groups; over all of them where none does: [K·N, K·G]."""
     k, n, d = own_KND.shape
     g = centres_KGD.shape[1]
     y = torch.arange(k).repeat_interleave(n)

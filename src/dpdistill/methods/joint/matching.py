@@ -1,27 +1,25 @@
-"""Fit a few images to a weighted pool: class means of their features agree under fresh random networks. All post-processing.
+"""Fit a few images to released means: those of their features in the same views agree with them. All post-processing.
 
-Source: distribution matching (Zhao & Bilen 2023), with expected instead of sampled private targets: the pool holds only released
-and public images, so every network and every augmentation is free.
-K classes, G groups of each, M images per class, S = M·parts² training images per class, P pool images.
+Source: distribution matching (Zhao & Bilen 2023), with a fixed set of networks in place of a new one at each step.
+K classes, G groups of each, M images per class, S = M·parts² training images per class, N views, D features of each.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...models import ConvNet, Dsa, expand
-from ...models.convnet import quick_pooling
+from ...models import expand
 from ...models.precision import autocast
 from ..base import Workspace
+from .views import CHUNK, View
 
-CHUNK = 100  # images at once: what a processor's cache holds; 500 take half as long again
 
-
-def match_pool(
-    pool_PCHW: Tensor,
-    weights_PKG: Tensor,
+def match(
+    views: Sequence[View],
+    target_KGND: Tensor,
     share_KG: Tensor,
     group_KS: Tensor,
     start_KMCHW: Tensor,
@@ -29,28 +27,23 @@ def match_pool(
     parts: int,
     gain: int,
     steps: int,
-    repeats: int,
     lr: float,
-    width: int,
-    dsa: Dsa,
     workspace: Workspace,
     save_every: int = 50,
 ) -> Tensor:
-    """Returns images [K, M, C, H, W] whose means of features, of each class and of each group, agree with the weighted pool's.
+    """Returns images [K, M, C, H, W] whose means in the views, of each class and of each group, agree with the target.
 
     Args:
-      weights_PKG: signed weight of each pool image in each group of each class.
+      views: one is looked at in each step, each as often as the others.
       share_KG: of a class's records in each of its groups.
       group_KS: group that each training image stands for.
       start_KMCHW: where the images begin.
       gain: contrast of training images against stored ones.
       lr: of Adam, in units of training images.
-      repeats: steps taken with one network and augmentation before the next: the pool is the dearer side.
     """
     device = workspace.device
-    pool, share = pool_PCHW.to(device), share_KG.to(device)
+    target, share = target_KGND.to(device), share_KG.to(device)
     groups = share.shape[1]
-    weights = weights_PKG.flatten(1).to(device)
     member = F.one_hot(group_KS.to(device), groups).float().transpose(1, 2)  # [K, G, S]
     size = member.sum(dim=2)
     averaging = member / size.clamp_min(1)[:, :, None]
@@ -66,32 +59,23 @@ def match_pool(
             images.copy_(saved["images"])
         moments = {name: saved[name].to(device) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[images] = {"step": saved["adam_step"], **moments}
-    shape = (int(pool.shape[1]), int(pool.shape[2]), int(pool.shape[3]))
-    net = quick_pooling(ConvNet(shape, 1, width=width)).requires_grad_(False).to(device)
-    centre = target = whole = torch.empty(0)
-    draws = dsa.draw(workspace.generator("none"))
-
-    def embedded(x: Tensor) -> Tensor:
-        with autocast(device):
-            return torch.cat([net.embed(dsa.apply(part, draws)).float() for part in x.split(CHUNK)])
-
     for step in workspace.track(range(first, steps), "fitting images"):
         optimizer.param_groups[0]["lr"] = lr * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
-        if step % repeats == 0 or step == first:
-            g = workspace.generator("matching", step // repeats)
-            net.init_(g)
-            draws = dsa.draw(g)  # one augmentation for both sides
-            with torch.no_grad():
-                seen = embedded(pool)
-            centre = seen.mean(dim=0)  # weights sum to 1 for each class: centring changes nothing but the rounding
-            target = (weights.T @ (seen - centre)).view(k, groups, -1)
-            whole = (share[:, :, None] * target).sum(dim=1)
-        mine = embedded(expand(images.flatten(0, 1), parts, gain))
+        turn, place = divmod(step, len(views))
+        chosen = int(torch.randperm(len(views), generator=workspace.generator("matching", turn))[place])
+        view, wanted = views[chosen], target[:, :, chosen]
+        # Centred: only the rounding changes.
+        centre = wanted.mean(dim=(0, 1))
+        wanted = wanted - centre
+        whole = (share[:, :, None] * wanted).sum(dim=1)
+        with autocast(device):
+            training = expand(images.flatten(0, 1), parts, gain)
+            mine = torch.cat([view(part).float() for part in training.split(CHUNK)])
         mine = (mine - centre).view(k, m * parts**2, -1)
         gap = (whole - mine.mean(dim=1)).square().sum()
         if groups > 1:
-            gap = gap + (told * (target - averaging @ mine).square().sum(dim=2)).sum()
-        loss = gap / whole.square().sum().clamp_min(1e-12)  # a pool of equal images has no target
+            gap = gap + (told * (wanted - averaging @ mine).square().sum(dim=2)).sum()
+        loss = gap / whole.square().sum().clamp_min(1e-12)  # equal images have no target
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,0 +1,118 @@
+"""Means of each class in a few fixed random networks: what is asked of the records, and how the noisy answer is read.
+
+A view is a random network that sees every image under one augmentation of its own. Images whose means agree with the records' in many
+views teach what the records teach (distribution matching); what one release told of the views can be asked again without end.
+What is asked are coordinates on the leading axes of all views together: the views tell much the same of an image, so a few axes hold it.
+A class is taken in a few groups of its records, so that the images show what varies in it, too.
+N views, F features of each, D axes, R rows: K classes by G groups of each, n records of a row (known only through a noisy count).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...models import ConvNet, Dsa
+from ...models.axes import principal_axes
+from ...models.convnet import quick_pooling
+from ..base import Workspace
+
+CONSTANT = 0.3  # share of a record's unit vector that its constant coordinate takes: gives the count
+_UNIT = math.sqrt(1 - CONSTANT**2)
+CHUNK = 64  # images at once: what a processor's cache holds; 200 take half as long again
+
+
+class View(nn.Module):
+    """A random network under one augmentation: [B, C, H, W] -> [B, F]. Each row depends on its own image only."""
+
+    def __init__(self, network: ConvNet, dsa: Dsa, draw: Tensor) -> None:
+        super().__init__()
+        self.network, self.dsa, self.draw = quick_pooling(network), dsa, draw
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.network.embed(self.dsa.apply(x_BCHW, self.draw))
+
+
+def random_views(n: int, image_shape: tuple[int, int, int], width: int, dsa: Dsa, workspace: Workspace) -> list[View]:
+    """N views, the same for the same run; each operation of the augmentation as often as the others."""
+    result = []
+    for i in range(n):
+        network = ConvNet(image_shape, 1, width=width, generator=workspace.generator("network", i))
+        draw = dsa.draw(workspace.generator("view", i))
+        draw[:, 0] = i % max(1, len(dsa.operations))
+        result.append(View(network, dsa, draw).requires_grad_(False).to(workspace.device))
+    return result
+
+
+@torch.no_grad()
+def seen(views: Sequence[View], x_BCHW: Tensor) -> Tensor:
+    """Features of all views side by side, on the CPU: [B, N·F]."""
+    device = next(views[0].parameters()).device
+    return torch.cat([torch.cat([view(x.to(device)).cpu() for view in views], dim=1) for x in x_BCHW.split(CHUNK)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coordinates:
+    """Leading axes of what all views see: centre [N·F], axes [N·F, D] of unit length, their scale [D]."""
+
+    views: Sequence[View]
+    centre: Tensor
+    axes: Tensor
+    scale: Tensor
+
+    def of(self, features_BF: Tensor) -> Tensor:
+        """Coordinates of norm at most 1, [B, D]."""
+        z = (features_BF - self.centre.to(features_BF.device)) @ (self.axes * self.scale).to(features_BF.device)
+        return z / z.norm(dim=1, keepdim=True).clamp_min(1.0)
+
+    def __call__(self, x_BCHW: Tensor) -> Tensor:
+        """Record function: [B, C, H, W] -> [B, D + 1], of norm at most 1: coordinates and a constant."""
+        z = self.of(torch.cat([torch.cat([view(x) for view in self.views], dim=1) for x in x_BCHW.split(CHUNK)]))
+        return torch.cat([_UNIT * z, z.new_full((len(z), 1), CONSTANT)], dim=1)
+
+    def lifted(self, z_RD: Tensor) -> Tensor:
+        """Features that differ by these coordinates and in nothing else: [R, N·F]."""
+        return torch.where(self.scale > 0, z_RD / self.scale.clamp_min(1e-12), 0.0) @ self.axes.T
+
+
+def coordinates(views: Sequence[View], features_AF: Tensor, dims: int) -> Coordinates:
+    """Learns centre and axes from what the views see of images that are public or derive from released values.
+
+    The scale λ^(-1/4) of each axis evens out the noise; a fifth of the images has a norm above 1.
+    """
+    centre = features_AF.mean(dim=0)
+    axes, variance = principal_axes(features_AF - centre, dims)
+    there = variance > 1e-8 * variance[0]
+    scale = torch.where(there, (variance / variance[0]).clamp_min(1e-12).pow(-0.25), 0.0)
+    radius = (((features_AF - centre) @ axes) * scale).norm(dim=1).quantile(0.8).clamp_min(1e-6)
+    missing = dims - axes.shape[1]  # the plan promised `dims` coordinates
+    axes, scale = F.pad(axes, (0, missing)), F.pad(scale / radius, (0, missing))
+    return Coordinates(views=views, centre=centre, axes=axes.contiguous(), scale=scale)
+
+
+def grouped(vectors_BD: Tensor, group_B: Tensor, groups: int) -> Tensor:
+    """Puts each vector into the block of its group: [B, G·D], of the same norm."""
+    return (F.one_hot(group_B, groups).to(vectors_BD)[:, :, None] * vectors_BD[:, None]).flatten(1)
+
+
+def read(sums_RD: Tensor, noise: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns means [R, D], the standard deviation of the noise in them [R], and counts [R], from noisy sums of `Coordinates`.
+
+    Args:
+      noise: standard deviation of each coordinate of the sums (public).
+    """
+    counts = (sums_RD[:, -1] / CONSTANT).clamp_min(4 * noise + 1)  # noise alone must not look like a class
+    return sums_RD[:, :-1] / _UNIT / counts[:, None], noise / _UNIT / counts, counts
+
+
+def trusted(away_RD: Tensor, noise_R: Tensor) -> Tensor:
+    """Returns what means differ by from what was expected, less what of it is likely to be noise, [R, D].
+
+    Wiener's filter, axis by axis: how far expectations are out along an axis is judged over all rows, each by its precision.
+    """
+    noise = noise_R.square()[:, None]
+    wrong = ((away_RD.square() - noise) / noise).mean(dim=0).clamp_min(0) / (1 / noise).mean()
+    return away_RD * wrong / (wrong + noise)
