@@ -3,8 +3,8 @@
   .venv/bin/python benchmarks/dataset.py --data DIR --cells 'fashion_mnist:joint:10:1' --releases 3
   .venv/bin/python benchmarks/dataset.py --data DIR --table            # rebuild the table from the runs so far
 
-A cell is DATASET:METHOD:IMAGES_PER_CLASS:EPSILON; several are separated by commas. METHOD is joint, dosser, ndpdc, dpsgd, joint-1group
-(`joint` as it was before groups), or `auxiliary`, the control at ε = 0: `joint` behind the same door with no records in it. Every release
+A cell is DATASET:METHOD:IMAGES_PER_CLASS:EPSILON; several are separated by commas. METHOD is joint, dosser, ndpdc, dpsgd, or
+`auxiliary`, the control at ε = 0: `joint` behind the same door with no records in it. Every release
 draws its own noise and its own public seed. Runs are kept in docs/benchmarks/dataset.runs.jsonl, one line each, and a cell that has
 enough is not run again.
 DIR: see common.py.
@@ -89,11 +89,9 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     folder = Path(args.data)
     records, test = read(folder, dataset, "train"), read(folder, dataset, "test")
-    ours = name in ("joint", "joint-1group", "auxiliary")
+    ours = name in ("joint", "auxiliary")
     method = dpsgd_method if name == "dpsgd" else METHODS["joint" if ours else name]
     given: dict[str, Any] = {} if name == "dpsgd" else {"per_class": int(per_class)}
-    if name == "joint-1group":
-        given |= {"groups": 1, "networks": 2, "feature_width": 64}
     if ours and dataset != "mnist":
         given["flip"] = True
     if name in ("dosser", "ndpdc"):

@@ -21,7 +21,7 @@ from ...models.convnet import quick_pooling
 from ..base import Workspace
 
 CONSTANT = 0.3  # share of a record's unit vector that its constant coordinate takes: gives the count
-_UNIT = math.sqrt(1 - CONSTANT**2)
+UNIT = math.sqrt(1 - CONSTANT**2)
 CHUNK = 64  # images at once: what a processor's cache holds; 200 take half as long again
 
 
@@ -71,7 +71,7 @@ class Coordinates:
     def __call__(self, x_BCHW: Tensor) -> Tensor:
         """Record function: [B, C, H, W] -> [B, D + 1], of norm at most 1: coordinates and a constant."""
         z = self.of(torch.cat([torch.cat([view(x) for view in self.views], dim=1) for x in x_BCHW.split(CHUNK)]))
-        return torch.cat([_UNIT * z, z.new_full((len(z), 1), CONSTANT)], dim=1)
+        return torch.cat([UNIT * z, z.new_full((len(z), 1), CONSTANT)], dim=1)
 
     def lifted(self, z_RD: Tensor) -> Tensor:
         """Features that differ by these coordinates and in nothing else: [R, N·F]."""
@@ -105,7 +105,7 @@ def read(sums_RD: Tensor, noise: float) -> tuple[Tensor, Tensor, Tensor]:
       noise: standard deviation of each coordinate of the sums (public).
     """
     counts = (sums_RD[:, -1] / CONSTANT).clamp_min(4 * noise + 1)  # noise alone must not look like a class
-    return sums_RD[:, :-1] / _UNIT / counts[:, None], noise / _UNIT / counts, counts
+    return sums_RD[:, :-1] / UNIT / counts[:, None], noise / UNIT / counts, counts
 
 
 def trusted(away_RD: Tensor, noise_R: Tensor) -> Tensor:
