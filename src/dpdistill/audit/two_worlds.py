@@ -30,7 +30,6 @@ CHEAP: dict[str, dict[str, Any]] = {  # by method: settings that only make it sm
         "feature_dims": 8,
         "pixel_dims": 8,
         "components": 1,
-        "groups": 1,
         "width": 4,
     },
     "teacher": {

@@ -4,12 +4,12 @@
    Of grey images one release more: how often a pixel is how light, since samples of a mixture are pale.
 2. Views (free): a few random networks, each of which sees images under one augmentation of its own; and the axes along which images
    drawn without limit from the mixture, and public ones, differ there.
-3. Means (private, one release): of what the views see of each class, along those axes, in a few groups of its records.
+3. Means (private, one release): of what the views see of each class, along those axes.
 4. Target (free): what the mixture says of each view, put right by what the means say, as far as their noise lets one trust them.
 5. Images (free): a few images fitted to the target, a view at a time.
 
 Every release is a `GaussianSum` of rate 1, so the budget adds up exactly: Σ 1/σ². Proof: docs/privacy/joint.md.
-σ noise_multiplier, K classes, d pixel dims, N views, D feature dims, J components, G groups, M images per class.
+σ noise_multiplier, K classes, d pixel dims, N views, D feature dims, J components, M images per class.
 """
 
 import math
@@ -27,8 +27,8 @@ from ..base import Public, Synthetic, Workspace
 from ..shared import mixture as mix
 from ..shared import tones
 from ..shared.bounds import DIMS, PIXEL_DIMS, RATES, check_bounds
-from .matching import apportioned, match, packed
-from .views import coordinates, grouped, random_views, read, seen, trusted
+from .matching import match, packed
+from .views import coordinates, random_views, read, seen, trusted
 
 N_PUBLIC = 6000
 N_REFERENCE = (
@@ -36,7 +36,6 @@ N_REFERENCE = (
 )
 N_OPEN = 1000  # public images that say so, too
 N_TONED = 3000  # images of all classes that show what tones the mixture has
-CLEAR = 0.15  # noise that a group's mean may have, against the largest norm of what it is a mean of
 SHARE_TONES = 0.03  # of grey images; in colour they brought nothing (docs/decisions/model.md)
 
 
@@ -54,8 +53,6 @@ class Config:
       networks, width: N views, random ConvNets of this width. Each of them takes a pass over the records.
       feature_dims: D, of all views together; at most the number of their features.
       pool: images of all classes, drawn from the mixture, that show what views make of images; and a third as many public ones.
-      groups: G, at most: feature means are of each class's records nearest to each of G centres. A class too small for its noise has
-        fewer. 0 is 4 for grey images and 1 for colour, where it was not tried.
       share_moments, share_local, share_means: of Σ 1/σ²: step 1's moments, each of its two rounds of local means, step 3.
       share_tones: of Σ 1/σ², for the tones; the three shares above divide the rest. "auto" is 0.03 for grey images, 0 for colour.
       procedural: share of made-up images among the public ones; "auto" is a half for grey images and 0 for colour.
@@ -72,7 +69,6 @@ class Config:
     width: int = 32
     feature_dims: int = 1000
     pool: int = 3000
-    groups: int = 0
     share_moments: float = 0.2
     share_local: float = 0.2
     share_means: float = 0.4
@@ -86,8 +82,6 @@ class Config:
         for name in ("per_class", "pixel_dims", "components", "networks", "width", "feature_dims", "pool"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
-        if self.groups < 0:
-            raise ConfigError(f"Expected groups of 0 (automatic) or more, got {self.groups}.")
         if self.components > mix.N_SAMPLES:
             raise ConfigError(f"Expected components of at most {mix.N_SAMPLES}, got {self.components}.")
         if self.steps < 0:
@@ -123,12 +117,6 @@ def _parts(config: Config, public: Public) -> int:
     return config.parts or (2 if min(public.image_shape[1:]) >= 16 else 1)
 
 
-def _groups(config: Config, public: Public) -> int:
-    """Never more than training images, nor components."""
-    wanted = config.groups or (4 if public.image_shape[0] == 1 else 1)
-    return min(wanted, config.components, config.per_class * _parts(config, public) ** 2)
-
-
 def _feature_dims(config: Config, public: Public) -> int:
     """No more than features of all views."""
     shape = public.image_shape
@@ -142,7 +130,7 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
     sigma = noise_multiplier / math.sqrt(1 - toned)
     means = GaussianSum(
         name="joint-means",
-        dim=_groups(config, public) * (_feature_dims(config, public) + 1),
+        dim=_feature_dims(config, public) + 1,
         n_classes=rows,
         noise_multiplier=sigma / math.sqrt(config.share_means),
     )
@@ -173,12 +161,10 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     def shown(z: Tensor) -> Tensor:
         return pale(z) if curve is None else curve(pale(z))
 
-    k, m, shape = public.n_classes, config.per_class, public.image_shape
-    parts, g = _parts(config, public), _groups(config, public)
-    # 2. Groups, views, and the axes along which images differ in these.
-    noise, dims = of_means.noise_multiplier, _feature_dims(config, public)
-    used = (CLEAR * fitted.count / (noise * math.sqrt(dims))).long().clamp(1, g)  # the counts are released
-    centres = mix.group_centres(fitted, used.tolist(), g, workspace.generator("groups"))
+    k, m, shape, dims = public.n_classes, config.per_class, public.image_shape, _feature_dims(config, public)
+    parts = _parts(config, public)
+    gain = config.gain if parts > 1 else 1
+    # 2. Views, and the axes along which images differ in these.
     own = draw(max(1, config.pool // k), "reference")
     reference = shown(own)
     flip = "_flip" if config.flip else ""
@@ -187,30 +173,19 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     features = seen(views, torch.cat([reference, open_images[: config.pool // 3]]))
     z = coordinates(views, features, dims)
 
-    # 3. Means of each group of each class.
-    def by_group(x: Tensor, y: Tensor) -> Tensor:
-        return grouped(z(x), mix.nearest_group(centres, space.coordinates(x), y), g)
-
+    # 3. Means of each class.
     with workspace.passing("private pass over the records: feature means") as progress:
-        sums = private.release(of_means, by_group, progress=progress)  # private
-    means, spread, counts = read(sums.view(k * g, -1), noise)
+        sums = private.release(of_means, lambda x, y: z(x), progress=progress)  # private
     # 4. The target.
-    features = features[: len(reference)]
-    of_group = _of_each(own, centres)
-    away = means - of_group.T @ z.of(features)
-    target = of_group.T @ features + z.lifted(trusted(away, spread))
-    # The noise of a group that is not used is of no account.
-    counts = torch.where(torch.arange(g) < used[:, None], counts.view(k, g), 0.0)
-    share = counts / counts.sum(dim=1, keepdim=True)
+    expected = features[: len(reference)]
+    means, spread = read(sums, of_means.noise_multiplier)
+    away = means - z.of(expected).view(k, -1, dims).mean(dim=1)
+    target = expected.view(k, -1, expected.shape[1]).mean(dim=1) + z.lifted(trusted(away, spread))
     # 5. The images.
-    tiles = apportioned(share, m * parts**2)
-    gain = config.gain if parts > 1 else 1
-    start = packed(shown(_of_groups(draw(10 * m * parts**2, "start"), centres, tiles)), parts, gain)
+    start = packed(shown(draw(m * parts**2, "start")), parts, gain)
     images = match(
         views,
-        target.view(k, g, config.networks, -1),
-        share,
-        tiles,
+        target.view(k, config.networks, -1),
         start.view(k, m, *shape),
         parts=parts,
         gain=gain,
@@ -219,31 +194,6 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
         workspace=workspace,
     )
     return Synthetic(images=images.flatten(0, 1), labels=torch.arange(k).repeat_interleave(m), parts=parts, gain=gain)
-
-
-def _of_each(own_KND: Tensor, centres_KGD: Tensor) -> Tensor:
-    """Equal weights over the images drawn of a class that fall to each of its groups; over all of them where none does: [K·N, K·G]."""
-    k, n, d = own_KND.shape
-    g = centres_KGD.shape[1]
-    y = torch.arange(k).repeat_interleave(n)
-    group = mix.nearest_group(centres_KGD, own_KND.view(-1, d), y)
-    mine = torch.nn.functional.one_hot(y * g + group, k * g).float()
-    anyone = torch.nn.functional.one_hot(y, k).float().repeat_interleave(g, dim=1)
-    mine = torch.where(mine.sum(dim=0) > 0, mine, anyone)
-    return mine / mine.sum(dim=0)
-
-
-def _of_groups(drawn_KND: Tensor, centres_KGD: Tensor, wanted_KS: Tensor) -> Tensor:
-    """Takes for each wanted group the next of the drawn that falls to it, else the next of any: [K, S, d]."""
-    taken = []
-    for row, (drawn, wanted) in enumerate(zip(drawn_KND, wanted_KS, strict=True)):
-        group = mix.nearest_group(centres_KGD, drawn, torch.full((len(drawn),), row))
-        for each in wanted.tolist():
-            fitting = (group == each).nonzero().flatten()
-            index = int(fitting[0]) if len(fitting) else int((group >= 0).nonzero()[0])
-            taken.append(drawn[index])
-            group[index] = -1
-    return torch.stack(taken).view(len(wanted_KS), wanted_KS.shape[1], -1)
 
 
 def _public_images(config: Config, public: Public, workspace: Workspace) -> Tensor:

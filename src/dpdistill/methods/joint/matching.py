@@ -1,7 +1,7 @@
 """Fit a few images to released means: those of their features in the same views agree with them. All post-processing.
 
 Source: distribution matching (Zhao & Bilen 2023), with a fixed set of networks in place of a new one at each step.
-K classes, G groups of each, M images per class, S = M·parts² training images per class, N views, D features of each.
+K classes, M images per class, S = M·parts² training images per class, N views, D features of each.
 """
 
 import math
@@ -19,9 +19,7 @@ from .views import CHUNK, View
 
 def match(
     views: Sequence[View],
-    target_KGND: Tensor,
-    share_KG: Tensor,
-    group_KS: Tensor,
+    target_KND: Tensor,
     start_KMCHW: Tensor,
     *,
     parts: int,
@@ -31,23 +29,16 @@ def match(
     workspace: Workspace,
     save_every: int = 50,
 ) -> Tensor:
-    """Returns images [K, M, C, H, W] whose means in the views, of each class and of each group, agree with the target.
+    """Returns images [K, M, C, H, W] whose means in the views agree, class by class, with the target.
 
     Args:
       views: one is looked at in each step, each as often as the others.
-      share_KG: of a class's records in each of its groups.
-      group_KS: group that each training image stands for.
       start_KMCHW: where the images begin.
       gain: contrast of training images against stored ones.
       lr: of Adam, in units of training images.
     """
     device = workspace.device
-    target, share = target_KGND.to(device), share_KG.to(device)
-    groups = share.shape[1]
-    member = F.one_hot(group_KS.to(device), groups).float().transpose(1, 2)  # [K, G, S]
-    size = member.sum(dim=2)
-    averaging = member / size.clamp_min(1)[:, :, None]
-    told = share * (size > 0)  # a group may be too small for an image
+    target = target_KND.to(device)
     k, m = start_KMCHW.shape[:2]
     images = start_KMCHW.clone().to(device).requires_grad_()
     lr = lr / gain
@@ -63,19 +54,11 @@ def match(
         optimizer.param_groups[0]["lr"] = lr * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
         turn, place = divmod(step, len(views))
         chosen = int(torch.randperm(len(views), generator=workspace.generator("matching", turn))[place])
-        view, wanted = views[chosen], target[:, :, chosen]
-        # Centred: only the rounding changes.
-        centre = wanted.mean(dim=(0, 1))
-        wanted = wanted - centre
-        whole = (share[:, :, None] * wanted).sum(dim=1)
+        view, wanted = views[chosen], target[:, chosen]
         with autocast(device):
             training = expand(images.flatten(0, 1), parts, gain)
             mine = torch.cat([view(part).float() for part in training.split(CHUNK)])
-        mine = (mine - centre).view(k, m * parts**2, -1)
-        gap = (whole - mine.mean(dim=1)).square().sum()
-        if groups > 1:
-            gap = gap + (told * (wanted - averaging @ mine).square().sum(dim=2)).sum()
-        loss = gap / whole.square().sum().clamp_min(1e-12)  # equal images have no target
+        loss = (mine.view(k, m * parts**2, -1).mean(dim=1) - wanted).square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -112,13 +95,3 @@ def packed(training_BCHW: Tensor, parts: int, gain: int, steps: int = 200, lr: f
         with torch.no_grad():
             stored.clamp_(-1, 1)
     return stored.detach()
-
-
-def apportioned(share_KG: Tensor, n: int) -> Tensor:
-    """Returns the group of each of n images of each class, in order: shares by largest remainder, [K, n]."""
-    exact = share_KG * n
-    size = exact.floor().long()
-    for row in range(len(size)):
-        missing = n - int(size[row].sum())
-        size[row, (exact[row] - size[row]).argsort(descending=True, stable=True)[:missing]] += 1
-    return torch.stack([torch.arange(share_KG.shape[1]).repeat_interleave(row) for row in size])

@@ -3,8 +3,7 @@
 A view is a random network that sees every image under one augmentation of its own. Images whose means agree with the records' in many
 views teach what the records teach (distribution matching); what one release told of the views can be asked again without end.
 What is asked are coordinates on the leading axes of all views together: the views tell much the same of an image, so a few axes hold it.
-A class is taken in a few groups of its records, so that the images show what varies in it, too.
-N views, F features of each, D axes, R rows: K classes by G groups of each, n records of a row (known only through a noisy count).
+N views, F features of each, D axes, K classes, n records of a class (known only through a noisy count).
 """
 
 import math
@@ -73,9 +72,9 @@ class Coordinates:
         z = self.of(torch.cat([torch.cat([view(x) for view in self.views], dim=1) for x in x_BCHW.split(CHUNK)]))
         return torch.cat([UNIT * z, z.new_full((len(z), 1), CONSTANT)], dim=1)
 
-    def lifted(self, z_RD: Tensor) -> Tensor:
-        """Features that differ by these coordinates and in nothing else: [R, N·F]."""
-        return torch.where(self.scale > 0, z_RD / self.scale.clamp_min(1e-12), 0.0) @ self.axes.T
+    def lifted(self, z_KD: Tensor) -> Tensor:
+        """Features that differ by these coordinates and in nothing else: [K, N·F]."""
+        return torch.where(self.scale > 0, z_KD / self.scale.clamp_min(1e-12), 0.0) @ self.axes.T
 
 
 def coordinates(views: Sequence[View], features_AF: Tensor, dims: int) -> Coordinates:
@@ -93,26 +92,21 @@ def coordinates(views: Sequence[View], features_AF: Tensor, dims: int) -> Coordi
     return Coordinates(views=views, centre=centre, axes=axes.contiguous(), scale=scale)
 
 
-def grouped(vectors_BD: Tensor, group_B: Tensor, groups: int) -> Tensor:
-    """Puts each vector into the block of its group: [B, G·D], of the same norm."""
-    return (F.one_hot(group_B, groups).to(vectors_BD)[:, :, None] * vectors_BD[:, None]).flatten(1)
-
-
-def read(sums_RD: Tensor, noise: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns means [R, D], the standard deviation of the noise in them [R], and counts [R], from noisy sums of `Coordinates`.
+def read(sums_KD: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """Returns means [K, D] and the standard deviation of the noise in them [K], from noisy sums of `Coordinates`.
 
     Args:
       noise: standard deviation of each coordinate of the sums (public).
     """
-    counts = (sums_RD[:, -1] / CONSTANT).clamp_min(4 * noise + 1)  # noise alone must not look like a class
-    return sums_RD[:, :-1] / UNIT / counts[:, None], noise / UNIT / counts, counts
+    counts = (sums_KD[:, -1] / CONSTANT).clamp_min(4 * noise + 1)  # noise alone must not look like a class
+    return sums_KD[:, :-1] / UNIT / counts[:, None], noise / UNIT / counts
 
 
-def trusted(away_RD: Tensor, noise_R: Tensor) -> Tensor:
-    """Returns what means differ by from what was expected, less what of it is likely to be noise, [R, D].
+def trusted(away_KD: Tensor, noise_K: Tensor) -> Tensor:
+    """Returns what means differ by from what was expected, less what of it is likely to be noise, [K, D].
 
-    Wiener's filter, axis by axis: how far expectations are out along an axis is judged over all rows, each by its precision.
+    Wiener's filter, axis by axis: how far expectations are out along an axis is judged over all classes, each by its precision.
     """
-    noise = noise_R.square()[:, None]
-    wrong = ((away_RD.square() - noise) / noise).mean(dim=0).clamp_min(0) / (1 / noise).mean()
-    return away_RD * wrong / (wrong + noise)
+    noise = noise_K.square()[:, None]
+    wrong = ((away_KD.square() - noise) / noise).mean(dim=0).clamp_min(0) / (1 / noise).mean()
+    return away_KD * wrong / (wrong + noise)

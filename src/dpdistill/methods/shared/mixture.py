@@ -2,12 +2,11 @@
 
 Three full-batch releases: moments of each class, then twice the means of the records nearest to each of J centres of their class. Images
 can be drawn from the result without limit. Proof: docs/privacy/joint.md, where it is the first of four.
-d dims, J components per class, G groups of them, K classes, n records of a class (known only through a noisy count), P pixels, M images.
+d dims, J components per class, K classes, n records of a class (known only through a noisy count), P pixels, M images.
 The record functions here are what the door sees; everything that takes a released sum is post-processing.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -209,35 +208,6 @@ def lifted(centres_KJN: Tensor, mean: Tensor, covariance: Tensor, axes_DN: Tenso
     slope = torch.linalg.solve(leading, axes_DN.T @ covariance)
     found = mean[:, None] + (centres_KJN - own[:, None]) @ slope
     return found + (centres_KJN - found @ axes_DN) @ axes_DN.T
-
-
-def nearest_group(centres_KGD: Tensor, z_BD: Tensor, y_B: Tensor) -> Tensor:
-    """Returns the index [B] of the nearest group centre of each one's class: of each row by itself."""
-    return (z_BD[:, None] - centres_KGD.to(z_BD.device)[y_B]).square().sum(dim=2).argmin(dim=1)
-
-
-def group_centres(fitted: Mixture, used: Sequence[int], groups: int, generator: torch.Generator) -> Tensor:
-    """Gathers each class's components into a few groups by k-means on their centres, by weight: [K, G, d].
-
-    Args:
-      used: groups wanted of each class, at most G; the rest lie at infinity, nearest to nothing.
-    """
-    k, j, d = fitted.centres.shape
-    result = torch.full((k, groups, d), math.inf)
-    for row in range(k):
-        points, weights, best = fitted.centres[row], fitted.weights[row], math.inf
-        for _ in range(5):
-            centres = points[torch.multinomial(weights + 1e-9, min(used[row], j), generator=generator)]
-            for _ in range(15):
-                member = torch.nn.functional.one_hot(torch.cdist(points, centres).argmin(dim=1), len(centres))
-                mass = (member * weights[:, None]).sum(dim=0)
-                moved = (member * weights[:, None]).T @ points / mass.clamp_min(1e-9)[:, None]
-                centres = torch.where((mass > 0)[:, None], moved, centres)
-            cost = float((torch.cdist(points, centres).amin(dim=1).square() * weights).sum())
-            if cost < best:
-                best = cost
-                result[row, : len(centres)] = centres
-    return result
 
 
 def planned(
