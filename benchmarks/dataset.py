@@ -4,9 +4,8 @@
   .venv/bin/python benchmarks/dataset.py --data DIR --table            # rebuild the table from the runs so far
 
 A cell is DATASET:METHOD:IMAGES_PER_CLASS:EPSILON; several are separated by commas. METHOD is joint, dosser, ndpdc, dpsgd, or
-`auxiliary`, the control at ε = 0: `joint` behind the same door with no records in it. Every release
-draws its own noise and its own public seed. Runs are kept in docs/benchmarks/dataset.runs.jsonl, one line each, and a cell that has
-enough is not run again.
+`auxiliary`, the control at ε = 0: `joint` behind the same door with no records in it. Every release draws its own noise and its own
+public seed. Runs are kept in docs/benchmarks/dataset.runs.jsonl, one line each, and a cell that has enough is not run again.
 DIR: see common.py.
 """
 
@@ -250,7 +249,9 @@ def main() -> None:
     for cell in filter(None, args.cells.split(",")):
         dataset, name, per_class, epsilon = cell.split(":")
         key = (dataset, name, per_class, 0.0 if name == "auxiliary" else float(epsilon))
-        have = {run["seed"] for run in runs() if (run["dataset"], run["method"], run["setting"], run["epsilon"]) == key}
+        # A note after a semicolon says that the run is of a recipe that is gone.
+        now = [run for run in runs() if ";" not in run["note"]]
+        have = {run["seed"] for run in now if (run["dataset"], run["method"], run["setting"], run["epsilon"]) == key}
         todo += [(cell, seed) for seed in range(args.releases) if seed not in have]
     passed = [
         "--data",

@@ -31,11 +31,8 @@ from .matching import match, packed
 from .views import coordinates, random_views, read, seen, trusted
 
 N_PUBLIC = 6000
-N_REFERENCE = (
-    3000  # mixture images of all classes that show what a view makes of images, and what the mixture says of each class
-)
-N_OPEN = 1000  # public images that say so, too
 N_TONED = 3000  # images of all classes that show what tones the mixture has
+MEMORY = 2**33  # bytes that the features of the pool may take: a run must not end for want of memory once it has paid
 SHARE_TONES = 0.03  # of grey images; in colour they brought nothing (docs/decisions/model.md)
 
 
@@ -119,8 +116,13 @@ def _parts(config: Config, public: Public) -> int:
 
 def _feature_dims(config: Config, public: Public) -> int:
     """No more than features of all views."""
-    shape = public.image_shape
-    return min(config.feature_dims, config.networks * ConvNet(shape, 1, width=config.width).embed_dim)
+    features = config.networks * ConvNet(public.image_shape, 1, width=config.width).embed_dim
+    pool = max(config.pool, public.n_classes) + config.pool // 3
+    if 4 * features * pool > MEMORY:
+        raise ConfigError(
+            f"{features:,} features of {pool:,} images take more than 8 GiB; take fewer networks, less width or a smaller pool."
+        )
+    return min(config.feature_dims, features)
 
 
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
