@@ -355,8 +355,8 @@ def test_settings_that_would_fail_after_the_charge(wrong: dict) -> None:
 def test_a_pool_that_no_memory_holds_is_refused_before_anything_is_charged() -> None:
     public = Public(image_shape=(3, 64, 64), class_names=("a", "b"), auxiliary=images(4, shape=(3, 64, 64)))
     assert plan(Config(), public, 1.0)
-    with pytest.raises(ConfigError, match=r"524,288 features of 4,000 images .* fewer networks"):
-        plan(Config(networks=256), public, 1.0)
+    with pytest.raises(ConfigError, match=r"614,400 features of 4,000 images .* fewer networks"):
+        plan(Config(networks=300), public, 1.0)
 
 
 def test_public_images_are_mixed_by_their_share(tmp_path: Path) -> None:
