@@ -31,6 +31,7 @@ from dpdistill.data import LabelledImages, procedural_images, to_unit
 from dpdistill.evaluation import Training, evaluate
 from dpdistill.mechanisms import PrivateData, Vault
 from dpdistill.methods import Public, joint
+from dpdistill.methods.joint import views
 from dpdistill.models import ConvNet, Dsa
 from dpdistill.privacy import Ledger, gaussian_multiplier
 from dpdistill.workspace import FolderWorkspace
@@ -192,10 +193,10 @@ def _error(synthetic: Any, x: Tensor, y: Tensor) -> list[float]:
     some = torch.randperm(len(y), generator=torch.Generator().manual_seed(1))[:4000]
     for seed in range(900, 904):
         g = torch.Generator().manual_seed(seed)
-        net, draw = ConvNet(shape, 1, width=64, generator=g), dsa.draw(g)
+        view = views.View(ConvNet(shape, 1, width=64, generator=g), dsa, dsa.draw(g))
 
-        def contrasts(pixels: Tensor, of: Tensor, net: ConvNet = net, draw: Tensor = draw) -> Tensor:
-            features = torch.cat([net.embed(dsa.apply(batch, draw)) for batch in pixels.split(100)])
+        def contrasts(pixels: Tensor, of: Tensor, view: views.View = view) -> Tensor:
+            features = views.seen([view], pixels)
             means = torch.stack([features[of == k].mean(dim=0) for k in range(10)])
             return means - means.mean(dim=0)
 

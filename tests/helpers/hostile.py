@@ -170,9 +170,7 @@ SETTINGS = {
     "--epsilon inf": typed("--epsilon", "inf", says="epsilon"),
     "--delta 1": typed("--delta", 1, says="delta"),
     "more images than a release holds": Case(
-        make=lambda root: [
-            "dataset", "--data", _wide(root), "--per-class", 400
-        ],
+        make=lambda root: ["dataset", "--data", _wide(root), "--per-class", 400],
         says="more than the 256 MiB",
     ),
 }  # fmt: skip

@@ -148,9 +148,8 @@ def test_noisy_sums_are_read_as_means_counts_and_the_noise_in_them(two: list[vie
     found, noise = views.read(noisy, 0.1)
     assert float((found - means[:1]).std()) == pytest.approx(float(noise.mean()), rel=0.1)
     _, empty = views.read(torch.zeros(1, 6), 2.0)
-    assert float(empty) == pytest.approx(
-        2 / 9 / views.UNIT
-    )  # no class has fewer records than noise alone might look like
+    # No class has fewer records than noise alone might look like.
+    assert float(empty) == pytest.approx(2 / 9 / views.UNIT)
 
 
 def test_coordinates_say_all_of_what_their_axes_hold(two: list[views.View]) -> None:

@@ -167,8 +167,7 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     parts = _parts(config, public)
     gain = config.gain if parts > 1 else 1
     # 2. Views, and the axes along which images differ in these.
-    own = draw(max(1, config.pool // k), "reference")
-    reference = shown(own)
+    reference = shown(draw(max(1, config.pool // k), "reference"))
     flip = "_flip" if config.flip else ""
     dsa = Dsa(strategy="color_crop_cutout_scale_rotate" + flip, fill=float(reference.amin()))
     views = random_views(config.networks, shape, config.width, dsa, workspace)

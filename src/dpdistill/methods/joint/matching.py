@@ -1,7 +1,7 @@
 """Fit a few images to released means: those of their features in the same views agree with them. All post-processing.
 
 Source: distribution matching (Zhao & Bilen 2023), with a fixed set of networks in place of a new one at each step.
-K classes, M images per class, S = M·parts² training images per class, N views, D features of each.
+K classes, M images per class, N views, D features of each.
 """
 
 import math
