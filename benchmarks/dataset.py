@@ -60,6 +60,7 @@ def public_of(folder: Path, dataset: str, records: LabelledImages, seed: int) ->
         class_names=records.class_names,
         auxiliary=torch.from_numpy(auxiliary.to_unit()),
         procedural=torch.from_numpy(to_unit(procedural_images(4000, *records.image_shape, seed))),
+        auxiliary_labels=torch.from_numpy(auxiliary.labels),
     )
 
 

@@ -8,6 +8,7 @@ letters: ten classes of two Omniglot evaluation characters each, 14 drawers dist
 objects: ten superclasses of CIFAR-100 (500 images each; test images of the same); auxiliary: the ten other superclasses. Noise as 5,000
          records a class would have it.
 hundred-grey: all of CIFAR-100 there in ten groups of two superclasses, grey, 28x28; no auxiliary but made-up images. Noise as for objects.
+hundred-grey-strokes: the same, with Omniglot's background alphabets as auxiliary images.
 Prints one JSON line: settings, accuracy by evaluation seed, and relative squared errors of the class contrasts in networks that took no
 part, each under an augmentation. DIR: see common.py.
 """
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,10 +81,20 @@ def distorted(x_N1HW: Tensor, n: int, generator: torch.Generator) -> Tensor:
     return (F.avg_pool2d(x, 3, 1, 1) * gain * 1.6).clamp(0, 1) * 2 - 1
 
 
-def letters(
-    folder: Path, characters: int = 2, n: int = 2000, n_test: int = 300
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
-    """Returns private images and labels, test images and labels, auxiliary images, and records per class over 6,000.
+class StandIn(NamedTuple):
+    """Images in [-1, 1], [N, C, H, W], and labels [N]; scale: what the noise of the real set's record count is divided by."""
+
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    auxiliary: Tensor
+    auxiliary_labels: Tensor | None
+    scale: float
+
+
+def letters(folder: Path, characters: int = 2, n: int = 2000, n_test: int = 300) -> StandIn:
+    """Ten classes of characters; the scale is records per class over 6,000.
 
     Args:
       characters: of a class.
@@ -100,42 +111,57 @@ def letters(
         train.append(distorted(x[torch.from_numpy(mine & np.isin(drawer, drawers[:14]))], n, g))
         test.append(distorted(x[torch.from_numpy(mine & np.isin(drawer, drawers[14:]))], n_test, g))
     labels = torch.arange(10)
-    auxiliary = torch.from_numpy(read(folder, "omniglot28", "train").to_unit())
-    return (
+    auxiliary = read(folder, "omniglot28", "train")
+    return StandIn(
         torch.cat(train),
         labels.repeat_interleave(n),
         torch.cat(test),
         labels.repeat_interleave(n_test),
-        auxiliary,
+        torch.from_numpy(auxiliary.to_unit()),
+        torch.from_numpy(auxiliary.labels),
         n / 6000,
     )
 
 
-def objects(
-    folder: Path, groups: Sequence[str] = tuple(SUPERCLASSES.values())
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
-    """As `letters`, with records per class over 5,000."""
-    found = []
+def objects(folder: Path, groups: Sequence[str] = tuple(SUPERCLASSES.values())) -> StandIn:
+    """Groups of CIFAR-100's classes; the scale is records per class over 5,000."""
+    found, labels = [], []
     for split in ("train", "test"):
         data = read(folder, "cifar100_subset", split)
         fine = [name.strip().lower().replace(" ", "_") for name in data.class_names]
         group = {name: k for k, names in enumerate(groups) for name in names.split()}
         y = torch.tensor([group.get(fine[label], -1) for label in data.labels])
         found += [torch.from_numpy(data.to_unit()), y]
+        labels.append(torch.from_numpy(data.labels))
     x, y, xt, yt = found
-    return x[y >= 0], y[y >= 0], xt[yt >= 0], yt[yt >= 0], x[y < 0], int((y >= 0).sum()) / 50_000
+    others = torch.unique(labels[0][y < 0], return_inverse=True)[1]
+    return StandIn(x[y >= 0], y[y >= 0], xt[yt >= 0], yt[yt >= 0], x[y < 0], others, int((y >= 0).sum()) / 50_000)
 
 
-def grey_objects(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+def grey_objects(folder: Path) -> StandIn:
     """All hundred classes in ten groups, grey, 28x28; there are no others: the auxiliary images are made up."""
-    x, y, xt, yt, _, scale = objects(folder, PAIRS)
-    x, xt = (
-        F.interpolate(z, size=(28, 28), mode="bilinear", antialias=True).mean(dim=1, keepdim=True) for z in (x, xt)
+    found = objects(folder, PAIRS)
+    x, x_test = (
+        F.interpolate(z, size=(28, 28), mode="bilinear", antialias=True).mean(dim=1, keepdim=True)
+        for z in (found.x, found.x_test)
     )
-    return x, y, xt, yt, torch.from_numpy(to_unit(procedural_images(4000, 1, 28, 28, 1))), scale
+    made_up = torch.from_numpy(to_unit(procedural_images(4000, 1, 28, 28, 1)))
+    return found._replace(x=x, x_test=x_test, auxiliary=made_up, auxiliary_labels=None)
 
 
-PROXIES = {"letters": letters, "objects": objects, "hundred-grey": grey_objects}
+def grey_beside_letters(folder: Path) -> StandIn:
+    """The same, with the background alphabets as auxiliary set: images that have nothing to do with the records."""
+    strokes = read(folder, "omniglot28", "train")
+    images, labels = torch.from_numpy(strokes.to_unit()), torch.from_numpy(strokes.labels)
+    return grey_objects(folder)._replace(auxiliary=images, auxiliary_labels=labels)
+
+
+PROXIES = {
+    "letters": letters,
+    "objects": objects,
+    "hundred-grey": grey_objects,
+    "hundred-grey-strokes": grey_beside_letters,
+}
 
 
 def main() -> None:
@@ -143,19 +169,25 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--proxy", choices=tuple(PROXIES), required=True)
     parser.add_argument("--set", action="append", default=[], help="name=value for joint's Config")
-    parser.add_argument("--without", choices=("none", "noise"), default="none", help="leave a part out")
+    parser.add_argument("--without", choices=("none", "noise", "labels"), default="none", help="leave a part out")
     parser.add_argument("--epsilon", type=float, default=1.0)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-seeds", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    x, y, xt, yt, auxiliary, scale = PROXIES[args.proxy](args.data)
+    x, y, xt, yt, auxiliary, auxiliary_labels, scale = PROXIES[args.proxy](args.data)
     settings: dict[str, Any] = {"flip": args.proxy != "letters", **dict(item.split("=") for item in args.set)}
     config = build(joint.Config, settings)
     shape, names = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3])), tuple(str(k) for k in range(10))
     procedural = torch.from_numpy(to_unit(procedural_images(4000, *shape, args.seed)))
-    public = Public(image_shape=shape, class_names=names, auxiliary=auxiliary, procedural=procedural)
+    public = Public(
+        image_shape=shape,
+        class_names=names,
+        auxiliary=auxiliary,
+        procedural=procedural,
+        auxiliary_labels=None if args.without == "labels" else auxiliary_labels,
+    )
     sigma = gaussian_multiplier(args.epsilon, 1e-5) * scale * (1e-3 if args.without == "noise" else 1)
     private = LabelledImages(
         images=x.numpy(), labels=y.numpy(), class_names=names, value_range=(-1, 1), source=args.proxy

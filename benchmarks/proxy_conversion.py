@@ -109,7 +109,7 @@ def main() -> None:
     torch.set_num_threads(1)
     given = dict(item.split("=") for item in args.set)
     config = build(private_teacher.Config, given) if args.teacher == "private" else build(Conversion, given)
-    x, y, xt, yt, _, _ = PROXIES[args.proxy](args.data)
+    x, y, xt, yt, *_ = PROXIES[args.proxy](args.data)
     shape, names = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3])), tuple(str(k) for k in range(10))
     made_up = torch.from_numpy(to_unit(procedural_images(4000, *shape, args.seed)))
     public = Public(image_shape=shape, class_names=names, auxiliary=made_up)

@@ -97,7 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     recipe = build(Recipe, dict(item.split("=") for item in args.set))
-    x, y, xt, yt, auxiliary, _ = PROXIES[args.proxy](args.data)
+    x, y, xt, yt, auxiliary, *_ = PROXIES[args.proxy](args.data)
     shape, n_classes = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3])), 10
     started, generator = time.monotonic(), torch.Generator().manual_seed(0)
     chosen = auxiliary[

@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    x, y, x_test, y_test, _, _ = PROXIES[args.proxy](Path(args.data))
+    x, y, x_test, y_test, *_ = PROXIES[args.proxy](Path(args.data))
     if args.pair:
         (x, y), (x_test, y_test) = pair(x, y, args.pair), pair(x_test, y_test, args.pair)
     n_classes = int(y.max()) + 1

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from dpdistill.data import LabelledImages, procedural_images, to_unit
 from dpdistill.mechanisms import PrivateData, Vault
+from dpdistill.methods import Public
 from dpdistill.methods.joint import Config, views
+from dpdistill.methods.joint.teaching import lesson_of, lessons, teach
 from dpdistill.methods.shared import mixture as mix
 from dpdistill.models import Dsa
 from dpdistill.privacy import GaussianSum, Ledger, gaussian_multiplier
@@ -33,9 +35,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--proxy", choices=tuple(PROXIES), required=True)
     parser.add_argument("--networks", type=int, default=16)
+    parser.add_argument("--lessons", type=int, default=Config().lessons, help="0: random networks alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    x, y, _, _, auxiliary, scale = PROXIES[args.proxy](args.data)
+    x, y, _, _, auxiliary, auxiliary_labels, scale = PROXIES[args.proxy](args.data)
     shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
     sigma, g = gaussian_multiplier(1.0, 1e-5) * scale, torch.Generator().manual_seed(0)
     config, names = Config(), tuple(map(str, range(K)))
@@ -50,12 +53,15 @@ def main() -> None:
         asked = mix.planned("joint", K, config.pixel_dims, config.components, sigma, 0.2, 0.2)
         queries = [planned.query for planned in asked if isinstance(planned.query, GaussianSum)]
         fitted = mix.fit(space, config.components, handle, queries, workspace)
-    own = fitted.sample(config.pool // K, g).flatten(0, 1)
-    reference = torch.cat([space.images(own, shape), open_images[: config.pool // 3]])
-    strategy = "color_crop_cutout_scale_rotate" + ("" if args.proxy == "letters" else "_flip")
-    dsa = Dsa(strategy=strategy, fill=float(reference.amin()))
-    several = views.random_views(args.networks, shape, config.width, dsa, workspace)
-    features, seen = views.seen(several, reference), views.seen(several, x)
+        own = fitted.sample(config.pool // K, g).flatten(0, 1)
+        reference = torch.cat([space.images(own, shape), open_images[: config.pool // 3]])
+        strategy = "color_crop_cutout_scale_rotate" + ("" if args.proxy == "letters" else "_flip")
+        dsa = Dsa(strategy=strategy, fill=float(reference.amin()))
+        several = views.random_views(args.networks, shape, config.width, dsa, workspace)
+        public = Public(image_shape=shape, class_names=names, auxiliary=auxiliary, auxiliary_labels=auxiliary_labels)
+        steps = lessons(len(several), len(dsa.operations), args.lessons)
+        teach(several, *lesson_of(public, open_images), steps, dsa, workspace)
+    features, seen = views.evened(several, views.seen(several, reference)), views.seen(several, x)
     noise, count = sigma / math.sqrt(config.share_means), torch.bincount(y)
     of_mixture = torch.arange(K).repeat_interleave(config.pool // K)
 

@@ -181,6 +181,38 @@ def test_public_images_need_no_labels(form: str, tmp_path: Path, tiny: Callable[
     assert sorted(bare.auxiliary.flatten().tolist()) == sorted(labelled.auxiliary.flatten().tolist())
 
 
+def test_labels_of_public_images_are_taken_where_there_are_some(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
+    pixels, shown = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8), [5, 2, 2, 5, 9, 9]
+    np.savez(tmp_path / "listed.npz", images=pixels, labels=shown, classes=list("abcdefghij"))
+    np.savez(tmp_path / "counted.npz", images=pixels, labels=shown)
+    np.savez(tmp_path / "bare.npz", images=pixels)
+    np.savez(tmp_path / "odd.npz", images=pixels, labels=np.array(shown) - 3)
+    np.savez(tmp_path / "endless.npz", images=pixels, labels=np.array(shown) * 10**17)
+    np.savez(tmp_path / "half.npz", images=pixels, labels=np.array(shown) + 0.5)
+    np.savez(tmp_path / "one.npz", images=pixels, labels=np.zeros(6, np.int64), classes=["a"])
+    for number, (image, label) in enumerate(zip(pixels, shown, strict=True)):
+        (tmp_path / "folders" / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "folders" / str(label) / f"{number}.png")
+
+    def found(name: str) -> pipeline.Public:
+        return pipeline.public_facts(tiny(auxiliary=str(tmp_path / name)), (1, 8, 8), ("a",))
+
+    for name, expected in (("listed.npz", [1, 0, 0, 1, 2, 2]), ("counted.npz", [1, 0, 0, 1, 2, 2])):
+        labels = found(name).auxiliary_labels
+        assert labels is not None
+        assert (str(labels.dtype), labels.tolist()) == ("torch.int64", expected)
+    in_folders = found("folders")
+    assert in_folders.auxiliary_labels is not None
+    assert in_folders.auxiliary_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    expected = (pixels[[1, 2, 0, 3, 4, 5]] / 127.5 - 1).astype(np.float32)  # by class, then by file
+    np.testing.assert_allclose(in_folders.auxiliary[:, 0], expected, atol=1e-6)
+    for name in ("bare.npz", "odd.npz", "endless.npz", "half.npz", "one.npz"):
+        assert found(name).auxiliary_labels is None, name
+    hashes = [pipeline.auxiliary_hash(found(name)) for name in ("bare.npz", "one.npz", "counted.npz", "listed.npz")]
+    assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
+    assert pipeline.public_facts(tiny(), (1, 8, 8), ("a",)).auxiliary_labels is None
+
+
 def auxiliary_of(config: RunConfig, shape: tuple[int, int, int]) -> np.ndarray:
     return np.asarray(pipeline.public_facts(config, shape, ("a",)).auxiliary)
 

@@ -33,7 +33,7 @@ class RunConfig:
       epsilon, delta: the guarantee asked for.
       per_class: synthetic images per class.
       method: a name in METHODS.
-      auxiliary: public images in any of the forms of `data`, without labels, or `none` for procedural ones.
+      auxiliary: public images in any of the forms of `data`, labels optional, or `none` for procedural ones.
       seed: of everything public (start images, augmentation). Privacy noise never comes from it.
       budget: ε that all runs on this data may cost together; where not given, what the first run asked for.
       ledger: the data set's ledger; where not given, one per data set under ~/.dpdistill (or $DPDISTILL_HOME).

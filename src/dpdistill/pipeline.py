@@ -83,29 +83,37 @@ def public_facts(config: RunConfig, image_shape: tuple[int, int, int], class_nam
         )
     unit = auxiliary.to_unit()
     unit = np.where(np.isfinite(unit), unit, 0).astype(np.float32)
+    present, labels = np.unique(auxiliary.labels, return_inverse=True)
     return Public(
         image_shape=image_shape,
         class_names=class_names,
         auxiliary=torch.from_numpy(unit),
         procedural=made_up,
+        auxiliary_labels=torch.from_numpy(labels) if len(present) > 1 else None,
     )
 
 
 def auxiliary_hash(public: Public) -> str:
-    """SHA-256 of the images that a person gave; empty for procedural ones, of which the seed says all."""
+    """SHA-256 of the images that a person gave, and of their labels; empty for procedural ones, of which the seed says all."""
     if public.procedural is None:
         return ""
     digest = hashlib.sha256(repr(tuple(public.auxiliary.shape)).encode())
-    digest.update(np.ascontiguousarray(public.auxiliary.numpy()).data)
+    for tensor in (public.auxiliary, public.auxiliary_labels):
+        if tensor is not None:
+            digest.update(np.ascontiguousarray(tensor.numpy()).data)
     return digest.hexdigest()
 
 
 def _load_auxiliary(config: RunConfig, channels: int, resize: int | None) -> LabelledImages:
-    """Public images, without labels, in the private ones' size and colour. How they are read follows from themselves."""
+    """Public images, with labels if they have some, in the private ones' size and colour. How they are read follows from themselves."""
     limits = Limits.of_gib(config.max_gib, scratch_of(config))
-    found = load_images(
-        config.auxiliary, image_column=None, resize=resize, channels=channels, unlabelled=True, limits=limits
+    load = functools.partial(
+        load_images, config.auxiliary, image_column=None, resize=resize, channels=channels, limits=limits
     )
+    try:
+        found = load(public_labels=True)
+    except InputError:  # no labels, or none that can be read: what else is wrong, the images alone will say
+        found = load(unlabelled=True)
     return dataclasses.replace(found, value_range=public_range(found))
 
 

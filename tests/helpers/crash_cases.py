@@ -50,7 +50,8 @@ DATASET: dict[str, dict[str, Any]] = {
     "toy": {},
     "joint": {
         "steps": 7,
-        "networks": 2,
+        "networks": 6,  # one of which is taught
+        "lessons": 8,
         "pool": 12,
         "feature_dims": 6,
         "pixel_dims": 4,

@@ -3,7 +3,9 @@
 B records, K classes, d pixel dims, N views, D feature dims, J components.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ import torch
 
 from dpdistill.errors import ConfigError
 from dpdistill.methods.base import Public
-from dpdistill.methods.joint import Config, _public_images, plan, views
+from dpdistill.methods.joint import Config, _public_images, plan, teaching, views
 from dpdistill.methods.joint.matching import match, packed
+from dpdistill.methods.joint.teaching import lesson_of, lessons, teach
 from dpdistill.methods.shared import mixture as mix
 from dpdistill.models import ConvNet, Dsa, expand
 from dpdistill.workspace import FolderWorkspace
@@ -218,6 +221,103 @@ def test_views_differ_take_every_operation_in_turn_and_repeat_themselves(tmp_pat
     assert torch.equal(views.seen(first, x), torch.cat([view(x) for view in first], dim=1))
 
 
+def test_evened_views_differ_alike_and_say_what_they_did(tmp_path: Path) -> None:
+    three, x = views_of(3, SHAPE, tmp_path), images(40)
+    with torch.no_grad():
+        three[1].network.features[-3].weight.mul_(7)  # as a taught network's features grow
+    before = views.seen(three, x)
+    features = views.evened(three, before)
+    parts = features.view(40, 3, -1)
+    assert torch.allclose((parts - parts.mean(dim=0)).square().sum(dim=2).mean(dim=0), torch.ones(3), atol=1e-4)
+    torch.testing.assert_close(
+        views.seen(three, x), features
+    )  # what records and fitted images show is in the same units
+    assert three[1].unit > 3 * three[0].unit
+    torch.testing.assert_close(features[:, : before.shape[1] // 3] * three[0].unit, before[:, : before.shape[1] // 3])
+    views.evened(three, torch.ones_like(before))  # images that are all alike
+    assert views.seen(three, x).isfinite().all()
+
+
+def test_lessons_are_shared_out_over_operations() -> None:
+    assert lessons(16, 6, 800) == [0] * 6 + [200] * 6 + [800] * 4
+    assert lessons(5, 1, 8) == [0, 2, 8, 0, 2]
+    assert lessons(3, 0, 8) == [0, 2, 8]
+    assert lessons(16, 6, 0) == [0] * 16
+
+
+def test_lessons_are_on_a_persons_labels_or_on_single_images() -> None:
+    own, labels = images(9), torch.arange(9) % 3
+    plain = Public(image_shape=SHAPE, class_names=("a", "b"), auxiliary=own)
+    assert all(
+        a is b
+        for a, b in zip(lesson_of(dataclasses.replace(plain, auxiliary_labels=labels), own), (own, labels), strict=True)
+    )
+    for n, taken in ((9, 9), (3000, 1000)):
+        pool = images(n, 1)
+        shown, exemplars = lesson_of(plain, pool)
+        assert torch.equal(shown, pool[:taken])
+        assert exemplars.tolist() == list(range(taken))
+
+
+def two_kinds(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Upright and lying bars in noise, somewhere."""
+    g, labels = torch.Generator().manual_seed(seed), torch.arange(n) % 2
+    x = torch.randn(n, *SHAPE, generator=g) * 0.5
+    for image, lying, place in zip(x, labels.tolist(), torch.randint(8, (n,), generator=g).tolist(), strict=True):
+        image[0].select(1 - lying, place).fill_(1.0)
+    return x.clamp(-1, 1), labels
+
+
+def test_taught_networks_tell_public_images_apart_and_the_others_stay(tmp_path: Path) -> None:
+    dsa, (x, labels) = Dsa(strategy="crop"), two_kinds(400)
+    three, untaught = views_of(3, SHAPE, tmp_path, width=16), views_of(3, SHAPE, tmp_path, width=16)
+    fresh, of_fresh = two_kinds(400, 1)
+
+    def apart(view: views.View) -> float:
+        """How far apart the means of the two kinds are, in spreads of one kind."""
+        a, b = (view.network.embed(fresh[of_fresh == kind]) for kind in (0, 1))
+        return float((a.mean(dim=0) - b.mean(dim=0)).norm() / a.var(dim=0).sum().sqrt())
+
+    teach(three, x, labels, [0, 60, 0], dsa, FolderWorkspace(tmp_path / "a", quiet=True))
+    assert apart(three[1]) > 1.5 * apart(untaught[1])
+    assert not any(weight.requires_grad for view in three for weight in view.parameters())
+    for i in (0, 2):
+        assert torch.equal(views.seen(three[i : i + 1], x), views.seen(untaught[i : i + 1], x))
+    assert [path.name for path in (tmp_path / "a").glob("network-*")] == ["network-1.safetensors"]
+
+
+def test_a_stopped_school_goes_on_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels = two_kinds(40)
+
+    def taught(folder: Path) -> torch.Tensor:
+        three = views_of(3, SHAPE, tmp_path)
+        teach(three, x, labels, [3, 0, 2], Dsa(strategy="crop"), FolderWorkspace(folder, quiet=True))
+        return views.seen(three, x)
+
+    whole = taught(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(teaching, "_train", stop_after(1, teaching._train))
+        with pytest.raises(KeyboardInterrupt):
+            taught(tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(teaching, "_train", stop_after(1, teaching._train))  # one is left
+        assert torch.equal(taught(tmp_path / "stopped"), whole)
+    monkeypatch.setattr(teaching, "_train", stop_after(0, teaching._train))
+    assert torch.equal(taught(tmp_path / "stopped"), whole)
+
+
+def stop_after(n: int, inner: Callable[..., None]) -> Callable[..., None]:
+    """The function, which may be called n times."""
+    calls = iter(range(n))
+
+    def counted(*args: object) -> None:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        inner(*args)
+
+    return counted
+
+
 @pytest.mark.parametrize("gain", [1, 8])
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 16, 24), (1, 17, 18)])
 def test_packed_is_undone_by_expand(shape: tuple[int, int, int], gain: int) -> None:
@@ -341,6 +441,7 @@ def test_the_shares_are_of_one_budget() -> None:
         {"feature_dims": 0},
         {"width": 0},
         {"steps": -1},
+        {"lessons": -1},
         {"lr": 0.0},
         {"lr": float("nan")},
     ],

@@ -64,6 +64,7 @@ def load_images(
     resize: int | None = None,
     channels: int | None = None,
     unlabelled: bool = False,
+    public_labels: bool = False,
     limits: Limits = DEFAULT_LIMITS,
 ) -> LabelledImages:
     """Reads labelled images from whatever `spec` is.
@@ -88,6 +89,7 @@ def load_images(
       resize: side of the square that every image is cropped and scaled to. Default: sizes stay, and must agree.
       channels: 1 or 3, to convert all to grey or all to colour. Default: they must agree.
       unlabelled: all are of one class, `image`: labels are not read, if there are any, and class folders not needed.
+      public_labels: which labels are present is no secret, so that a file need not list its classes.
       limits: caps on what a file may ask for.
 
     Images of more than 256 MiB are not kept in memory: they stay in their file if it holds them as they are (IDX, npz without
@@ -145,6 +147,8 @@ def load_images(
             )
         if unlabelled or labels is None:
             labels, in_file = np.zeros(len(images), np.int64), ONE_CLASS
+        if public_labels and in_file is None and labels.dtype.kind in "iu" and len(labels):
+            n_classes = int(labels.max()) + 1
         names = resolve_classes(source, in_file, class_names, n_classes, limits)
         labels = check_labels(source, labels, len(images), len(names))
         images = check_images(source, images, resize, channels, limits)

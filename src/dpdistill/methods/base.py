@@ -27,12 +27,15 @@ class Public:
       class_names: K names.
       auxiliary: float32 [A, C, H, W] in [-1, 1], public images; procedural ones where the person has none.
       procedural: float32 [A', C, H, W] in [-1, 1], made-up images beside the person's own, or None.
+      auxiliary_labels: int64 [A], what the person's own images show, of at least two classes that need not be those of the
+        records; None where they do not say.
     """
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     auxiliary: Tensor
     procedural: Tensor | None = None
+    auxiliary_labels: Tensor | None = None
 
     @property
     def n_classes(self) -> int:

@@ -2,8 +2,8 @@
 
 1. Mixture (private, three releases): for each class the mean, covariance and local means of its images in public pixel coordinates.
    Of grey images one release more: how often a pixel is how light, since samples of a mixture are pale.
-2. Views (free): a few random networks, each of which sees images under one augmentation of its own; and the axes along which images
-   drawn without limit from the mixture, and public ones, differ there.
+2. Views (free): a few networks, random ones and some that were taught on public images, each of which sees images under one augmentation
+   of its own; and the axes along which images drawn without limit from the mixture, and public ones, differ there.
 3. Means (private, one release): of what the views see of each class, along those axes.
 4. Target (free): what the mixture says of each view, put right by what the means say, as far as their noise lets one trust them.
 5. Images (free): a few images fitted to the target, a view at a time.
@@ -28,7 +28,8 @@ from ..shared import mixture as mix
 from ..shared import tones
 from ..shared.bounds import DIMS, PIXEL_DIMS, RATES, check_bounds
 from .matching import match, packed
-from .views import coordinates, random_views, read, seen, trusted
+from .teaching import lesson_of, lessons, teach
+from .views import coordinates, evened, random_views, read, seen, trusted
 
 N_PUBLIC = 6000
 N_TONED = 3000  # images of all classes that show what tones the mixture has
@@ -47,7 +48,8 @@ class Config:
         sharp edges. 1 is the papers' decoder.
       pixel_dims: d; at most the number of pixels.
       components: J.
-      networks, width: N views, random ConvNets of this width. Each of them takes a pass over the records.
+      networks, width: N views, ConvNets of this width. Each of them takes a pass over the records.
+      lessons: steps on public images that the most taught of these get; some get a quarter of it, and some none.
       feature_dims: D, of all views together; at most the number of their features.
       pool: images of all classes, drawn from the mixture, that show what views make of images; and a third as many public ones.
       share_moments, share_local, share_means: of Σ 1/σ²: step 1's moments, each of its two rounds of local means, step 3.
@@ -64,6 +66,7 @@ class Config:
     components: int = 20
     networks: int = 16
     width: int = 32
+    lessons: int = 800
     feature_dims: int = 1000
     pool: int = 3000
     share_moments: float = 0.2
@@ -81,8 +84,9 @@ class Config:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
         if self.components > mix.N_SAMPLES:
             raise ConfigError(f"Expected components of at most {mix.N_SAMPLES}, got {self.components}.")
-        if self.steps < 0:
-            raise ConfigError(f"Expected steps of at least 0, got {self.steps}.")
+        for name in ("steps", "lessons"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"Expected {name} of at least 0, got {getattr(self, name)}.")
         check_bounds(self, RATES, "lr")
         check_bounds(self, PIXEL_DIMS, "pixel_dims")
         check_bounds(self, DIMS, "width", "feature_dims")
@@ -171,7 +175,9 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     flip = "_flip" if config.flip else ""
     dsa = Dsa(strategy="color_crop_cutout_scale_rotate" + flip, fill=float(reference.amin()))
     views = random_views(config.networks, shape, config.width, dsa, workspace)
-    features = seen(views, torch.cat([reference, open_images[: config.pool // 3]]))
+    steps = lessons(len(views), len(dsa.operations), config.lessons)
+    teach(views, *lesson_of(public, open_images), steps, dsa, workspace)
+    features = evened(views, seen(views, torch.cat([reference, open_images[: config.pool // 3]])))
     z = coordinates(views, features, dims)
 
     # 3. Means of each class.

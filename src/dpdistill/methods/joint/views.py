@@ -1,7 +1,7 @@
-"""Means of each class in a few fixed random networks: what is asked of the records, and how the noisy answer is read.
+"""Means of each class in a few fixed public networks: what is asked of the records, and how the noisy answer is read.
 
-A view is a random network that sees every image under one augmentation of its own. Images whose means agree with the records' in many
-views teach what the records teach (distribution matching); what one release told of the views can be asked again without end.
+A view is a network, random or taught on public images (`teaching`), that sees every image under one augmentation of its own. Images
+whose means agree with the records' in many views teach what the records teach (distribution matching); what one release told of the views can be asked again without end.
 What is asked are coordinates on the leading axes of all views together: the views tell much the same of an image, so a few axes hold it.
 N views, F features of each, D axes, K classes, n records of a class (known only through a noisy count).
 """
@@ -25,14 +25,14 @@ CHUNK = 64  # images at once: what a processor's cache holds; 200 take half as l
 
 
 class View(nn.Module):
-    """A random network under one augmentation: [B, C, H, W] -> [B, F]. Each row depends on its own image only."""
+    """A network under one augmentation: [B, C, H, W] -> [B, F]. Each row depends on its own image only."""
 
     def __init__(self, network: ConvNet, dsa: Dsa, draw: Tensor) -> None:
         super().__init__()
-        self.network, self.dsa, self.draw = quick_pooling(network), dsa, draw
+        self.network, self.dsa, self.draw, self.unit = quick_pooling(network), dsa, draw, 1.0
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.network.embed(self.dsa.apply(x_BCHW, self.draw))
+        return self.network.embed(self.dsa.apply(x_BCHW, self.draw)) / self.unit
 
 
 def random_views(n: int, image_shape: tuple[int, int, int], width: int, dsa: Dsa, workspace: Workspace) -> list[View]:
@@ -51,6 +51,15 @@ def seen(views: Sequence[View], x_BCHW: Tensor) -> Tensor:
     """Features of all views side by side, on the CPU: [B, N·F]."""
     device = next(views[0].parameters()).device
     return torch.cat([torch.cat([view(x.to(device)).cpu() for view in views], dim=1) for x in x_BCHW.split(CHUNK)])
+
+
+def evened(views: Sequence[View], features_AF: Tensor) -> Tensor:
+    """Sets the unit of each view so that images differ as much in one as in another, and returns the features in these units."""
+    parts = features_AF.view(len(features_AF), len(views), -1)
+    spread = (parts - parts.mean(dim=0)).square().sum(dim=2).mean(dim=0).sqrt().clamp_min(1e-6)
+    for view, unit in zip(views, spread.tolist(), strict=True):
+        view.unit = unit
+    return (parts / spread[:, None]).flatten(1)
 
 
 @dataclass(frozen=True, kw_only=True)

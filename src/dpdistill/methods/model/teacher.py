@@ -87,4 +87,4 @@ def with_mixture(
     if public.procedural is None:  # then what is called auxiliary is made up
         return dataclasses.replace(public, auxiliary=images, procedural=public.auxiliary)
     given = torch.cat([images, public.auxiliary[:N_DRAWN]])
-    return dataclasses.replace(public, auxiliary=given)
+    return dataclasses.replace(public, auxiliary=given, auxiliary_labels=None)
