@@ -181,11 +181,12 @@ def main() -> None:
     config = build(joint.Config, settings)
     shape, names = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3])), tuple(str(k) for k in range(10))
     procedural = torch.from_numpy(to_unit(procedural_images(4000, *shape, args.seed)))
+    nothing_given = args.proxy == "hundred-grey"
     public = Public(
         image_shape=shape,
         class_names=names,
         auxiliary=auxiliary,
-        procedural=procedural,
+        procedural=None if nothing_given else procedural,
         auxiliary_labels=None if args.without == "labels" else auxiliary_labels,
     )
     sigma = gaussian_multiplier(args.epsilon, 1e-5) * scale * (1e-3 if args.without == "noise" else 1)

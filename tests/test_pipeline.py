@@ -27,7 +27,7 @@ from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig, read
 from dpdistill.data import Limits, load_images
 from dpdistill.errors import BudgetError, ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
 from dpdistill.mechanisms import Vault
-from dpdistill.methods import METHODS, MODEL_METHODS
+from dpdistill.methods import METHODS, MODEL_METHODS, joint
 from dpdistill.pipeline import distil, make_plan
 from dpdistill.privacy import GaussianSum, Ledger, accounting
 from dpdistill.privacy import ledger as ledgers
@@ -211,6 +211,21 @@ def test_labels_of_public_images_are_taken_where_there_are_some(tmp_path: Path, 
     hashes = [pipeline.auxiliary_hash(found(name)) for name in ("bare.npz", "one.npz", "counted.npz", "listed.npz")]
     assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
     assert pipeline.public_facts(tiny(), (1, 8, 8), ("a",)).auxiliary_labels is None
+
+
+def test_networks_are_taught_on_given_images_alone(
+    tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught: list[tuple[int, int, list[int]]] = []
+    monkeypatch.setattr(
+        joint, "teach", lambda _, x, y, steps, *__: taught.append((len(x), len(set(y.tolist())), steps))
+    )
+    settings = TINY["joint"] | {"networks": 6, "lessons": 8}
+    distil(tiny(out=str(tmp_path / "without"), settings=settings), quiet=True)
+    assert taught == []
+    given = str(save(tmp_path / "open.npz", 60, side=12))
+    distil(tiny(out=str(tmp_path / "with"), settings=settings, auxiliary=given, budget=9.0), quiet=True)
+    assert taught == [(60, 3, [0, 0, 0, 0, 0, 2])]
 
 
 def auxiliary_of(config: RunConfig, shape: tuple[int, int, int]) -> np.ndarray:

@@ -34,7 +34,9 @@ PerClass = Annotated[int | None, typer.Option(help="Synthetic images per class."
 MethodName = Annotated[str | None, typer.Option(help="joint (ours), dosser (the paper's, sound), ndpdc, dpmerf.")]
 Auxiliary = Annotated[
     str | None,
-    typer.Option(help="Public images in any of the forms of --data (labels help where they have some), or 'none' (procedural)."),
+    typer.Option(
+        help="Public images in any of the forms of --data (labels help where they have some), or 'none' (procedural)."
+    ),
 ]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, where the files do not say.")]
 Resize = Annotated[int | None, typer.Option(help="Side length in pixels to scale images to.")]

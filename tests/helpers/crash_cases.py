@@ -159,6 +159,7 @@ def case(name: str, inputs: Path) -> Case:
         if name == "audit":
             return audit_blindly(distil(RunConfig(**common, data=data, method="toy"), quiet=True))
         if name in DATASET:
+            common["auxiliary"] = "digits:test" if name == "joint" else "none"
             return distil(RunConfig(**common, data=data, method=name, settings=DATASET[name]), quiet=True)
         if name in MODEL:
             given = {key: str(inputs / MODEL[name][key]) for key in ("teacher", "teachers") if key in MODEL[name]}

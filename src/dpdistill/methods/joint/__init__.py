@@ -49,7 +49,8 @@ class Config:
       pixel_dims: d; at most the number of pixels.
       components: J.
       networks, width: N views, ConvNets of this width. Each of them takes a pass over the records.
-      lessons: steps on public images that the most taught of these get; some get a quarter of it, and some none.
+      lessons: steps that the most taught of these get on the person's own public images, if there are any; some get a quarter of it, and
+        some none.
       feature_dims: D, of all views together; at most the number of their features.
       pool: images of all classes, drawn from the mixture, that show what views make of images; and a third as many public ones.
       share_moments, share_local, share_means: of Σ 1/σ²: step 1's moments, each of its two rounds of local means, step 3.
@@ -175,8 +176,11 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     flip = "_flip" if config.flip else ""
     dsa = Dsa(strategy="color_crop_cutout_scale_rotate" + flip, fill=float(reference.amin()))
     views = random_views(config.networks, shape, config.width, dsa, workspace)
-    steps = lessons(len(views), len(dsa.operations), config.lessons)
-    teach(views, *lesson_of(public, open_images), steps, dsa, workspace)
+    if (
+        public.procedural is not None
+    ):  # made-up images alone bring a point or nothing, for as long as all the rest takes
+        steps = lessons(len(views), len(dsa.operations), config.lessons)
+        teach(views, *lesson_of(public, open_images), steps, dsa, workspace)
     features = evened(views, seen(views, torch.cat([reference, open_images[: config.pool // 3]])))
     z = coordinates(views, features, dims)
 

@@ -1,7 +1,8 @@
 """Means of each class in a few fixed public networks: what is asked of the records, and how the noisy answer is read.
 
 A view is a network, random or taught on public images (`teaching`), that sees every image under one augmentation of its own. Images
-whose means agree with the records' in many views teach what the records teach (distribution matching); what one release told of the views can be asked again without end.
+whose means agree with the records' in many views teach what the records teach (distribution matching); what one release told of the
+views can be asked again without end.
 What is asked are coordinates on the leading axes of all views together: the views tell much the same of an image, so a few axes hold it.
 N views, F features of each, D axes, K classes, n records of a class (known only through a noisy count).
 """
