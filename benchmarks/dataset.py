@@ -119,6 +119,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
         watch.watch(owner, function, "door")
     watch.watch(PrivateData, "release_reserved", "private passes, door included")
     watch.watch(joint_module, "match", "fit")
+    watch.watch(joint_module, "teach", "lessons")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
@@ -213,8 +214,8 @@ def profile_lines() -> list[str]:
     """Where the time to the images goes, for each run that has it."""
     lines = ["", "Where the time goes (seconds; `door` is clipping, exact noise and ledger together):", ""]
     lines += [
-        "| data | method | images per class | to the images | private passes | of that, door | door's share of all | fit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| data | method | images per class | to the images | private passes | of that, door | door's share of all | lessons | fit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs():
         parts = run.get("profile")
@@ -222,7 +223,8 @@ def profile_lines() -> list[str]:
             door, passes, fit = (parts.get(key, 0.0) for key in ("door", "private passes, door included", "fit"))
             share = 100 * door / run["seconds"]
             what = f"| {run['dataset']} | {run['method']} | {run['setting']} | {run['seconds']:.0f} "
-            lines.append(what + f"| {passes:.0f} | {door:.1f} | {share:.1f} % | {fit:.0f} |")
+            lessons = f"{parts['lessons']:.0f}" if "lessons" in parts else "–"
+            lines.append(what + f"| {passes:.0f} | {door:.1f} | {share:.1f} % | {lessons} | {fit:.0f} |")
     return lines
 
 
