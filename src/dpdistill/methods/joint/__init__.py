@@ -176,9 +176,7 @@ def run(config: Config, public: Public, private: PrivateData, plan: list[Planned
     flip = "_flip" if config.flip else ""
     dsa = Dsa(strategy="color_crop_cutout_scale_rotate" + flip, fill=float(reference.amin()))
     views = random_views(config.networks, shape, config.width, dsa, workspace)
-    if (
-        public.procedural is not None
-    ):  # made-up images alone bring a point or nothing, for as long as all the rest takes
+    if public.procedural is not None:  # made-up ones alone bring a point or nothing, and take as long as all the rest
         steps = lessons(len(views), len(dsa.operations), config.lessons)
         teach(views, *lesson_of(public, open_images), steps, dsa, workspace)
     features = evened(views, seen(views, torch.cat([reference, open_images[: config.pool // 3]])))

@@ -58,9 +58,7 @@ def _train(
     head.to(device)
     network.features.requires_grad_()
     learned = [*network.features.parameters(), *head.parameters()]
-    optimizer = torch.optim.SGD(
-        learned, lr=0.01, momentum=0.9, weight_decay=5e-4
-    )  # as classifiers on few images are trained
+    optimizer = torch.optim.SGD(learned, lr=0.01, momentum=0.9, weight_decay=5e-4)  # as in `evaluation`
     for _ in range(steps):
         rows = torch.randint(len(images), (BATCH,), generator=generator)
         x = dsa.apply(images[rows].to(device), dsa.draw_batch(generator, BATCH))
