@@ -229,9 +229,7 @@ def test_evened_views_differ_alike_and_say_what_they_did(tmp_path: Path) -> None
     features = views.evened(three, before)
     parts = features.view(40, 3, -1)
     assert torch.allclose((parts - parts.mean(dim=0)).square().sum(dim=2).mean(dim=0), torch.ones(3), atol=1e-4)
-    torch.testing.assert_close(
-        views.seen(three, x), features
-    )  # what records and fitted images show is in the same units
+    torch.testing.assert_close(views.seen(three, x), features)  # records and fitted images are in these units, too
     assert three[1].unit > 3 * three[0].unit
     torch.testing.assert_close(features[:, : before.shape[1] // 3] * three[0].unit, before[:, : before.shape[1] // 3])
     views.evened(three, torch.ones_like(before))  # images that are all alike
