@@ -620,6 +620,17 @@ def _read_evaluation(path: Path) -> Any:
 def main() -> None:
     """Entry point: an error a person can cause is one line on stderr and exit code 2."""
     try:
+        _main()
+    except SystemExit as end:
+        if "WORLD_SIZE" in os.environ:
+            from .mechanisms.ranks import end_process
+
+            end_process(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+
+
+def _main() -> None:
+    try:
         sys.exit(app(standalone_mode=len(sys.argv) < 2))  # typed alone, it shows its help
     except UsageError as error:
         verb = f"{error.ctx.info_name} " if error.ctx and error.ctx.parent else ""

@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -182,6 +183,7 @@ def _restore(raw: bytes) -> DpdistillError:
 
 
 _joined: Ranks | None = None
+_connected = False  # once at least
 
 
 @contextmanager
@@ -216,13 +218,28 @@ def _join(device: str) -> Ranks:
     given = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     if not given or int(os.environ["WORLD_SIZE"]) < 2:
         return ALONE
+    global _connected
     if not dist.is_initialized():
+        _connected = True
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         # A long wait is no error: the others wait while the first draws noise or writes the release. torchrun ends what hangs.
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))
         atexit.register(_leave)
     return Distributed(device)
+
+
+def end_process(code: int) -> None:
+    """Ends this process, with all that it had to say said, if it was one of several; does nothing if it was alone.
+
+    The interpreter is not taken down: torch.distributed's threads may call into it while it goes, and then a finished run ends as a
+    failed one (SIGABRT, about once in ten runs).
+    """
+    if _connected:
+        _leave()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _leave(in_peace: bool = True) -> None:

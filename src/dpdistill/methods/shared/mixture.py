@@ -25,6 +25,7 @@ N_SAMPLES = 1500  # drawn for each class to find its first centres among
 DIMS, FINE_DIMS = 64, 256  # of pixels: where a class is seen through much noise, and through little
 LEADING = 64  # of the fine ones: how many, along the records' own leading axes, the centres are sought in
 CLEAR = 5_000  # records of a class for each unit of a sum's noise: at 1,600 finer coordinates cost samples, at 11,000 they brought detail
+TIED = 1e-5  # squared distances, of coordinates of norm at most 1, that differ by less are the same
 BOUND = 2**22  # numbers in one release that finer coordinates may take: 126 classes
 
 
@@ -87,7 +88,9 @@ def local_means(space: PixelSpace, centres_KJD: Tensor, x_BCHW: Tensor, y_B: Ten
     """Record function: coordinates and a constant in the block of the nearest centre of the record's class: [B, J·(d+1)]."""
     z = space.coordinates(x_BCHW)
     j = centres_KJD.shape[1]
-    nearest = (z[:, None] - centres_KJD.to(z.device)[y_B]).square().sum(dim=2).argmin(dim=1)
+    away = (z[:, None] - centres_KJD.to(z.device)[y_B]).square().sum(dim=2)
+    # The first of those that are as near: centres of a class whose noise drowned its spread coincide, and rounding would choose.
+    nearest = (away <= away.min(dim=1, keepdim=True).values + TIED).long().argmax(dim=1)
     unit = torch.cat([math.sqrt(1 - _LOCAL_COUNT**2) * z, z.new_full((len(z), 1), _LOCAL_COUNT)], dim=1)
     return (torch.nn.functional.one_hot(nearest, j).to(unit)[:, :, None] * unit[:, None]).flatten(1)
 
