@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from common import AUXILIARY, in_own_process, peak_gib, read
 
-from dpdistill.config import build
+from dpdistill.config_files import build
 from dpdistill.data import LabelledImages, procedural_images, to_unit
 from dpdistill.evaluation import Training, accuracy, evaluate
 from dpdistill.mechanisms import PrivateData, Vault

@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from common import in_own_process, peak_gib, read
 from torch import Tensor, nn
 
-from dpdistill.config import build
+from dpdistill.config_files import build
 from dpdistill.data import LabelledImages, load_images, procedural_images, to_unit
 from dpdistill.evaluation import Training, train_classifier
 from dpdistill.mechanisms import PrivateData, Vault

@@ -31,7 +31,7 @@ import torch
 from common import in_own_process, peak_gib, read
 from safetensors.torch import load_file, save_file
 
-from dpdistill.config import build
+from dpdistill.config_files import build
 from dpdistill.data import LabelledImages, procedural_images, to_unit
 from dpdistill.evaluation import Training, accuracy, train_on_real
 from dpdistill.mechanisms import PrivateData, Vault

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from common import read
 from torch import Tensor
 
-from dpdistill.config import build
+from dpdistill.config_files import build
 from dpdistill.data import LabelledImages, procedural_images, to_unit
 from dpdistill.evaluation import Training, evaluate
 from dpdistill.mechanisms import PrivateData, Vault

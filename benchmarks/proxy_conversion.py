@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from proxy_teacher import PROXIES
 from torch import Tensor
 
-from dpdistill.config import build
+from dpdistill.config_files import build
 from dpdistill.data import LabelledImages, procedural_images, to_unit
 from dpdistill.evaluation import Training, train_classifier
 from dpdistill.mechanisms import PrivateData, Vault

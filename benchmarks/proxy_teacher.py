@@ -21,7 +21,7 @@ from common import peak_gib
 from proxy import PAIRS, letters, objects
 from torch import Tensor
 
-from dpdistill.config import build
+from dpdistill.config_files import build
 from dpdistill.data import procedural_images, to_unit
 from dpdistill.models.linear import LinearTeacher
 from dpdistill.privacy import gaussian_multiplier

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from dpdistill.config import RunConfig
 from dpdistill.data import LabelledImages, procedural_images, stored, to_unit
+from dpdistill.home import default_ledger
 from dpdistill.mechanisms import PrivateData, Vault, per_record_gradient
 from dpdistill.methods.joint import views
 from dpdistill.methods.model.votes import ShardTrainer
@@ -45,7 +46,7 @@ from dpdistill.methods.shared.linear import residuals
 from dpdistill.models import ConvNet, Dsa
 from dpdistill.privacy import GaussianSum, Ledger, NoisyVotes, accounting
 from dpdistill.privacy import ledger as ledgers
-from dpdistill.sources import default_ledger, load_private
+from dpdistill.sources import load_private
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

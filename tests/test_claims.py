@@ -44,7 +44,10 @@ THEOREMS = ("Statement", "Theorem")  # of a proof page; the rest of it is the pr
 CODE = {  # strings that a person reads: all but what refuses and what explains the code; of these names only, where some are named
     "src/dpdistill/audit/result.py": ("SAYS",),
     "src/dpdistill/audit/run.py": ("NO_RECORD_IN_SUMS",),
-    "src/dpdistill/cli.py": None,
+    "src/dpdistill/cli/__init__.py": None,
+    "src/dpdistill/cli/common.py": None,
+    "src/dpdistill/cli/make.py": None,
+    "src/dpdistill/cli/review.py": None,
     "src/dpdistill/bundle/certificate.py": None,
     "src/dpdistill/bundle/claims.py": None,
     "src/dpdistill/bundle/verification.py": ("UNCHECKED", "_AUDIT", "_ATTESTED", "_OTHER_PAGES"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpdistill import cli, pipeline, sources
+from dpdistill import cli, pipeline, planning, sources
 from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.bundle.verification import verify
 from dpdistill.data import Limits, load_images
@@ -36,7 +36,7 @@ def dp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     """dp("verify", "out") -> exit code, stdout, stderr; in a folder with private.npz and test.npz."""
     monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 40)
+    monkeypatch.setattr(planning, "N_PROCEDURAL", 40)
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for name, n in (("private", 13), ("test", 6)):

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import pytest
 
-from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig, build, config_hash, public_toml, read
+from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig
+from dpdistill.config_files import build, config_hash, public_toml, read
 from dpdistill.errors import ConfigError
 from dpdistill.methods import METHODS, MODEL_METHODS
 from dpdistill.methods.joint import Config as Joint

@@ -18,18 +18,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpdistill import cli, pipeline, sources
+from dpdistill import cli, home, planning, sources
 from dpdistill.bundle.verification import verify
-from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig, read
+from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig
+from dpdistill.config_files import read
 from dpdistill.conversion import convert
 from dpdistill.data import StoredArray, stored
 from dpdistill.diffusion import diffuse
 from dpdistill.errors import ConfigError
+from dpdistill.home import default_ledger
 from dpdistill.mechanisms import Vault
 from dpdistill.mechanisms.ensemble import assign
 from dpdistill.pipeline import distil
 from dpdistill.privacy import Ledger, faults
-from dpdistill.sources import default_ledger, load_private
+from dpdistill.sources import load_private
 from small_sampler import NETWORK, SAMPLER
 
 JOINT = {"steps": 2, "networks": 1, "feature_dims": 6, "pixel_dims": 4, "components": 2}
@@ -57,7 +59,8 @@ from dpdistill.config import RunConfig
 from dpdistill.data import StoredArray, stored
 from dpdistill.mechanisms import PrivateData, Vault
 from dpdistill.privacy import GaussianSum, Ledger
-from dpdistill.sources import default_ledger, load_private
+from dpdistill.sources import load_private
+from dpdistill.home import default_ledger
 
 torch.set_num_threads(1)
 stored.MEMORY_BYTES = 2**27
@@ -163,7 +166,7 @@ def test_how_much_may_be_read(data: Path) -> None:
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """47 made-up images [8, 8] of two classes, and a home for ledgers."""
     monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 60)
+    monkeypatch.setattr(planning, "N_PROCEDURAL", 60)
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (47, 8, 8), dtype=np.uint8), np.arange(47) % 2
     path = tmp_path / "private.npz"
@@ -224,7 +227,7 @@ def test_the_default_ledger_and_the_shards_are_the_same(
     outside = load_private(chosen)
     mapped = replace(inside, images=np.load(tmp_path / "x.npy", mmap_mode="r"))  # from Python, a memory map will do
     facts = repr((inside.images.shape[1:], "uint8")).encode()
-    whole = sources.ledger_of([facts, *sorted(hashlib.sha256(image.tobytes()).digest() for image in inside.images)])
+    whole = home.ledger_of([facts, *sorted(hashlib.sha256(image.tobytes()).digest() for image in inside.images)])
     assert default_ledger(inside) == default_ledger(outside) == default_ledger(mapped) == whole
     backwards = replace(inside, images=inside.images[::-1], labels=inside.labels * 0, ids=None)
     assert default_ledger(backwards) == whole

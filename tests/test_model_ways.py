@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from safetensors.torch import save_file
 
 import small_models
-from dpdistill import conversion, pipeline, sources
+from dpdistill import conversion, planning, sources
 from dpdistill.bundle import claims, load_student, read_bundle, verification, verify, write_report
 from dpdistill.bundle.claims import Attested, Nominal
 from dpdistill.bundle.onnx_file import student_onnx
@@ -72,7 +72,7 @@ def onnx_teacher(path: Path, seed: int = 0) -> Path:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModelConfig]:
     """run(**changes) -> the configuration of a run of a second or two."""
     monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 200)
+    monkeypatch.setattr(planning, "N_PROCEDURAL", 200)
     save(tmp_path / "data" / "private.npz")
 
     def make(**changes: Any) -> ModelConfig:
@@ -222,7 +222,7 @@ def test_a_changed_student_is_caught(tmp_path: Path, run: Callable[..., ModelCon
 
 
 def test_another_architecture_is_refused_by_name(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
-    from dpdistill.bundle.verification import checksums
+    from dpdistill.bundle.reading import checksums
 
     out = convert(run(), quiet=True)
     path = out / "model" / "config.json"
@@ -235,7 +235,7 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path, run: Callable[.
 def test_an_onnx_file_of_other_weights_is_caught_though_all_hashes_hold(
     tmp_path: Path, run: Callable[..., ModelConfig]
 ) -> None:
-    from dpdistill.bundle.verification import checksums
+    from dpdistill.bundle.reading import checksums
 
     out = convert(run(), quiet=True)
     student = load_student(out)
@@ -440,7 +440,7 @@ def test_an_opaque_teacher_gives_no_record_level_guarantee(
 def sealed(out: Path, found: dict[str, Any]) -> None:
     """Writes another certificate, and the check sums that fit it."""
     from dpdistill.bundle.certificate import write
-    from dpdistill.bundle.verification import checksums
+    from dpdistill.bundle.reading import checksums
 
     (out / "certificate.json").write_bytes(write(found))
     files = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -645,7 +645,7 @@ def test_a_callable_that_does_not_answer_to_the_last_bit_goes_on(
 
 
 def test_the_planner_says_whether_the_shards_are_enough(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
-    few, many = (pipeline.make_plan(run(shards=n), (1, 28, 28), tuple("0123456789")).advice for n in (20, 5000))
+    few, many = (planning.make_plan(run(shards=n), (1, 28, 28), tuple("0123456789")).advice for n in (20, 5000))
     assert "too few" in few[-1]
     assert few[-1].startswith("too few: below about 135 models")
     assert many[-1].startswith("enough:")
@@ -654,16 +654,16 @@ def test_the_planner_says_whether_the_shards_are_enough(tmp_path: Path, run: Cal
     assert any("has 90 %, of 10 classes, expect 68 to 87 %" in line for line in many)
     # One word on the shards, whatever is wrong with them, and no advice that leads back.
     for records, shards, word in ((1437, 200, "too few records"), (1437, 24, "too few"), (60_000, 4000, "too small")):
-        planned = pipeline.make_plan(
+        planned = planning.make_plan(
             run(shards=shards, expected_records=records), (1, 28, 28), tuple("0123456789")
         ).advice
         assert planned[-1].startswith(f"{word}:")
         assert sum(line.startswith(("too", "enough")) for line in planned) == 1
     hundred = tuple(str(k) for k in range(100))
-    shards_of_60 = pipeline.make_plan(run(shards=1000, expected_records=60_000), (1, 28, 28), hundred).advice
+    shards_of_60 = planning.make_plan(run(shards=1000, expected_records=60_000), (1, 28, 28), hundred).advice
     assert shards_of_60[-1].startswith("too few records:")
     auto = {
-        epsilon: pipeline.with_way(run(shards="auto", expected_records=60_000, epsilon=epsilon))
+        epsilon: planning.with_way(run(shards="auto", expected_records=60_000, epsilon=epsilon))
         for epsilon in (1.0, 10.0)
     }
     assert [config.shards for config in auto.values()] == [1000, 500]

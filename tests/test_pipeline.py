@@ -21,14 +21,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dpdistill import pipeline, sources
+from dpdistill import home, pipeline, planning, sources
 from dpdistill.bundle.verification import verify
-from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig, read
+from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig
+from dpdistill.config_files import read
 from dpdistill.data import Limits, load_images
 from dpdistill.errors import BudgetError, ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
 from dpdistill.mechanisms import Vault
 from dpdistill.methods import METHODS, MODEL_METHODS, joint
-from dpdistill.pipeline import distil, make_plan
+from dpdistill.pipeline import distil
+from dpdistill.planning import make_plan
 from dpdistill.privacy import GaussianSum, Ledger, accounting
 from dpdistill.privacy import ledger as ledgers
 
@@ -78,7 +80,7 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
     """tiny(method="joint", **changes) -> the configuration of a run of a second, on tmp_path/data/private.npz."""
     monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 300)
+    monkeypatch.setattr(planning, "N_PROCEDURAL", 300)
     save(tmp_path / "data" / "private.npz")
 
     def make(method: str = "joint", **changes: Any) -> RunConfig:
@@ -174,10 +176,10 @@ def test_public_images_need_no_labels(form: str, tmp_path: Path, tiny: Callable[
         (tmp_path / "bare").mkdir()
         for number, image in enumerate(given):
             Image.fromarray(image.squeeze()).save(tmp_path / "bare" / f"{number}.png")
-    bare = pipeline.public_facts(
+    bare = planning.public_facts(
         tiny(auxiliary=str(tmp_path / "bare.npz" if form == "npz" else tmp_path / "bare")), (1, 8, 8), ("a",)
     )
-    labelled = pipeline.public_facts(tiny(auxiliary=str(tmp_path / "open.npz")), (1, 8, 8), ("a",))
+    labelled = planning.public_facts(tiny(auxiliary=str(tmp_path / "open.npz")), (1, 8, 8), ("a",))
     assert sorted(bare.auxiliary.flatten().tolist()) == sorted(labelled.auxiliary.flatten().tolist())
 
 
@@ -194,8 +196,8 @@ def test_labels_of_public_images_are_taken_where_there_are_some(tmp_path: Path, 
         (tmp_path / "folders" / str(label)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / "folders" / str(label) / f"{number}.png")
 
-    def found(name: str) -> pipeline.Public:
-        return pipeline.public_facts(tiny(auxiliary=str(tmp_path / name)), (1, 8, 8), ("a",))
+    def found(name: str) -> planning.Public:
+        return planning.public_facts(tiny(auxiliary=str(tmp_path / name)), (1, 8, 8), ("a",))
 
     for name, expected in (("listed.npz", [1, 0, 0, 1, 2, 2]), ("counted.npz", [1, 0, 0, 1, 2, 2])):
         labels = found(name).auxiliary_labels
@@ -208,9 +210,9 @@ def test_labels_of_public_images_are_taken_where_there_are_some(tmp_path: Path, 
     np.testing.assert_allclose(in_folders.auxiliary[:, 0], expected, atol=1e-6)
     for name in ("bare.npz", "odd.npz", "endless.npz", "half.npz", "one.npz"):
         assert found(name).auxiliary_labels is None, name
-    hashes = [pipeline.auxiliary_hash(found(name)) for name in ("bare.npz", "one.npz", "counted.npz", "listed.npz")]
+    hashes = [planning.auxiliary_hash(found(name)) for name in ("bare.npz", "one.npz", "counted.npz", "listed.npz")]
     assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
-    assert pipeline.public_facts(tiny(), (1, 8, 8), ("a",)).auxiliary_labels is None
+    assert planning.public_facts(tiny(), (1, 8, 8), ("a",)).auxiliary_labels is None
 
 
 def test_networks_are_taught_on_given_images_alone(
@@ -229,7 +231,7 @@ def test_networks_are_taught_on_given_images_alone(
 
 
 def auxiliary_of(config: RunConfig, shape: tuple[int, int, int]) -> np.ndarray:
-    return np.asarray(pipeline.public_facts(config, shape, ("a",)).auxiliary)
+    return np.asarray(planning.public_facts(config, shape, ("a",)).auxiliary)
 
 
 def test_public_images_are_made_of_the_private_ones_colour(tmp_path: Path, tiny: Callable[..., RunConfig]) -> None:
@@ -280,7 +282,7 @@ def test_the_cap_on_what_is_read_holds_for_public_images(
     tmp_path: Path, tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Limits] = []
-    monkeypatch.setattr(pipeline, "load_images", lambda *_, limits, **__: read.append(limits) or load_images("digits"))
+    monkeypatch.setattr(planning, "load_images", lambda *_, limits, **__: read.append(limits) or load_images("digits"))
     auxiliary_of(tiny(auxiliary="x", max_gib=7), (1, 8, 8))
     assert [limits.max_array_bytes for limits in read] == [7 * 2**30]
 
@@ -426,7 +428,7 @@ def test_a_ledger_named_as_before_is_taken_over(tmp_path: Path, tiny: Callable[.
     config = tiny()
     records = sources.load_private(config)
     facts = repr((records.images.shape, str(records.images.dtype))).encode()
-    before = sources.ledger_of([facts, records.images.tobytes(), records.labels.tobytes()])
+    before = home.ledger_of([facts, records.images.tobytes(), records.labels.tobytes()])
     distil(config, quiet=True)
     now = the_ledger(tmp_path)
     spent = now.read_bytes()
@@ -436,7 +438,7 @@ def test_a_ledger_named_as_before_is_taken_over(tmp_path: Path, tiny: Callable[.
     assert not before.exists()
     assert now.read_bytes() == spent
     os.link(now, before)  # as a crash in the middle leaves it
-    assert sources.default_ledger(records) == now
+    assert home.default_ledger(records) == now
     assert not before.exists()
 
 
@@ -447,10 +449,10 @@ def test_two_ledgers_of_the_same_images_are_not_one(
     """Of before, one for each reading of their labels; or begun by another process meanwhile. None is forgotten or written over."""
     records = sources.load_private(tiny())
     facts = repr((records.images.shape, str(records.images.dtype))).encode()
-    before = sources.ledger_of([facts, records.images.tobytes(), records.labels.tobytes()])
+    before = home.ledger_of([facts, records.images.tobytes(), records.labels.tobytes()])
     before.parent.mkdir()
     before.write_bytes(b"one")
-    now = sources.default_ledger(records)
+    now = home.default_ledger(records)
     assert now.read_bytes() == b"one"
     now.rename(before)
     link = os.link
@@ -458,7 +460,7 @@ def test_two_ledgers_of_the_same_images_are_not_one(
     if not late:
         now.write_bytes(b"two")
     with pytest.raises(LedgerError, match=r"these images have two ledgers, .* and .*--ledger") as error:
-        sources.default_ledger(records)
+        home.default_ledger(records)
     assert str(before) in str(error.value)
     assert (before.read_bytes(), now.read_bytes()) == (b"one", b"two")
 
@@ -527,18 +529,18 @@ def test_other_records_have_another_ledger(tmp_path: Path, tiny: Callable[..., R
     places = set()
     for name, n, seed in (("a", N, 0), ("b", N, 1), ("c", N + 1, 0)):
         config = tiny(data=str(save(tmp_path / f"{name}.npz", n, seed)))
-        places.add(sources.default_ledger(sources.load_private(config)))
+        places.add(home.default_ledger(sources.load_private(config)))
     assert len(places) == 3
     key = (tmp_path / "home" / "key").read_bytes()
     assert len(key) == 32
     (tmp_path / "home" / "key").write_bytes(bytes(32))  # the name is keyed: it tells nothing to whoever guesses records
-    assert sources.default_ledger(sources.load_private(config)) not in places
+    assert home.default_ledger(sources.load_private(config)) not in places
 
 
 def test_an_empty_home_is_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DPDISTILL_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert sources.home() == tmp_path / ".dpdistill"
+    assert home.home() == tmp_path / ".dpdistill"
 
 
 @pytest.mark.parametrize(
@@ -816,11 +818,11 @@ def test_soft_labels_count_among_what_a_release_holds() -> None:
     for per_class, fits in ((1000, False), (300, True)):
         config = ModelConfig(data="d", per_class=per_class)
         if fits:
-            pipeline.check_size(config, settings, (1, 8, 8), names)
+            planning.check_size(config, settings, (1, 8, 8), names)
         else:
             with pytest.raises(ConfigError, match=r"synthetic.safetensors would have 4\d\d MiB.*--per-class"):
-                pipeline.check_size(config, settings, (1, 8, 8), names)
-            pipeline.check_size(RunConfig(data="d", per_class=per_class), None, (1, 8, 8), names)
+                planning.check_size(config, settings, (1, 8, 8), names)
+            planning.check_size(RunConfig(data="d", per_class=per_class), None, (1, 8, 8), names)
 
 
 def test_a_fit_that_diverged_loses_no_release(
@@ -928,7 +930,7 @@ def test_neighbours_are_told_apart_by_released_values_only(
 
 def test_the_plan_reads_no_data(tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "load_images", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr(pipeline, "load_images", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(planning, "load_images", lambda *_, **__: 1 / 0)
     for method in METHODS:
         plan = make_plan(tiny(method), (1, 12, 12), ("a", "b", "c"))
         assert 0.998 < plan.epsilon <= 1.0 < plan.epsilon_replace_one
@@ -1021,7 +1023,7 @@ def test_a_release_s_configuration_makes_another_like_it(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Given the data anew, it resolves to itself: nothing that follows from it has to be taken out by hand."""
-    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 300)
+    monkeypatch.setattr(planning, "N_PROCEDURAL", 300)
     kind, facts = ALIKE[method]
     config = kind(**{"data": "x.npz", "epsilon": 3.0, "per_class": 2, "seed": 7, "method": method, **facts})
     plan = make_plan(config, (1, 8, 8), ("a", "b"))

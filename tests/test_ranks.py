@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpdistill import cli, pipeline, sources
+from dpdistill import pipeline, planning, sources
 from dpdistill.bundle.verification import verify
 from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig
 from dpdistill.conversion import convert
@@ -71,10 +71,10 @@ WAYS: dict[str, dict[str, Any]] = {
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """begun(name) -> the place of a run that has its key and its ledger, the same in all places, and nothing else."""
     monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 40)
+    monkeypatch.setattr(planning, "N_PROCEDURAL", 40)
     monkeypatch.setattr(sources, "PrivateData", partial(PrivateData, micro_batch=4))
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(pipeline, "calibrate", lambda *_: 1.0)  # the same accounting a dozen times over
+    monkeypatch.setattr(planning, "calibrate", lambda *_: 1.0)  # the same accounting a dozen times over
     monkeypatch.setattr(dpsad, "GUIDE", linear.Training(teacher_steps=2, teacher_dims=4))
     small = EmbeddingConfig(n_frequencies=8, steps=4, at_once=3, latent=2, width=2, bf16=True, checkpoint_steps=2)
     monkeypatch.setattr(dpsad, "EMBEDDING", small)
@@ -149,7 +149,9 @@ def test_any_number_of_processes_makes_the_same_release(
 def as_command(*arguments: str) -> None:
     """The command line, in a process whose environment says which it is."""
     sys.argv = ["dpdistill", *arguments]
-    importlib.reload(cli).main()
+    for name in [name for name in sys.modules if name.startswith("dpdistill.cli")]:
+        del sys.modules[name]
+    importlib.import_module("dpdistill.cli").main()
 
 
 def command(place: Path, *more: str) -> list[str]:

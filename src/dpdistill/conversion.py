@@ -19,29 +19,16 @@ from .bundle.claims import Attested, Nominal
 from .bundle.product import ModelProduct
 from .bundle.release import restore, student_of
 from .bundle.verification import open_release
-from .config import ModelConfig, build, config_hash, public_toml
+from .config import ModelConfig
+from .config_files import build, config_hash, public_toml
 from .errors import ConfigError, InputError, ReleaseError
 from .mechanisms import Vault
 from .methods import MODEL_METHODS, Public, Student
 from .models.teachers import RANGE, Teacher, one_class, varied_images
-from .pipeline import (
-    auxiliary_hash,
-    auxiliary_of,
-    begin,
-    check_alone,
-    check_device,
-    check_same_run,
-    check_size,
-    check_target,
-    distil,
-    forget,
-    forget_rest,
-    holds,
-    public_facts,
-    resumable,
-    write_result,
-)
+from .pipeline import check_alone, check_device, distil, resumable, write_result
+from .planning import auxiliary_hash, auxiliary_of, check_size, public_facts
 from .sources import check_apart, names_of, read_teacher
+from .state import begin, check_same_run, check_target, forget, forget_rest, holds
 from .workspace import FolderWorkspace
 
 

@@ -11,30 +11,18 @@ import torch
 
 from .bundle import BundleFacts
 from .bundle.claims import NominalDiffusion
-from .config import DiffusionConfig, build, public_toml
+from .config import DiffusionConfig
+from .config_files import build, public_toml
 from .data import LabelledImages
 from .errors import InputError, ReleaseError
+from .home import Contents, contents_of
 from .mechanisms import Vault
 from .methods import DIFFUSION_METHODS, Public
 from .models.denoiser import check_patch
-from .pipeline import (
-    auxiliary_hash,
-    auxiliary_of,
-    begin,
-    check_alone,
-    check_device,
-    check_same_run,
-    check_size,
-    check_target,
-    distil,
-    forget,
-    forget_rest,
-    holds,
-    public_facts,
-    resumable,
-    write_result,
-)
-from .sources import Contents, check_apart, contents_of, load_private
+from .pipeline import check_alone, check_device, distil, resumable, write_result
+from .planning import auxiliary_hash, auxiliary_of, check_size, public_facts
+from .sources import check_apart, load_private
+from .state import begin, check_same_run, check_target, forget, forget_rest, holds
 from .workspace import FolderWorkspace
 
 

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 
 from crash_cases import audit_blindly
-from dpdistill import cli, pipeline
+from dpdistill import cli, planning
 from dpdistill.audit import bounds, kernel, one_run, result, run, two_worlds
 from dpdistill.audit.one_run import Witness
 from dpdistill.audit.twin import Twin, _scaled, configuration, public_records
-from dpdistill.bundle import verify
+from dpdistill.bundle import reading, verify
 from dpdistill.bundle.release import add_audit
 from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig
 from dpdistill.data import load_images
 from dpdistill.errors import BudgetError, ConfigError, ReleaseError
 from dpdistill.mechanisms import Vault
-from dpdistill.pipeline import distil, make_plan
+from dpdistill.pipeline import distil
+from dpdistill.planning import make_plan
 from dpdistill.privacy import GaussianSum, Ledger, gaussian_multiplier
 
 Config = Callable[..., RunConfig]
@@ -42,7 +43,7 @@ TINY: dict[str, Any] = {  # settings of `joint` that make a run a matter of a mo
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """tiny(**changes) -> the configuration of a run on digits."""
     monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 200)
+    monkeypatch.setattr(planning, "N_PROCEDURAL", 200)
 
     def make(**changes: Any) -> RunConfig:
         plain = {"data": "digits", "out": str(tmp_path / "out"), "per_class": 1, "epsilon": 4.0, "settings": TINY}
@@ -326,7 +327,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pristine")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DPDISTILL_HOME", str(folder / "home"))
-        patch.setattr(pipeline, "N_PROCEDURAL", 200)
+        patch.setattr(planning, "N_PROCEDURAL", 200)
         out = distil(
             RunConfig(data="digits", out=str(folder / "out"), per_class=1, epsilon=4.0, settings=TINY), quiet=True
         )
@@ -356,15 +357,13 @@ def audited(pristine: Path, tmp_path: Path) -> Path:
     ],
 )
 def test_a_lie_in_the_audit_is_caught(audited: Path, path: tuple[Any, ...], value: Any, reason: str) -> None:
-    from dpdistill.bundle import verification
-
     certificate = json.loads((audited / "certificate.json").read_text())
     certificate["audit"] = edited(certificate["audit"], *path, value=value)
     (audited / "certificate.json").write_text(
         json.dumps(certificate, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     )
-    files = {name: (audited / name).read_bytes() for name in verification.SIZES}
-    (audited / "SHA256SUMS").write_bytes(verification.checksums(files))
+    files = {name: (audited / name).read_bytes() for name in reading.SIZES}
+    (audited / "SHA256SUMS").write_bytes(reading.checksums(files))
     verdict = verify(audited)
     assert not verdict.ok
     assert reason in " ".join(verdict.problems)
@@ -532,7 +531,7 @@ def test_two_worlds_that_cannot_be_are_refused_before_the_audit(audited: Path, m
 
 def test_tiny_runs_of_two_worlds_are_grey_and_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the release's images and its student's shape are."""
-    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 100)
+    monkeypatch.setattr(planning, "N_PROCEDURAL", 100)
     colour = str(tmp_path / "colour.npz")
     np.savez(colour, images=np.zeros((9, 8, 8, 3), np.uint8), labels=np.zeros(9, np.int64))
     assert two_worlds.prepare(RunConfig(data="digits", auxiliary=colour))[1].releases

@@ -161,11 +161,11 @@ def forked(run: Callable[[], int], seconds: float = DEADLINE) -> Done:
 
 def serve() -> None:
     """Answers commands until the input ends."""
-    from dpdistill import cli, conversion, diffusion, pipeline, sampling  # noqa: F401
+    from dpdistill import cli, conversion, diffusion, pipeline, planning, sampling  # noqa: F401
     from dpdistill.bundle import report  # noqa: F401
     from dpdistill.data import parquet  # noqa: F401
 
-    pipeline.N_PROCEDURAL = 40  # as tests/test_cli.py
+    planning.N_PROCEDURAL = 40  # as tests/test_cli.py
     warm = (*WARM, ["verify", sys.argv[1]])
     for words in warm:  # what is imported on the way, each child would import again
         sys.argv = ["dpdistill", *words]

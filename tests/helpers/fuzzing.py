@@ -32,7 +32,7 @@ import cli_child
 import small_files
 import small_models
 import small_release
-from dpdistill import cli, config, sampling
+from dpdistill import cli, config_files, sampling
 from dpdistill.bundle import contents, report
 from dpdistill.bundle.release import read_bundle
 from dpdistill.bundle.verification import verify
@@ -215,7 +215,7 @@ def toml(root: Path) -> Subject:
     text = 'data = "x.npz"\nout = "o"\nepsilon = 2.0\ndelta = 1e-5\nper_class = 10\nseed = 3\nresize = 8\n'
     text += "[settings]\nsteps = 5\nwidth = 4\n"
     path.write_text(text)
-    return Subject(targets=[path], use=lambda: config.read(path, {}, []) is not None, change=worded)
+    return Subject(targets=[path], use=lambda: config_files.read(path, {}, []) is not None, change=worded)
 
 
 def ledger(root: Path) -> Subject:
@@ -246,7 +246,7 @@ def figures(root: Path) -> Subject:
     )
 
     def use() -> bool:
-        found = cli._read_evaluation(path)
+        found = cli.review.read_evaluation(path)
         report._figures(found), report._accuracy(found)
         return True
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpdistill.bundle import verification as verifier
+from dpdistill.bundle import reading
 from dpdistill.bundle.diffusion_product import DiffusionProduct
 from dpdistill.bundle.product import ModelProduct
 from dpdistill.bundle.release import BundleFacts, write_bundle
@@ -79,7 +79,7 @@ class Kit:
     def seal(folder: Path) -> None:
         """Makes the hashes hold again, as anyone can."""
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        (folder / "SHA256SUMS").write_bytes(verifier.checksums(files))
+        (folder / "SHA256SUMS").write_bytes(reading.checksums(files))
 
     @staticmethod
     def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

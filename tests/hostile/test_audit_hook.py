@@ -46,12 +46,12 @@ def evaluate(spec):
         load_student(spec)
 
 def config(spec):
-    from dpdistill.config import read
+    from dpdistill.config_files import read
     read(Path(spec), {}, [])
 
 def figures(spec):
-    from dpdistill.cli import _read_evaluation
-    _read_evaluation(Path(spec))
+    from dpdistill.cli.review import read_evaluation
+    read_evaluation(Path(spec))
 
 def ledger(spec):
     from dpdistill.privacy import Ledger

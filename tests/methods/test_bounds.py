@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpdistill.bundle import contents
-from dpdistill.config import build
+from dpdistill.config_files import build
 from dpdistill.errors import ConfigError
 from dpdistill.methods import DIFFUSION_METHODS, METHODS, MODEL_METHODS, Public, Student, Synthetic
 from dpdistill.methods.shared import bounds

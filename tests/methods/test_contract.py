@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpdistill.config import build
+from dpdistill.config_files import build
 from dpdistill.data.images import LabelledImages
 from dpdistill.errors import ConfigError, DpdistillError
 from dpdistill.mechanisms import PrivateData, Vault

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from behind_the_door import made_up_public, made_up_records
-from dpdistill import pipeline
+from dpdistill import pipeline, planning
 from dpdistill.config import DiffusionConfig
 from dpdistill.mechanisms import PrivateData, Vault
 from dpdistill.methods.diffusion import dpsad
@@ -105,11 +105,11 @@ def test_ordinary_sets_have_no_dp_sgd_by_default() -> None:
 def test_the_planner_says_what_to_expect(
     method: str, records: int, epsilon: float, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 40)
-    monkeypatch.setattr(pipeline, "calibrate", lambda *_: 4.0)  # tested elsewhere, and slow
+    monkeypatch.setattr(planning, "N_PROCEDURAL", 40)
+    monkeypatch.setattr(planning, "calibrate", lambda *_: 4.0)  # tested elsewhere, and slow
     monkeypatch.setattr(pipeline.accounting, "epsilon", lambda *_: 1.0)
     given = DiffusionConfig(data="planned", method=method, expected_records=records, epsilon=epsilon)
-    lines = pipeline.make_plan(given, (1, 8, 8), tuple("0123456789")).advice
+    lines = planning.make_plan(given, (1, 8, 8), tuple("0123456789")).advice
     found = [line for line in lines if re.search(r"measured|beat|is better|as long as", line)]
     assert len(found) == len(said)
     assert all(part in line for part, line in zip(said, found, strict=True))

@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 
 import small_release
 from dpdistill.bundle import contents, png, release, room, table, tensors
+from dpdistill.bundle.reading import SIZES
 from dpdistill.bundle.release import read_bundle, write_bundle
-from dpdistill.bundle.verification import SIZES, verify
+from dpdistill.bundle.verification import verify
 from dpdistill.errors import ConfigError, ReleaseError
 
 

@@ -27,7 +27,7 @@ import pytest
 import torch
 
 from crash_harness import remembered
-from dpdistill import pipeline
+from dpdistill import pipeline, planning
 from dpdistill.audit import result
 from dpdistill.bundle import certificate as certificates
 from dpdistill.bundle import ledger_check, write_bundle
@@ -180,7 +180,7 @@ def runs(folder: Path) -> Iterator[tuple[str, Path, bool]]:
 def test_both_say_the_same_of_real_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """How long either takes is not asserted: it would be about the machine."""
     monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 100)
+    monkeypatch.setattr(planning, "N_PROCEDURAL", 100)
     monkeypatch.setattr(dpsad, "GUIDE", linear.Training(teacher_steps=2, teacher_dims=4))
     monkeypatch.setattr(dpsad, "N_GENERATED", 12)
     for name, folder, passes in runs(tmp_path):
@@ -654,7 +654,7 @@ def test_an_audit_of_what_has_no_ledger_is_refused_by_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kit: Any
 ) -> None:
     monkeypatch.setenv("DPDISTILL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(pipeline, "N_PROCEDURAL", 100)
+    monkeypatch.setattr(planning, "N_PROCEDURAL", 100)
     folder = attested(tmp_path)
     assert agree(folder)
     said = json.loads((folder / "certificate.json").read_text())["guarantee"]

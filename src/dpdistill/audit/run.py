@@ -13,7 +13,8 @@ import numpy as np
 from ..bundle.release import check_aside, restore
 from ..bundle.verification import Checked, open_release
 from ..errors import ConfigError
-from ..pipeline import check_device, with_way
+from ..pipeline import check_device
+from ..planning import with_way
 from . import kernel, membership, one_run, two_worlds
 from .bounds import CONFIDENCE
 from .bounds import one_run as bounds_of

@@ -22,7 +22,7 @@ from ..data import LabelledImages, check_public_range, load_images
 from ..errors import ConfigError, InputError
 from ..mechanisms import Vault
 from ..methods import Sampler, Student, Synthetic
-from ..pipeline import Plan, make_plan, with_way
+from ..planning import Plan, make_plan, with_way
 from ..privacy import Ledger
 from ..workspace import FolderWorkspace
 from .one_run import Enough, Told, Witness, canaries

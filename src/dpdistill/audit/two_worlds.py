@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..config import RunConfig
 from ..data import LabelledImages
 from ..methods import Synthetic
-from ..pipeline import Plan, make_plan, with_way
+from ..planning import Plan, make_plan, with_way
 from . import bounds
 from .result import TwoWorlds
 from .twin import Twin

@@ -17,7 +17,7 @@ from ..errors import ReleaseError
 from ..privacy.disk import sync_directories, sync_directory
 from ..privacy.faults import point
 from . import certificate as certificates
-from . import contents, png, report, table, verification
+from . import contents, png, reading, report, table, verification
 from .certificate import BundleFacts
 from .contents import Contents, one_line, printable_names
 from .diffusion_product import DiffusionProduct
@@ -85,7 +85,7 @@ def restore(path: Path, wanted: Callable[[Path], bool] = lambda _: True) -> None
     Args:
       wanted: whether that folder is the release that is looked for: another one, which somebody named so, is left alone.
     """
-    before = verification.aside(path)
+    before = reading.aside(path)
     if not os.path.lexists(path) and os.path.isfile(before / "certificate.json") and wanted(before):
         os.rename(before, path)
 
@@ -96,7 +96,7 @@ def check_aside(path: Path, names: set[str]) -> None:
     Args:
       names: files of the release.
     """
-    before = verification.aside(path)
+    before = reading.aside(path)
     found = [place for place in before.rglob("*") if place.is_symlink() or not place.is_dir()]
     left = all(str(place.relative_to(before)) in names for place in found) and before.is_dir()
     if os.path.lexists(before) and (before.is_symlink() or not left):
@@ -113,7 +113,7 @@ def add_audit(path: Path, audit: Audit) -> None:
       ReleaseError: the release does not verify, before or with the audit, or cannot be written. Then it is as it was.
     """
     path = Path(os.path.realpath(path))  # "." has no name to put something beside, and a link is not what it leads to
-    partial, before = path.with_name(path.name + ".partial"), verification.aside(path)
+    partial, before = path.with_name(path.name + ".partial"), reading.aside(path)
     checked = verification.open_release(path)
     check_aside(path, set(checked.files))
     certificate = {**checked.certificate, "audit": audit.describe(), "pages": report.fingerprint()}
@@ -123,7 +123,7 @@ def add_audit(path: Path, audit: Audit) -> None:
         "report.html": report.render_report(certificate, checked.contents).encode(),
         "certificate.json": certificates.write(certificate),
     }
-    files["SHA256SUMS"] = verification.checksums(files)
+    files["SHA256SUMS"] = reading.checksums(files)
     try:
         _write_checked(partial, files)
         if before.exists():
@@ -162,7 +162,7 @@ def bundle_files(synthetic: "Synthetic", facts: BundleFacts, product: Product | 
         "report.html": report.render_report(certificate, held).encode(),
         "certificate.json": certificates.write(certificate),
     }
-    files["SHA256SUMS"] = verification.checksums(files)
+    files["SHA256SUMS"] = reading.checksums(files)
     return files
 
 
@@ -288,7 +288,7 @@ def read_bundle(path: str | os.PathLike[str]) -> "Synthetic":
     from ..methods.base import Synthetic
 
     with verification.naming(path):
-        held = contents.unpack(verification.read_file(Path(path), "dataset/synthetic.safetensors"))
+        held = contents.unpack(reading.read_file(Path(path), "dataset/synthetic.safetensors"))
 
     def tensor(array: object) -> torch.Tensor:
         return torch.tensor(array)  # a copy: the array is a read-only view of the file's bytes

@@ -10,8 +10,8 @@ from ..errors import ConfigError
 from ..privacy import ledger as ledgers
 from . import tensors
 from .contents import metadata, printable_names
+from .reading import MAX_RELEASE, SIZES
 from .tensors import MAX_ARRAYS, MAX_HEADER
-from .verification import MAX_RELEASE, SIZES
 
 NAMES = 2**12  # bytes of a header beside the class names
 PAGES = 2**25  # bytes of README.md, report.html and samples.png: they show so many images and no more
