@@ -22,7 +22,7 @@ import pytest
 
 from crash_cases import cases
 from crash_harness import ERRORS, KINDS, TORN, Case, Disk, Fault, File, Site, Study, Violation, content, forked
-from dpdistill import cli, pipeline, sources
+from dpdistill import cli, home, state
 from dpdistill.bundle.verification import verify
 from dpdistill.config import RunConfig
 from dpdistill.mechanisms import Vault, vault
@@ -178,7 +178,7 @@ def test_new_folders_are_synced_into_those_above(
     place: Any, make: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        sources, "sync_directories", sync_directory
+        home, "sync_directories", sync_directory
     )  # else it does the ledger's work, in one home for both
     Study(make("toy"), tmp_path / "sources")
     monkeypatch.setattr(place, "sync_directories", sync_directory)
@@ -190,7 +190,7 @@ def test_new_folders_are_synced_into_those_above(
     ("place", "name", "call", "path", "said"),
     [
         (vault, "sync_directory", "fsync", "out.state/vault", "a power cut would lose"),
-        (pipeline, "sync_directory", "fsync", r"\.", "the key goes before the release is on disk"),
+        (state, "sync_directory", "fsync", r"\.", "the key goes before the release is on disk"),
     ],
 )
 def test_a_name_that_was_not_synced_is_not_relied_on(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from crash_harness import Case, quick
-from dpdistill import pipeline
+from dpdistill import planning
 from dpdistill.audit import run as attacks
 from dpdistill.bundle.onnx_file import student_onnx
 from dpdistill.bundle.release import add_audit
@@ -180,7 +180,7 @@ def cases(folder: Path) -> Iterator[Callable[[str], Case]]:
     with ExitStack() as stack:
         stack.enter_context(quick())
         stack.enter_context(mock.patch.dict(METHODS, {"toy": TOY}))
-        stack.enter_context(mock.patch.object(pipeline, "N_PROCEDURAL", 40))
+        stack.enter_context(mock.patch.object(planning, "N_PROCEDURAL", 40))
         stack.enter_context(mock.patch.object(joint, "match", partial(joint.match, save_every=2)))
         stack.enter_context(mock.patch.object(dpsad, "GUIDE", linear.Training(teacher_steps=2, teacher_dims=4)))
         small = EmbeddingConfig(n_frequencies=8, steps=4, at_once=3, latent=2, width=2, bf16=True, checkpoint_steps=2)

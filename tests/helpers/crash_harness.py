@@ -33,7 +33,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from dpdistill import pipeline
+from dpdistill import planning
 from dpdistill.bundle import certificate, verification
 from dpdistill.errors import DpdistillError
 from dpdistill.mechanisms.private import Door
@@ -789,7 +789,7 @@ def quick() -> Iterator[None]:
         (accounting, "gaussian_epsilon"),
         (accounting, "rdp_epsilon"),
         (certificate, "software"),
-        (pipeline, "procedural_images"),
+        (planning, "procedural_images"),
         (scattering, "_wavelet"),
     )
     with ExitStack() as stack:

@@ -37,7 +37,7 @@ import torch
 from numpy.typing import NDArray
 
 import owner_models
-from dpdistill import cli, conversion, diffusion, pipeline, sources
+from dpdistill import cli, conversion, diffusion, pipeline, planning, sources
 from dpdistill.config import DiffusionConfig, ModelConfig, RunConfig
 from dpdistill.data import LabelledImages
 from dpdistill.data.decode import resize_arrays
@@ -766,8 +766,8 @@ def small(whole: bool) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
-            (pipeline, "N_PROCEDURAL", 60),
-            (pipeline, "METHODS", {**METHODS, **BASELINES}),
+            (planning, "N_PROCEDURAL", 60),
+            (planning, "METHODS", {**METHODS, **BASELINES}),
             (model_conversion, "N_PROBE", 8),
             (teacher, "N_DRAWN", 30),
             (mixture, "N_SAMPLES", 50),
@@ -779,7 +779,7 @@ def small(whole: bool) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, value))
         if not whole:
             stack.enter_context(mock.patch.object(distillation, "student", student))
-            stack.enter_context(mock.patch.object(pipeline, "calibrate", return_value=6.0))
+            stack.enter_context(mock.patch.object(planning, "calibrate", return_value=6.0))
             stack.enter_context(mock.patch.object(accounting, "epsilon", return_value=1.0))
             stack.enter_context(mock.patch.object(pipeline, "check_foreseen", return_value=[]))  # it would ask for ε
         stack.enter_context(around(pipeline, "make_plan", make_plan))
