@@ -54,11 +54,11 @@ def numbers(study: Study, kind: str, path: str) -> list[int]:
 
 def test_the_whole_way_passes_every_room(toy: Study) -> None:
     assert {name.split(":")[0] for name in toy.points} == {
-        *("ledger", "file", "door", "workspace", "release", "vault", "pipeline")
+        *("ledger", "file", "door", "workspace", "release", "vault", "state")
     }
     assert toy.points.count("door: summed") == 3
     assert toy.points.count("ledger: line on disk") == 5  # the first, run, two charges, final
-    assert toy.points[-1] == "pipeline: state removed"
+    assert toy.points[-1] == "state: removed"
     assert len(toy.calls) > 120
     assert [event[0] for event in toy.events if event[0] in ("read", "emit")] == ["read", "emit"] * 3
 

@@ -96,9 +96,9 @@ def forget_rest(state: Path, toml: str, contents: Contents = tuple) -> None:
 def forget(state: Path, vault: Vault) -> None:
     """Destroys the noise key, then everything else that the run kept beside the release."""
     sync_directory(state.absolute().parent)  # the release first: a crash may have come between its renaming and this
-    point("pipeline: before the key is erased")
+    point("state: before the key is erased")
     vault.erase()
     for path in sorted(state.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     state.rmdir()
-    point("pipeline: state removed")
+    point("state: removed")
