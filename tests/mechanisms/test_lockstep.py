@@ -331,6 +331,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connected]:
     net = Connected(2)
     net.enter(1)
     monkeypatch.setattr(ranks, "dist", net)
+    monkeypatch.setattr(ranks, "_connected", False)
     monkeypatch.setattr(ranks.atexit, "register", lambda work: net.calls.append(work))
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
@@ -386,6 +387,26 @@ def test_the_first_to_leave_waits_for_the_others(started: Connected) -> None:
     started.calls.append("connected")
     started.barrier = lambda: started.break_up() or started._exchange(torch.zeros(1))  # type: ignore[method-assign, func-returns-value]
     ranks._leave()  # a broken connection is left without a word
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_process_of_several_ends_with_all_said(
+    code: int, started: Connected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one by itself goes on, to end as any other does."""
+    ends: list[Any] = []
+    monkeypatch.setattr(ranks.os, "_exit", ends.append)
+    monkeypatch.setattr(ranks.sys, "stdout", SimpleNamespace(flush=lambda: ends.append("out")))
+    monkeypatch.setattr(ranks.sys, "stderr", SimpleNamespace(flush=lambda: ends.append("err")))
+    ranks.end_process(code)
+    assert ends == []
+    ranks._join("cpu")
+    ranks.end_process(code)
+    assert started.calls[2:] == ["barrier", "destroyed"]
+    assert ends == ["out", "err", code]
+    ranks.end_process(code)  # what was left before, for an error, ends so as well
+    assert started.calls[4:] == []
+    assert ends[3:] == ["out", "err", code]
 
 
 class Watched(Distributed):

@@ -12,6 +12,7 @@ import dpdistill.privacy
 ROOT = Path(dpdistill.privacy.__file__).parents[1]
 FILES = sorted(ROOT.rglob("*.py"))
 TOPS = {"bundle", "evaluation", "audit", "pipeline", "planning", "state", "workspace", "config", "config_files", "cli"}
+TOPS |= {"sources", "home", "conversion", "sampling"}
 
 
 def module_of(path: Path) -> str:

@@ -42,6 +42,10 @@ ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file with any of these settings; a release's config.toml is one.")
 ]
 Assignments = Annotated[list[str] | None, typer.Option("--set", help="name=value, for a setting of the method.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check the input, show settings, planned ε and what the ledger has left, and stop."),
+]
 Release = Annotated[Path, typer.Argument(help="A release folder.")]
 
 

@@ -18,6 +18,7 @@ from .common import (
     Data,
     Delta,
     Device,
+    DryRun,
     Epsilon,
     LedgerPath,
     MaxGib,
@@ -132,12 +133,7 @@ def dataset(
     device: Device = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Check the input, show settings, planned ε and what the ledger has left, and stop."
-        ),
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Distils private images into a small synthetic data set that may be handed out. Stopped, the same command goes on."""
     chosen = configured(**{name: value for name, value in locals().items() if name != "dry_run"})
@@ -206,12 +202,7 @@ def model(
     device: Device = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Check the input, show settings, planned ε and what the ledger has left, and stop."
-        ),
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Makes a private student model without showing it a private image. What is given decides the way; stopped, it goes on."""
     chosen = configured("ModelConfig", **{name: value for name, value in locals().items() if name != "dry_run"})
@@ -278,12 +269,7 @@ def diffusion(
     device: Device = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Check the input, show settings, planned ε and what the ledger has left, and stop."
-        ),
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Trains a private diffusion model that may be handed out and sampled without limit. Stopped, the same command goes on."""
     chosen = configured("DiffusionConfig", **{name: value for name, value in locals().items() if name != "dry_run"})

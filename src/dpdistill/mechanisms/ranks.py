@@ -215,10 +215,10 @@ def joined(device: str = "cpu") -> Iterator[Ranks]:
 
 
 def _join(device: str) -> Ranks:
+    global _connected
     given = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     if not given or int(os.environ["WORLD_SIZE"]) < 2:
         return ALONE
-    global _connected
     if not dist.is_initialized():
         _connected = True
         if device == "cuda":
