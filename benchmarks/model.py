@@ -6,13 +6,15 @@
 
 A cell is DATASET:SETTING:EPSILON; several are separated by commas. SETTING is
   teacher          the private teacher itself (many releases in one process: its features are computed once; EPSILON may be 1+3+10);
-  private-teacher  teacher and student of one release, the student without a real image;
+  private-teacher  teacher and student of one release, the student without a real image (`--set share_prior=0`:
+                   nor one of the released mixture);
   votes            shard teachers that vote (--shards K; --by-id for one shard per id), and the student of what they say;
   opaque           the paper's way with a teacher trained without privacy: EPSILON is its nominal ε (status none), `inf` is without
                    noise (and null in model.json);
   data-free        conversion of that same teacher without any noise and without its data: the data-free literature's setting.
 Runs are kept in docs/benchmarks/model.runs.jsonl, one line each, and a cell that has enough is not run again. Students see procedural
-images and their generator's only. DIR: see common.py. --cache keeps the non-private teachers between runs.
+images, their generator's, and those of a mixture that was released with a private teacher: no real image. DIR: see common.py. --cache
+keeps the non-private teachers between runs.
 """
 
 import argparse

@@ -254,6 +254,9 @@ def test_models_of_owners_vote(tmp_path: Path, run: Callable[..., ModelConfig]) 
     assert verdict.ok, verdict.problems
     assert verdict.guarantee is not None
     assert verdict.guarantee.unit == "owner"
+    page = (out / "report.html").read_text()
+    assert "made from the votes of owners&#39; models" in page
+    assert "Whether an owner was in" in page
     assert certificate(out)["mechanisms"][0]["models"] == "4"
 
 
@@ -367,6 +370,7 @@ def test_an_attested_guarantee_is_repeated_as_attested(tmp_path: Path, run: Call
     out = convert(run(teacher=teacher, attested_epsilon=2.5, attested_delta=1e-6, attested_unit="patient"), quiet=True)
     verdict = verify(out)
     assert verdict.ok, verdict.problems
+    assert "Whether a patient was in" in (out / "report.html").read_text()
     assert verdict.guarantee is not None
     assert verdict.guarantee.basis == "attested"
     assert str(verdict.guarantee).startswith("Not proved here, attested")
@@ -432,7 +436,9 @@ def test_an_opaque_teacher_gives_no_record_level_guarantee(
     assert found["guarantee"]["epsilon"] is None
     assert found["claim"]["nominal_epsilon"] == ("1" if noise else "inf")
     assert "NO differential-privacy guarantee" in found["statement"]
-    assert "NO RECORD-LEVEL GUARANTEE" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "NO RECORD-LEVEL GUARANTEE" in page
+    assert "<title>NOT PRIVATE · a student model</title>" in page
     assert "# NO RECORD-LEVEL GUARANTEE" in (out / "README.md").read_text()
     assert not (tmp_path / "home").exists()  # nothing is charged, because nothing is promised
 
@@ -574,6 +580,29 @@ class Deaf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         raise AssertionError("a gradient flowed into the teacher")
+
+
+def test_a_teacher_beside_data_is_refused(run: Callable[..., ModelConfig], tmp_path: Path) -> None:
+    """It would have been left out in silence, and the data charged."""
+    teacher = from_callable(lambda x: x.flatten(1)[:, :3], image_shape=(1, 8, 8), n_classes=3)
+    with pytest.raises(ConfigError, match="beside data"):
+        convert(run(), teacher, quiet=True)
+    assert not (tmp_path / "home").exists()
+
+
+def test_votes_converted_once_more(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    """The page speaks of the teacher that there was: the first student, and the card of its own settings and seed."""
+    first = convert(run(shards=5, out=str(tmp_path / "first"), seed=4), quiet=True)
+    out = convert(run(teacher=str(first), seed=9), quiet=True)
+    assert verify(out).ok
+    assert "fitted to the noisy votes" in (first / "report.html").read_text()
+    assert "fitted to the noisy votes" not in (out / "report.html").read_text()
+    assert "public seed 4. The settings are in" in (first / "README.md").read_text()
+    card = " ".join((out / "README.md").read_text().split())
+    assert (
+        "public seed 4 of its teacher, which was converted once more: the settings of that, and its seed, are in `conversion.toml`"
+        in card
+    )
 
 
 def test_a_callable_teacher_is_asked_and_never_differentiated(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:

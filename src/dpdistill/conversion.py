@@ -89,6 +89,10 @@ def convert(
       DpdistillError: one line that says the way out. Nothing was charged, unless the ledger says so.
     """
     config = dataclasses.replace(config, method=config.way)
+    if teacher is not None and not config.teacher:
+        raise ConfigError(
+            "a teacher is given beside data= or teachers=; give it a name with teacher=, and leave those out"
+        )
     if not config.teacher:
         return distil(config, quiet=quiet, insecure_seed=insecure_seed)
     method: Any = MODEL_METHODS[config.method]

@@ -340,6 +340,15 @@ def test_functions() -> None:
     late = from_callable(lambda u: linear(u) if next(answers) < 5 else linear(u) / 0, image_shape=SHAPE, n_classes=K)
     with pytest.raises(InputError, match="not finite"):  # also after the probe
         [late.outputs(images(2)) for _ in range(5)]
+
+    def fails_at_times(u: Tensor) -> Tensor:
+        return torch.where((u.flatten(1)[:, :1] - 0.7).abs() < 1e-5, float("nan"), linear(u))
+
+    rare, some = from_callable(fails_at_times, image_shape=SHAPE, n_classes=K), images(4)
+    some[1, 0, 0, 0] = 0.4  # which is fed as 0.7
+    said = rare.outputs(some)  # an image on which it fails says nothing; the others are as they were
+    assert said[1].tolist() == [0.0] * K
+    torch.testing.assert_close(said[[0, 2, 3]], linear(unit(some[[0, 2, 3]])))
     for shape in ((2, 8, 8), (3, 8), (3, 224, 224)):
         with pytest.raises(InputError, match="wanted 1 or 3 channels of 8 to 64"):
             from_callable(linear, image_shape=shape, n_classes=K)  # type: ignore[arg-type]

@@ -231,6 +231,8 @@ def model(
             if ready.nominal:
                 console.print(ready.nominal.statement(), markup=False)
             return
+        if chosen.teachers or (chosen.teacher and not (Path(chosen.teacher) / "certificate.json").exists()):
+            _show_range(chosen)
         _tell(conversion.convert(chosen))
 
 

@@ -94,7 +94,8 @@ class Teacher:
       image_shape: (C, H, W) of the images it takes.
       n_classes: K.
       outputs: maps images [B, C, H, W], float32 in [-1, 1], to logits or log-probabilities [B, K], float32 on the same
-        device, without a gradient. Softmax of a row is the teacher's answer. Each row depends on its image alone.
+        device, without a gradient. Softmax of a row is the teacher's answer. Each row depends on its image alone; a row that is not
+        finite says nothing, all classes alike. InputError where that is half of a batch or more.
       sha256: of the file, in hex; of a callable, 'callable-' and part of that of its name, or '' where it was given none.
     """
 

@@ -106,7 +106,8 @@ def probe(
             raise ValueError(f"Expected images {show(image_shape)}, got {show(x_BCHW.shape[1:])}.")
         if not len(x_BCHW):
             return x_BCHW.new_zeros(0, k)
-        rows_BK = torch.cat([answer(run, wants.feed(part), source, k) for part in x_BCHW.detach().split(BATCH)])
+        rows_BK = torch.cat([rows_of(run, wants.feed(part), source, k) for part in x_BCHW.detach().split(BATCH)])
+        rows_BK = without_failures(rows_BK, source)
         return (rows_BK.clamp_min(1e-8).log() if log else rows_BK).to(x_BCHW.device)
 
     return Teacher(name=name, image_shape=image_shape, n_classes=k, outputs=outputs, sha256=sha256)
@@ -117,8 +118,34 @@ def same(a_BK: Tensor, b_BK: Tensor, scale: float) -> bool:
     return a_BK.shape == b_BK.shape and float((a_BK - b_BK).abs().max()) <= 1e-3 * scale
 
 
-def answer(run: Run, x: Tensor, source: object, n_classes: int | None = None) -> Tensor:
+def answer(run: Run, x: Tensor, source: object) -> Tensor:
     """Returns the model's rows for a batch, [B, K] float32, finite."""
+    rows_BK = rows_of(run, x, source)
+    if not rows_BK.isfinite().all():
+        raise not_finite(source)
+    return rows_BK
+
+
+def without_failures(rows_BK: Tensor, source: object) -> Tensor:
+    """Returns the rows, all equal to 0 where some number is not finite: on a rare image a model may overflow, and says nothing of it.
+
+    Raises:
+      InputError: half of the rows or more: it is not the image.
+    """
+    failed_B = ~rows_BK.isfinite().all(dim=1)
+    if 2 * int(failed_B.sum()) >= len(rows_BK):
+        raise not_finite(source)
+    return rows_BK.masked_fill(failed_B[:, None], 0.0)
+
+
+def not_finite(source: object) -> InputError:
+    return InputError(
+        source, "returns values that are not finite", "check --input-low, --input-high, --set mean=… and std=…"
+    )
+
+
+def rows_of(run: Run, x: Tensor, source: object, n_classes: int | None = None) -> Tensor:
+    """Returns the model's rows for a batch, [B, K] float32."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a person's model may warn as it likes
@@ -136,9 +163,4 @@ def answer(run: Run, x: Tensor, source: object, n_classes: int | None = None) ->
         raise InputError(
             source, f"returns {list(rows.shape)} for {len(x)} images, {wanted}", "one row of logits for each"
         )
-    rows = rows.float()
-    if not rows.isfinite().all():
-        raise InputError(
-            source, "returns values that are not finite", "check --input-low, --input-high, --set mean=… and std=…"
-        )
-    return rows
+    return rows.float()
