@@ -1,6 +1,7 @@
 """From private images to a diffusion model that anyone may sample: the whole way, its errors, and the paper's form without a promise."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from dpdistill import diffusion, pipeline, sources
 from dpdistill.bundle import verify
+from dpdistill.cli.review import evaluate
 from dpdistill.config import DiffusionConfig
 from dpdistill.data import load_images
 from dpdistill.diffusion import diffuse
@@ -76,6 +78,12 @@ def test_images_without_labels_are_of_one_class(config: Any, tmp_path: Path) -> 
     assert verify(out).ok
     found = json.loads((out / "certificate.json").read_text())
     assert found["release"]["class_names"] == ["image"]
+    page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    for text in (page, card):
+        assert not re.search(r"1 classes|per class|class-conditional|one row of each class", text)
+    assert "the guarantee stays what it is" in card
+    with pytest.raises(ConfigError, match="no accuracy to measure"):
+        evaluate(out, data="digits")
     assert "teacher-gradient" not in found["checks"]  # a guide would have nothing to choose
     assert draw_set(out, 4).labels.tolist() == [0] * 4
 
@@ -135,6 +143,10 @@ def test_the_papers_form_promises_nothing_and_charges_nothing(config: Any, tmp_p
     assert not verdict.ok
     assert verdict.guarantee is None
     assert any("NO differential-privacy guarantee" in problem for problem in verdict.problems)
+    assert any(problem.endswith("upper bound.") for problem in verdict.problems)  # to its end
+    assert "the guarantee stays" not in (out / "README.md").read_text()
+    with pytest.raises(ReleaseError, match="exists"):  # as `--dry-run` says
+        diffusion.prepare(config("paper"))
     found = json.loads((out / "certificate.json").read_text())
     assert found["guarantee"]["basis"] == "none"
     assert found["guarantee"]["epsilon"] is None

@@ -81,6 +81,16 @@ def test_a_number_is_a_class_only_where_no_name_is_a_number() -> None:
         sampling._chosen(("one, two", "three"), ["2"])
 
 
+def test_a_name_may_have_commas() -> None:
+    names = ("red", "red, dark", "1", "2, 3")
+    for text, wanted in (("red, dark", [1]), ("red,red, dark", [0, 1]), ("2, 3,1", [2, 3]), ("red", [0])):
+        assert sampling._chosen(names, text).tolist() == wanted
+    with pytest.raises(ConfigError, match="no class is named 'blue'"):
+        sampling._chosen(names, "red,blue")
+    with pytest.raises(ConfigError, match="a number of 0 to 1 is a class, too"):
+        sampling._chosen(("a", "b"), "c")
+
+
 def test_the_device_is_where_it_draws(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(few_step.diffusers().DiTPipeline, "to", lambda self, device: asked.append(device))

@@ -101,9 +101,8 @@ def convert(
     out, state = Path(config.out), Path(f"{Path(config.out)}.state")
     restore(out, lambda found: _holds(found, toml))
     if os.path.lexists(out):
-        return _same_release(out, state, toml)
-    check_target(out)
-    check_same_run(state, toml)
+        forget_rest(state, toml)
+        return out
     begin(state, toml)
     vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
     public = ready.public
@@ -159,15 +158,19 @@ def prepare(config: ModelConfig, teacher: Teacher | None = None) -> Prepared:
         )
     public = public_facts(config, brought.image_shape, brought.class_names)
     toml = f"# teacher: {brought.sha256}\n" + public_toml(config, settings, sigma, auxiliary_hash(public))
+    _check_place(Path(config.out), toml)
     return Prepared(brought=brought, settings=settings, sigma=sigma, public=public, toml=toml, nominal=nominal)
 
 
-def _same_release(out: Path, state: Path, toml: str) -> Path:
-    """A finished conversion of this very teacher with these settings is the answer; anything else is in the way."""
-    if not _holds(out, toml):
-        raise ReleaseError(f"{out} exists and holds something else; choose another --out or remove it")
-    forget_rest(state, toml)
-    return out
+def _check_place(out: Path, toml: str) -> None:
+    """Refuses a place that is taken. A finished conversion of this very teacher with these settings is the answer; anything else is in the
+    way."""
+    if os.path.lexists(out):
+        if not _holds(out, toml):
+            raise ReleaseError(f"{out} exists and holds something else; choose another --out or remove it")
+        return
+    check_target(out)
+    check_same_run(Path(f"{out}.state"), toml)
 
 
 def _holds(folder: Path, toml: str) -> bool:

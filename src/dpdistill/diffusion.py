@@ -71,7 +71,7 @@ def prepare(config: DiffusionConfig) -> Prepared:
     """Reads the records for the paper's own form and finds all that can be wrong, as `--dry-run` does. Nothing is charged or written.
 
     Raises:
-      ConfigError, InputError: one line that says the way out.
+      ConfigError, InputError, ReleaseError: one line that says the way out.
     """
     check_alone("the paper's own form")
     check_device(config.device)
@@ -95,6 +95,7 @@ def prepare(config: DiffusionConfig) -> Prepared:
     toml = public_toml(config, settings, sigma, auxiliary_hash(public))
     if not len(_readable(records)[0]):  # this form hides no record, so it may say so
         raise InputError(config.data, "has no image of finite pixels and a known class", "give one that has")
+    _check_place(Path(config.out), toml, partial(contents_of, records))
     return Prepared(records=records, settings=settings, sigma=sigma, public=public, toml=toml, claim=claim)
 
 
@@ -104,10 +105,9 @@ def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> P
     records, toml, public = ready.records, ready.toml, ready.public
     contents = partial(contents_of, records)
     out, state = Path(config.out), Path(f"{Path(config.out)}.state")
-    if os.path.lexists(out):
-        return _finished(out, state, toml, contents)
-    check_target(out)
-    check_same_run(state, toml, contents)
+    if os.path.lexists(out):  # a crash left it beside its own run's state: it is done but for forgetting that
+        forget_rest(state, toml, contents)
+        return out
     begin(state, toml, contents)
     vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
     workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)
@@ -133,13 +133,16 @@ def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> P
     return out
 
 
-def _finished(out: Path, state: Path, toml: str, contents: Contents) -> Path:
-    """A release that a crash left beside its own run's state is done but for forgetting that; any other is in the way: it does not say
-    from which records it is."""
-    if not state.exists() or not holds(out / "config.toml", toml):
-        raise ReleaseError(f"{out} exists; choose another --out or remove it")
-    forget_rest(state, toml, contents)
-    return out
+def _check_place(out: Path, toml: str, contents: Contents) -> None:
+    """Refuses a place that is taken. A release is in the way unless it lies beside its own run's state: it does not say from which records
+    it is."""
+    state = Path(f"{out}.state")
+    if os.path.lexists(out):
+        if not state.exists() or not holds(out / "config.toml", toml):
+            raise ReleaseError(f"{out} exists; choose another --out or remove it")
+        return
+    check_target(out)
+    check_same_run(state, toml, contents)
 
 
 def _readable(records: LabelledImages) -> tuple[torch.Tensor, torch.Tensor]:

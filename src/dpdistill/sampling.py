@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -173,7 +173,7 @@ def sample(
     out: str | os.PathLike[str],
     count: int = 10_000,
     *,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | str | None = None,
     steps: int | None = None,
     batch: int = 256,
     seed: int = 0,
@@ -190,8 +190,8 @@ def sample(
 
     Args:
       out: a folder of class folders with PNG files, or a file ending in .npz or .parquet; each is read by `dpdistill dataset --data`.
-      classes: names of those wanted, or their numbers from 0 where no name in the release is a number; None is all. Labels are numbers
-        in the release's list of classes, whatever is wanted.
+      classes: names of those wanted, also as one text with commas, or their numbers from 0 where no name in the release is a number; None
+        is all. Labels are numbers in the release's list of classes, whatever is wanted.
       steps: passes of a diffusion model for an image, 1, 2 (where it is None) or 4; more are slower, and not always better.
       batch: images drawn at once. Images depend on it.
       fmt: "folder", "npz" or "parquet", where the name does not say.
@@ -255,18 +255,33 @@ def _format(out: Path, fmt: str | None) -> str:
     return kind
 
 
-def _chosen(names: tuple[str, ...], wanted: Sequence[str] | None) -> NDArray[np.int64]:
+def _chosen(names: tuple[str, ...], wanted: Sequence[str] | str | None) -> NDArray[np.int64]:
     """Class numbers of the names or numbers wanted, in the release's order."""
     if wanted is not None and not wanted:
         raise ConfigError("Expected at least one class.")
     known = {name: k for k, name in enumerate(names)}
-    if not any(name.isdecimal() for name in names):  # "1" is a name or a number, never now this and now that
+    by_number = not any(name.isdecimal() for name in names)  # "1" is a name or a number, never now this and now that
+    if by_number:
         known |= {str(k): k for k in range(len(names))}
+    if isinstance(wanted, str):
+        wanted = _split(wanted, known)
     for name in wanted or ():
         if name not in known:
             near = difflib.get_close_matches(name, names, 1, 0.0)
-            raise ConfigError(f"no class is named {name!r} in this release; the nearest is {near[0]!r}")
+            numbers = f"; a number of 0 to {len(names) - 1} is a class, too" if by_number else ""
+            raise ConfigError(f"no class is named {name!r} in this release; the nearest is {near[0]!r}{numbers}")
     return np.array(sorted({known[name] for name in (names if wanted is None else wanted)}), np.int64)
+
+
+def _split(text: str, known: Collection[str]) -> list[str]:
+    """Names with commas between them; a name may have commas itself, and the longest name that fits is meant."""
+    pieces, found = text.split(","), []
+    while pieces:
+        sizes = (n for n in range(len(pieces), 0, -1) if ",".join(pieces[:n]) in known)
+        n = next(sizes, 1)
+        found.append(",".join(pieces[:n]))
+        pieces = pieces[n:]
+    return found
 
 
 def _generator(seed: int, start: int) -> torch.Generator:

@@ -45,7 +45,7 @@ UNIT_ASSUMPTIONS = {
 }
 MODEL_ASSUMPTIONS = {
     "attested": "What the teacher's supplier says about how it was trained is true; nobody checked it here.",
-    "disjoint": "The voting models share nothing private: no normalisation, hyperparameter or early stopping from pooled data.",
+    "disjoint": "Models of shards or owners share nothing private: no normalisation, hyperparameter or early stopping from pooled data.",
 }
 LIMITS = (  # what it does not cover
     "What is true of a whole class or of the whole data set: showing that is what the release is for.",

@@ -87,7 +87,7 @@ def verify(path: str | os.PathLike[str]) -> Verdict:
     ok = checked is not None and not problems
     return Verdict(
         ok=ok,
-        problems=tuple(one_line(problem) for problem in problems),
+        problems=tuple(one_line(problem, 2**10) for problem in problems),
         guarantee=checked.guarantee if checked and ok else None,
         unchecked=checked.unchecked if checked else UNCHECKED,
     )

@@ -310,7 +310,7 @@ def sample(
             min=1, max=4, help="Of a diffusion model: passes of the network for an image, 1, 2 (by default) or 4."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,
     device: Device = None,
 ) -> None:
     """Samples a diffusion release, or a student's generator with the student's labels, without limit: the guarantee stays what it is."""
@@ -319,8 +319,7 @@ def sample(
 
     device = device or "cpu"
     check_device(device)
-    wanted = None if classes is None else classes.split(",")
-    run(release, out, count=count, classes=wanted, steps=steps, seed=seed, device=device)
+    run(release, out, count=count, classes=classes, steps=steps, seed=seed, device=device)
     console.print(f"{count} images: {out}", markup=False)
 
 

@@ -189,6 +189,8 @@ def evaluate(
     check_device(device)
     _check_outside(out, release)
     facts = open_release(release).facts  # a changed one would be tested as if it were this
+    if len(facts.class_names) == 1:
+        raise ConfigError(f"{release}: its images are of one class: there is no accuracy to measure")
     chosen = configured(
         data=data, classes=classes, resize=resize, max_gib=max_gib, device=device, config=None, assignments=reading
     )

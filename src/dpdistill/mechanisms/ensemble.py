@@ -203,6 +203,8 @@ class Ensemble(Door):
     def _trained(self, progress: Progress | None) -> Sequence[Model]:
         if self._models is None:
             self._models = self._make(progress)
+        elif progress:
+            progress(1.0)  # trained before
         return self._models
 
     def _count(self, query: NoisyVotes, queries: Tensor, progress: Progress | None) -> NDArray[np.int64]:

@@ -171,14 +171,15 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
 def advice(config: Config, public: Public, epsilon: float, delta: float) -> list[str]:
     """What to expect, before anything is spent."""
     per_class, noise = config.expected_records / public.n_classes, gaussian_multiplier(epsilon, delta)
-    lines = [f"about {per_class:.0f} records a class; the noise of one sum weighs like {noise:.1f} of them"]
+    of_class = " a class" if public.n_classes > 1 else ""
+    lines = [f"about {per_class:.0f} records{of_class}; the noise of one sum weighs like {noise:.1f} of them"]
     if share := config.share(public):
         lines.append(f"DP-SGD has {share:.0%} of the budget: {config.steps} steps of {config.expected_batch} records")
     elif config.share_denoiser == "auto" and config.fine(public):
         lines.append("no DP-SGD: a mixture as fine as this was better without (--set share_denoiser=0.5 to have it)")
     elif config.weight < MANY:
         lines.append(
-            "no DP-SGD: with so few records, one-shot statistics are worth more (--set share_denoiser=0.5 to have it)"
+            "no DP-SGD: with so few records for this noise, one-shot statistics are worth more (--set share_denoiser=0.5 to have it)"
         )
     else:
         lines.append("no DP-SGD, as share_denoiser=0 asks")
@@ -189,7 +190,8 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
         )
     if per_class < 40 * noise:
         lines.append(
-            "few records for this ε: expect samples that show a class only roughly; ask for more ε, or merge classes"
+            "few records for this ε: expect samples that show a class only roughly; ask for more ε"
+            + (", or merge classes" if public.n_classes > 1 else "")
         )
     if near := figures(public, config.expected_records, epsilon):
         found = ", ".join(f"about {figure.default} % on {figure.images}" for figure in near)
