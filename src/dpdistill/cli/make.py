@@ -231,9 +231,10 @@ def model(
             if ready.nominal:
                 console.print(ready.nominal.statement(), markup=False)
             return
+        made = conversion.convert(chosen)
         if chosen.teachers or (chosen.teacher and not (Path(chosen.teacher) / "certificate.json").exists()):
             _show_range(chosen)
-        _tell(conversion.convert(chosen))
+        _tell(made)
 
 
 @app.command()
