@@ -179,7 +179,7 @@ def names_of(config: ModelConfig, n_classes: int) -> tuple[str, ...]:
 
 
 def voting(teacher: "Teacher") -> Callable[["Tensor"], "Tensor"]:
-    """What an owner's model votes by. Where it fails, or answers no number, on an image unlike the probe's, its scores are NaN, which is a
+    """What an owner's model votes by. Where it fails, or answers no number on half of the images or more, its scores are NaN, which is a
     vote like another: a run that ended there would tell of that one owner's model, after the charge."""
 
     def scores(x: "Tensor") -> "Tensor":
