@@ -46,3 +46,13 @@ def in_own_process(script: str, arguments: list[str]) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(arguments)}\n{done.stderr[-2000:]}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def as_table(head: str, lines: list[str]) -> list[str]:
+    """A Markdown table: its first line, and the others."""
+    return [head, "|" + "---|" * (head.count("|") - 1), *lines]
+
+
+def with_before(text: list[str], head: str, lines: list[str]) -> list[str]:
+    """Ends a page with what was measured of recipes that are gone, if there is any."""
+    return [*text, "", "## Recipes before, as they were measured", "", *as_table(head, lines)] if lines else text

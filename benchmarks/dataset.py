@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import AUXILIARY, in_own_process, peak_gib, read
+from common import AUXILIARY, as_table, in_own_process, peak_gib, read, with_before
 
 from dpdistill.config_files import build
 from dpdistill.data import LabelledImages, procedural_images, to_unit
@@ -188,43 +188,53 @@ def table() -> None:
             }
         )
     (DOCS / "dataset.json").write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
-    head = (DOCS / "dataset.head.md").read_text() if (DOCS / "dataset.head.md").exists() else ""
-    text = [
-        head,
-        "| data | images per class | ε | method | accuracy, % | spread | releases | minutes to the images | peak GiB | evaluation |",
-    ]
-    text.append("|---|---|---|---|---|---|---|---|---|---|")
+    head = "| data | images per class | ε | method | accuracy, % | spread | releases | minutes to the images | peak GiB | evaluation |"
+    lines: dict[bool, list[str]] = {True: [], False: []}  # of recipes that are gone, and of today's
     for row in sorted(rows, key=lambda r: (r["dataset"], int(r["setting"]), r["epsilon"], r["method"])):
         spread = f"± {100 * row['std']:.1f}" if row["std"] is not None else "–"
         where = f"| {row['dataset']} | {row['setting']} | {row['epsilon']:g} | {row['method']} "
         what = f"| {100 * row['mean']:.1f} | {spread} | {row['releases']} | {row['seconds'] / 60:.1f} | {row['peak_gib']:.1f} "
-        text.append(where + what + f"| {row['note']} |")
-    text += profile_lines()
-    text += ["", "Published, ε = 1 (10 / 50 images per class), and the aim of this project:", ""]
-    text += ["| method | MNIST | Fashion-MNIST | CIFAR-10 |", "|---|---|---|---|"]
+        lines[before(row)].append(where + what + f"| {row['note']} |")
     show = lambda pair: " / ".join("–" if v is None else f"{v:.1f}" for v in pair)  # noqa: E731
-    for name, figures in [*PUBLISHED.items(), ("**ours, at least**", TARGETS)]:
-        text.append(
-            f"| {name} | {show(figures['mnist'])} | {show(figures['fashion_mnist'])} | {show(figures['cifar10'])} |"
-        )
-    (DOCS / "dataset.md").write_text("\n".join(text) + "\n")
+    published = [
+        f"| {name} | {show(figures['mnist'])} | {show(figures['fashion_mnist'])} | {show(figures['cifar10'])} |"
+        for name, figures in [*PUBLISHED.items(), ("**ours, at least**", TARGETS)]
+    ]
+    text = [(DOCS / "dataset.head.md").read_text() if (DOCS / "dataset.head.md").exists() else ""]
+    text += as_table(head, lines[False])
+    text += ["", "Published, ε = 1 (10 / 50 images per class), and the aim of this project:", ""]
+    text += as_table("| method | MNIST | Fashion-MNIST | CIFAR-10 |", published)
+    text += ["", "Where the time goes (seconds; `door` is clipping, exact noise and ledger together):", ""]
+    text += as_table(
+        "| data | method | images per class | runs | to the images | private passes | of that, door | door's share | lessons | fit |",
+        profile_lines(),
+    )
+    (DOCS / "dataset.md").write_text("\n".join(with_before(text, head, lines[True])) + "\n")
+
+
+def before(run: dict[str, Any]) -> bool:
+    """Whether a run, or a row, is of a recipe that is gone: its note says so after a semicolon."""
+    return ";" in run["note"]
 
 
 def profile_lines() -> list[str]:
-    """Where the time to the images goes, for each run that has it."""
-    lines = ["", "Where the time goes (seconds; `door` is clipping, exact noise and ledger together):", ""]
-    lines += [
-        "| data | method | images per class | to the images | private passes | of that, door | door's share of all | lessons | fit |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """The mean of each cell's runs of today's recipes; lessons, of those that timed them."""
+    cells: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for run in runs():
-        parts = run.get("profile")
-        if parts:
-            door, passes, fit = (parts.get(key, 0.0) for key in ("door", "private passes, door included", "fit"))
-            share = 100 * door / run["seconds"]
-            what = f"| {run['dataset']} | {run['method']} | {run['setting']} | {run['seconds']:.0f} "
-            lessons = f"{parts['lessons']:.0f}" if "lessons" in parts else "–"
-            lines.append(what + f"| {passes:.0f} | {door:.1f} | {share:.1f} % | {lessons} | {fit:.0f} |")
+        if run.get("profile") and not before(run):
+            cells.setdefault((run["dataset"], run["method"], run["setting"]), []).append(run)
+    lines = []
+    for (dataset, method, setting), found in sorted(cells.items()):
+
+        def mean(part: str, found: list[dict[str, Any]] = found) -> float:
+            return statistics.mean([run["profile"][part] for run in found if part in run["profile"]] or [0.0])
+
+        seconds, door = statistics.mean(run["seconds"] for run in found), mean("door")
+        passes, lessons, fit = (mean(part) for part in ("private passes, door included", "lessons", "fit"))
+        lines.append(
+            f"| {dataset} | {method} | {setting} | {len(found)} | {seconds:.0f} | {passes:.0f} | {door:.1f} "
+            f"| {100 * door / seconds:.1f} % | {f'{lessons:.0f}' if lessons else '–'} | {fit:.0f} |"
+        )
     return lines
 
 
@@ -252,8 +262,7 @@ def main() -> None:
     for cell in filter(None, args.cells.split(",")):
         dataset, name, per_class, epsilon = cell.split(":")
         key = (dataset, name, per_class, 0.0 if name == "auxiliary" else float(epsilon))
-        # A note after a semicolon says that the run is of a recipe that is gone.
-        now = [run for run in runs() if ";" not in run["note"]]
+        now = [run for run in runs() if not before(run)]
         have = {run["seed"] for run in now if (run["dataset"], run["method"], run["setting"], run["epsilon"]) == key}
         todo += [(cell, seed) for seed in range(args.releases) if seed not in have]
     passed = [

@@ -36,7 +36,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,7 @@ import onnxruntime
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from common import in_own_process, peak_gib, read
+from common import as_table, in_own_process, peak_gib, read, with_before
 from torch import Tensor, nn
 
 from dpdistill.config_files import build
@@ -67,6 +67,17 @@ RUNS = DOCS / "diffusion.runs.jsonl"
 DELTA = 1e-5
 DRAWN = 10_000  # images that are judged
 OURS = ("student", "teacher", "control")  # settings that are `dpsad`
+LAST = "last epoch"  # how samples were judged before
+# In notes of recipes that are gone (docs/benchmarks/diffusion.head.md says what each was).
+GONE = (
+    "before tones",
+    "U-Net",
+    "in spite of their noise",
+    "all frequencies",
+    "pixel_dims=64",
+    "with a guide",
+    "embedding_batch",
+)
 FLIP = {"cifar10"}  # sets whose mirror images are of the same class: a public fact
 
 
@@ -297,13 +308,13 @@ def table() -> None:
     """Writes diffusion.json and diffusion.md from the runs so far."""
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs():
-        note = ", ".join(filter(None, [run["note"], "" if "epoch" in run else "last epoch"]))
+        note = ", ".join(filter(None, [run["note"], "" if "epoch" in run else LAST]))
         cells.setdefault((run["dataset"], float(run["epsilon"]), run["setting"], note), []).append(run)
     in_given = any("frechet_given" in run for found in cells.values() for run in found)
-    rows, text = [], [(DOCS / "diffusion.head.md").read_text() if (DOCS / "diffusion.head.md").exists() else ""]
+    gone = {cell for cell in cells if before(*cell, cells=cells)}
+    rows, lines = [], {True: [], False: []}  # of recipes that are gone, and of today's
     head = "| data | ε | setting | CNN, % | spread | MLP | softmax | Fréchet |" + " Fréchet, given |" * in_given
     head += " precision | recall | releases | minutes | peak GiB | what |"
-    text += [head, "|" + "---|" * (head.count("|") - 1)]
     for (dataset, epsilon, setting, note), found in sorted(cells.items()):
 
         def mean(name: str, found: list[dict[str, Any]] = found) -> float:
@@ -332,18 +343,18 @@ def table() -> None:
         shown = "–" if spread is None else f"± {100 * spread:.1f}"
         others = " | ".join(f"{100 * row[name]:.1f}" for name in ("mlp", "logistic"))
         distance = f" {row['frechet_given']:.1f} |" if "frechet_given" in row else " – |" * in_given
-        text.append(
+        lines[(dataset, epsilon, setting, note) in gone].append(
             f"| {dataset} | {epsilon:g} | {setting} | {100 * row['mean']:.1f} | {shown} | {others} "
             f"| {row['frechet']:.1f} |{distance} {row['precision']:.2f} | {row['recall']:.2f} | {len(found)} | {row['seconds'] / 60:.1f} "
             f"| {row['peak_gib']:.1f} | {note} |"
         )
-    text += ["", "The student beside its teacher, on the releases that have both:", ""]
-    text += ["| data | ε | points of CNN accuracy lost | times as fast | steps | releases | what |", "|" + "---|" * 7]
+    pairs = []
     for (dataset, epsilon, setting, note), found in sorted(cells.items()):
         teachers = {run["seed"]: run for run in cells.get((dataset, epsilon, "teacher", note), [])}
         both_ways = [(teachers[run["seed"]], run) for run in found if run["seed"] in teachers]
         if (
             setting != "student"
+            or (dataset, epsilon, setting, note) in gone
             or not both_ways
             or not all("sampling_seconds" in run for pair in both_ways for run in pair)
         ):
@@ -353,11 +364,21 @@ def table() -> None:
             teacher["sampling_seconds"] / student["sampling_seconds"] for teacher, student in both_ways
         )
         steps = both_ways[0][1]["steps"]
-        text.append(
+        pairs.append(
             f"| {dataset} | {epsilon:g} | {100 * lost:.1f} | {faster:.1f} | {steps} | {len(both_ways)} | {note} |"
         )
     (DOCS / "diffusion.json").write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
-    (DOCS / "diffusion.md").write_text("\n".join(text) + "\n")
+    text = [(DOCS / "diffusion.head.md").read_text() if (DOCS / "diffusion.head.md").exists() else ""]
+    text += as_table(head, lines[False])
+    text += ["", "The student beside its teacher, on the releases that have both:", ""]
+    text += as_table("| data | ε | points of CNN accuracy lost | times as fast | steps | releases | what |", pairs)
+    (DOCS / "diffusion.md").write_text("\n".join(with_before(text, head, lines[True])) + "\n")
+
+
+def before(dataset: str, epsilon: float, setting: str, note: str, cells: Container[tuple[Any, ...]]) -> bool:
+    """Whether runs are of a recipe that is gone, or were judged as they are no more while others were anew."""
+    anew = note.endswith(LAST) and (dataset, epsilon, setting, note.removesuffix(LAST).removesuffix(", ")) in cells
+    return anew or any(name in note for name in GONE)
 
 
 def main() -> None:

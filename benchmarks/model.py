@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import in_own_process, peak_gib, read
+from common import as_table, in_own_process, peak_gib, read, with_before
 from safetensors.torch import load_file, save_file
 
 from dpdistill.config_files import build
@@ -250,6 +250,15 @@ def of_today(run: dict[str, Any], args: argparse.Namespace) -> bool:
     return str(run["note"]).endswith(f"components, {settings.teacher_steps} steps")
 
 
+def before(row: dict[str, Any]) -> bool:
+    """Whether a row is of a teacher, a student or a vote that is gone, as far as its note says."""
+    note = row["note"]
+    of_teacher = row["setting"] in ("teacher", "private-teacher") and "components" not in note
+    of_student = row["setting"] != "teacher" and not note.startswith("WaveletNet")
+    of_vote = row["setting"] == "votes" and EVENED not in note
+    return of_teacher or of_student or of_vote or (row["setting"] == "opaque" and ", 500 steps" in note)
+
+
 def done_before(dataset: str, epsilons: str, args: argparse.Namespace) -> bool:
     """Whether all releases of the teacher are there, for every ε."""
     made = [run for run in runs() if of_today(run, args)]
@@ -291,22 +300,23 @@ def table() -> None:
         {**row, "epsilon": row["epsilon"] if math.isfinite(row["epsilon"]) else None} for row in rows
     ]  # JSON has no ∞
     (DOCS / "model.json").write_text(json.dumps(finite, indent=1, allow_nan=False) + "\n")
-    text = [(DOCS / "model.head.md").read_text() if (DOCS / "model.head.md").exists() else ""]
-    text.append(
+    head = (
         "| data | setting | ε | per | teacher, % | student, % | spread | loss | releases | minutes | peak GiB | what |"
     )
-    text.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    lines: dict[bool, list[str]] = {True: [], False: []}  # of recipes that are gone, and of today's
     for r in sorted(rows, key=lambda r: (r["dataset"], r["setting"], r["unit"], r["epsilon"])):
         spread = f"± {100 * r['std']:.1f}" if r["std"] is not None else "–"
         alone = r["setting"] == "teacher"
         teacher = r["mean"] if alone else r["teacher_mean"]
         shown = ["–" if value is None else f"{100 * value:.1f}" for value in (teacher, None if alone else r["mean"])]
         loss = "–" if alone or teacher is None else f"{100 * (teacher - r['mean']):.1f}"
-        text.append(
+        lines[before(r)].append(
             f"| {r['dataset']} | {r['setting']} | {r['epsilon']:g} | {r['unit']} | {shown[0]} | {shown[1]} | {spread} | {loss} "
             f"| {r['releases']} | {r['seconds'] / 60:.1f} | {r['peak_gib']:.1f} | {r['note']} |"
         )
-    (DOCS / "model.md").write_text("\n".join(text) + "\n")
+    text = [(DOCS / "model.head.md").read_text() if (DOCS / "model.head.md").exists() else ""]
+    text += as_table(head, lines[False])
+    (DOCS / "model.md").write_text("\n".join(with_before(text, head, lines[True])) + "\n")
 
 
 def main() -> None:
