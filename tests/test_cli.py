@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -155,6 +156,35 @@ def test_a_file_of_settings(dp: Cli, tmp_path: Path) -> None:
     assert "steps = 3" in out
     assert "2 × " in out  # the file's two classes
     assert dp("dataset", "--config", "c.toml", "--dry-run", *SETTINGS)[0] == 0
+
+
+def test_a_plan_shows_no_less_than_it_computes(dp: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[planning.Plan] = []
+    make = planning.make_plan
+    monkeypatch.setattr(planning, "make_plan", lambda *given: made.append(make(*given)) or made[-1])
+    for epsilon in ("0.1", "0.2", "3"):
+        _, out, _ = dp("plan", "--shape", "1,8,8", "--classes", 2, "--per-class", 1, *SETTINGS, "--epsilon", epsilon)
+        (one, exchanged) = re.search(r"planned: ε = (\S+) at δ = 1e-05 \(exchanging one: (\S+)\)", out).groups()  # type: ignore[union-attr]
+        assert made[-1].epsilon <= float(one) <= made[-1].epsilon + 1e-3
+        assert made[-1].epsilon_replace_one <= float(exchanged) <= made[-1].epsilon_replace_one + 1e-3
+
+
+def test_a_dry_run_says_whether_labels_of_public_images_were_read(dp: Cli, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "labelled.npz", images=images, labels=np.arange(8) % 4)
+    np.savez(tmp_path / "bare.npz", images=images)
+    command = ["dataset", "--data", "private.npz", "--per-class", 1, *SETTINGS, "--dry-run", "--auxiliary"]
+    assert "auxiliary: 8 public images and their labels were read" in dp(*command, "labelled.npz")[1]
+    assert "auxiliary: 8 public images and no labels were read" in dp(*command, "bare.npz")[1]
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--data", "data"), ("--out", "out"), ("--auxiliary", "auxiliary")])
+def test_an_empty_place_is_one_line(flag: str, name: str, dp: Cli, tmp_path: Path) -> None:
+    given = {"--data": "private.npz", flag: ""}
+    code, out, err = dp("dataset", *(word for item in given.items() for word in item))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{name} is empty; give --{name}" in err
+    assert names(tmp_path) == ["private.npz", "test.npz"]
 
 
 @pytest.mark.parametrize(

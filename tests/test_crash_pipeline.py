@@ -20,12 +20,14 @@ from typing import Any
 
 import pytest
 
+import crash_cases
 from crash_cases import cases
 from crash_harness import ERRORS, KINDS, TORN, Case, Disk, Fault, File, Site, Study, Violation, content, forked
 from dpdistill import cli, home, state
 from dpdistill.bundle.verification import verify
 from dpdistill.config import RunConfig
 from dpdistill.mechanisms import Vault, vault
+from dpdistill.methods import DIFFUSION_METHODS, METHODS, MODEL_METHODS
 from dpdistill.pipeline import distil
 from dpdistill.privacy import ledger as ledgers
 from dpdistill.privacy.disk import sync_directory
@@ -83,6 +85,11 @@ def test_every_fault_at_every_call(kind: str, part: int, toy: Study) -> None:
 def test_random_faults_one_after_another(toy: Study) -> None:
     met = [toy.campaign(seed) for seed in range(10)]
     assert {kind for kinds in met for kind in kinds} == set(KINDS)
+
+
+def test_every_method_has_a_command_that_is_broken() -> None:
+    ways = {name.partition("-")[0] for name in crash_cases.NAMES} | {"conversion"}  # which "attested" is
+    assert {*METHODS, *MODEL_METHODS, *DIFFUSION_METHODS} - {"toy"} <= ways
 
 
 # One of each kind of release and of each way to make it: `make long` tries all methods at every call.

@@ -207,6 +207,7 @@ def describe(files):
     found = {"class_names": names, "image_shape": shape, "images": m, "per_class": m // k, "parts": parts}
     found |= {"gain": gain, "training_images": rows, "soft_labels": soft is not None}
     found |= {f"{name[:-5]}_sha256": sha256(raw).hexdigest() for name, raw in files.items() if name.endswith(".toml")}
+    found["files"] = {n: sha256(b).hexdigest() for n, b in files.items() if n.startswith((IMAGES, "model/", "pipe"))}
     for name in (name for name in files if name.endswith(".safetensors") and name != IMAGES):
         weights, metadata = tensors(files[name])
         need(metadata == {"format": "pt"} and all(w.dtype == "<f4" for w in weights.values()), "no weights")
@@ -225,9 +226,8 @@ def recount(raw, release, wanted):
         counts[canonical(line["query"])] += line["count"]
         dots += line["count"] * math.prod(int(line["query"].get(key, 1)) for key in ("dim", "classes", "queries"))
     wanted["mechanisms"] = [json.loads(query) | {"count": count} for query, count in sorted(counts.items())]
-    wanted["randomness"]["coordinates"] = dots
+    wanted["randomness"]["coordinates"], wanted["accountant"]["version"] = dots, wanted["software"]["dp-accounting"]
     wanted["randomness"]["distance_to_ideal"] = repr(math.nextafter(dots * 2.0**-127, math.inf) if dots else 0.0)
-    wanted["accountant"]["version"] = wanted["software"]["dp-accounting"]
     wanted["ledger"] |= {"data": lines[0]["data"], "lines": len(lines), "head": lines[-1]["hash"]}
     wanted["ledger"] |= {"sha256": sha256(raw).hexdigest(), "cap_epsilon": repr(cap[0]), "cap_delta": repr(cap[1])}
     wanted["guarantee"] |= {"basis": "proved", "unit": lines[0]["unit"]}

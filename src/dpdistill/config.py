@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .config_values import convert_fields
 from .data.limits import DEFAULT_LIMITS
 from .errors import ConfigError
 from .privacy.accounting import MAX_EPSILON, MIN_DELTA
@@ -65,6 +66,10 @@ class RunConfig:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        convert_fields(self)
+        for name in ("out", "auxiliary", *(() if isinstance(self, ModelConfig) else ("data",))):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty; give --{name}, or leave it out")
         if not (1e-3 <= self.epsilon <= MAX_EPSILON):
             raise ConfigError(f"Expected epsilon of at least 0.001 and at most {MAX_EPSILON:g}, got {self.epsilon}.")
         if not (MIN_DELTA <= self.delta < 1):

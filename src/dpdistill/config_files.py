@@ -3,70 +3,16 @@
 import dataclasses
 import difflib
 import hashlib
-import math
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .config import GIVEN, NOMINAL, ModelConfig, RunConfig
+from .config_values import convert
 from .errors import ConfigError, InputError
 from .files import MAX_TOML, parse_toml, read_small
-
-
-def _convert(name: str, value: Any, wanted: Any) -> Any:
-    """`value` as the annotated type: numbers and booleans may come as text; a number has to be finite, and whole ones fit 64 bits."""
-    options = (
-        typing.get_args(wanted)
-        if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union
-        else (wanted,)
-    )
-    if type(None) in options and value in (None, "none", ""):
-        return None
-    for option in options:
-        if option is bool and (isinstance(value, bool) or value in ("true", "false")):
-            return value in (True, "true")
-        if option is str and isinstance(value, str) and "\0" not in value:  # which no path can hold
-            return value
-        if option in (int, float) and not isinstance(value, bool):
-            try:
-                number = option(value)
-                if not math.isfinite(number) or (option is int and isinstance(value, float) and value != number):
-                    continue
-                if option is int and not -(2**63) <= number < 2**63:
-                    continue
-                return number
-            except (TypeError, ValueError, OverflowError):
-                continue
-        if typing.get_origin(option) in (tuple, typing.Literal) or option in (tuple, list):
-            allowed = typing.get_args(option)
-            if typing.get_origin(option) is typing.Literal:
-                for choice in allowed:
-                    if value == choice or str(choice) == value:
-                        return choice
-            elif isinstance(value, (list, tuple)):
-                return tuple(value)
-        if typing.get_origin(option) is not None and isinstance(value, Mapping):
-            return dict(value)
-    raise ConfigError(f"{name} = {_said(value)}: expected {' or '.join(map(_readable, options))}")
-
-
-def _readable(option: Any) -> str:
-    """A type as a message names it: of some values, those."""
-    if typing.get_origin(option) is typing.Literal:
-        return " or ".join(map(str, typing.get_args(option)))
-    return "none" if option is type(None) else getattr(option, "__name__", str(option))
-
-
-def _said(value: Any, most: int = 100) -> str:
-    """A value as a message may quote it: not at any length, and Python writes no number of over 4300 digits."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return "a vast number"
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def build(kind: type[Any], values: Mapping[str, Any], where: str = "", others: Iterable[str] = ()) -> Any:
@@ -96,7 +42,7 @@ def build(kind: type[Any], values: Mapping[str, Any], where: str = "", others: I
     if missing:
         way = f"--set {missing[0]}=…" if where else f"--{missing[0].replace('_', '-')}"
         raise ConfigError(f"missing: {where}{missing[0]}; give {way}")
-    return kind(**{key: _convert(where + key, value, hints[key]) for key, value in values.items()})
+    return kind(**{key: convert(where + key, value, hints[key]) for key, value in values.items()})
 
 
 def read(

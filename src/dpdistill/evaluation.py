@@ -152,7 +152,16 @@ def evaluate(
 
     Returns:
       `mean` and `std` (population, over the seeds) and `accuracies`, all in [0, 1]. Not private in the test set.
+
+    Raises:
+      ValueError: no seed, or test images of another shape, or fewer classes, than the synthetic ones.
     """
+    shapes = tuple(synthetic.images.shape[1:]), tuple(test.images.shape[1:])
+    if not (seeds and shapes[0] == shapes[1] and int(synthetic.labels.max()) < test.n_classes):
+        raise ValueError(
+            f"Expected a seed at least, and test images {shapes[0]} of {int(synthetic.labels.max()) + 1} classes or more, got "
+            f"{len(seeds)} seeds, images {shapes[1]} and {test.n_classes} classes."
+        )
     accuracies = []
     for index, seed in enumerate(seeds):
 

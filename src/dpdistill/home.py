@@ -12,16 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .data import LabelledImages, chunks
 from .errors import LedgerError
 from .privacy.disk import sync_directories, write_atomically
-
-if TYPE_CHECKING:
-    pass
 
 Contents = Callable[[], Iterable[bytes | memoryview]]  # everything private that a run reads
 

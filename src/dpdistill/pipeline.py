@@ -113,6 +113,7 @@ def _hold(config: RunConfig, plan: Plan, source: Source, insecure_seed: int | No
     check_home()  # before a ledger is begun
     cap = (config.budget or config.epsilon, config.delta)
     ledger = stack.enter_context(Ledger.open(ledger_path, cap=cap, unit=source.unit))
+    stack.callback(ledger.take_back)  # at the end; where the run began, there is more
     vault = (
         _vault(state, plan.toml, source.contents, insecure_seed) if state.exists() else None
     )  # else later: a refused run leaves nothing behind
@@ -170,13 +171,14 @@ def outlook(config: RunConfig, plan: Plan, source: Source) -> list[str]:
     cap = ledger.cap if config.budget is None else (config.budget, ledger.cap[1])
     spent = ledgers.spent(ledger.lines, cap[1])
     left = f"ledger: {path} has spent ε = {shown(spent)} of {cap[0]:g} at δ = {cap[1]:g}"
-    if goes_on:  # a part of the plan may be charged already
-        return [*goes_on, left]
-    _check_foreseen(config, plan, ledger, NEW_RUN, plan.releases, cap, insecure=False)
-    parts = [planned.part for planned in plan.releases]
-    ledger.check_affordable(parts, cap)
+    run = Vault.run_of(state / "vault") or NEW_RUN
+    to_come = plan.releases[len(_planned(ledger, run)) :]
+    _check_foreseen(config, plan, ledger, run, to_come, cap, insecure=False)
+    parts = [planned.part for planned in to_come]
+    if parts:
+        ledger.check_affordable(parts, cap)
     whole = accounting.epsilon([*ledgers.parts(ledger.lines), *parts], cap[1])
-    return [f"{left}; this run would make it {shown(whole)}"]
+    return [*goes_on, f"{left}; this run would make it {shown(whole)}"]
 
 
 def _vault(state: Path, toml: str, contents: Contents, insecure_seed: int | None) -> Vault:

@@ -73,6 +73,8 @@ class FolderWorkspace:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def track(self, steps: Sequence[int], description: str) -> Iterator[int]:
+        if not steps:  # no bar of nothing
+            return
         with _bar(self._console) as bar:
             yield from bar.track(steps, description=description)
 

@@ -69,6 +69,7 @@ DATASET: dict[str, dict[str, Any]] = {
         "checkpoint_steps": 1,
     },
     "ndpdc": {"steps": 2, "sampling_prob": 0.5, "group_size": 4, "width": 4, "checkpoint_steps": 1},
+    "dpmerf": {"n_frequencies": 8, "steps": 2, "batch": 2, "latent": 2, "width": 2, "checkpoint_steps": 1},
 }
 MODEL: dict[str, dict[str, Any]] = {
     "teacher": {"settings": CONVERSION | {"teacher_dims": 4, "teacher_steps": 2}},

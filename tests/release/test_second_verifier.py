@@ -442,9 +442,16 @@ def header(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], byte
     return rewrite
 
 
+def last_bit(raw: bytes) -> bytes:
+    """Another value of the first pixel, by so little that no table or picture shows it."""
+    first = 8 + int.from_bytes(raw[:8], "little")
+    return raw[:first] + bytes([raw[first] ^ 1]) + raw[first + 1 :]
+
+
 IMAGES = "dataset/synthetic.safetensors"
 TAMPERED: dict[str, Callable[[Path, Any], object]] = {
     "a flipped pixel": write(IMAGES, lambda raw: raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:], seal=False),
+    "a flipped bit of a pixel": write(IMAGES, last_bit),
     "a flipped letter": write("README.md", lambda raw: bytes([raw[0] ^ 1]) + raw[1:], seal=False),
     "a flipped hash": write("SHA256SUMS", lambda raw: b"0" + raw[1:] if raw[:1] != b"0" else b"1" + raw[1:], seal=False),
     "a flipped byte of the ledger": write("ledger.jsonl", lambda raw: raw.replace(b'"count":5', b'"count":4')),

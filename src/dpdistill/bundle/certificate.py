@@ -29,6 +29,7 @@ from .contents import Contents
 from .product import Product
 
 FORMAT = "dpdistill-certificate-1"
+IMAGES = "dataset/synthetic.safetensors"  # the table and the picture are made of it, and compared with it
 
 ASSUMPTIONS = {
     "code": "The software named here was run as it was published, on hardware that computes what it is told to.",
@@ -261,6 +262,7 @@ def build(
         return value if kept and value != "inf" else None
 
     made = {} if product is None else product.describe()
+    files = {IMAGES: contents.pack(), **({} if product is None else product.files())}
     if facts.conversion_toml:
         made["conversion_sha256"] = hashlib.sha256(facts.conversion_toml.encode()).hexdigest()
     return {
@@ -279,6 +281,7 @@ def build(
             "training_images": len(contents.images) * contents.parts**2,
             "seed": facts.seed,
             "config_sha256": hashlib.sha256(facts.config_toml.encode()).hexdigest(),
+            "files": {name: hashlib.sha256(raw).hexdigest() for name, raw in files.items()},
             **made,
         },
         "guarantee": {

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..data.limits import DEFAULT_LIMITS
 from ..data.parquet_check import check_parquet
-from ..errors import ReleaseError
+from ..errors import InputError, ReleaseError
 from . import png
 
 _LAYOUT = {
@@ -90,6 +90,8 @@ def check(
         same = table.num_rows == len(labels) and table.equals(pa.table(_columns(pixels, labels, soft), schema=wanted))
     except ReleaseError:
         raise
+    except InputError as error:
+        raise ReleaseError(f"not a readable table ({error.reason})") from None
     except Exception as error:  # pyarrow raises many kinds; a table that it cannot read is not a release
         raise ReleaseError(f"not a readable table ({type(error).__name__})") from None
     if not same:

@@ -42,6 +42,8 @@ def _show_advice(plan: Any) -> None:
 
 
 def _show_plan(plan: Any, config: Any, outlook: Iterable[str] = ()) -> None:
+    from ..privacy.guarantee import shown
+
     console.print(plan.toml, markup=False)
     table = Table("release", "times", "rows × coordinates", "sampling", "noise multiplier")
     for planned in plan.releases:
@@ -51,8 +53,11 @@ def _show_plan(plan: Any, config: Any, outlook: Iterable[str] = ()) -> None:
         )
     console.print(table)
     console.print(
-        f"planned: ε = {plan.epsilon:.4f} at δ = {config.delta:g} (exchanging one: {plan.epsilon_replace_one:.4f})"
+        f"planned: ε = {shown(plan.epsilon)} at δ = {config.delta!r} (exchanging one: {shown(plan.epsilon_replace_one)})"
     )
+    if plan.public.procedural is not None:  # the person's own public images
+        labels = "no labels" if plan.public.auxiliary_labels is None else "their labels"
+        console.print(f"auxiliary: {len(plan.public.auxiliary):,} public images and {labels} were read", markup=False)
     for line in outlook:
         console.print(line, markup=False)
 

@@ -54,10 +54,15 @@ def decode_image(data: bytes, path: object, limits: Limits, resize: int | None =
         raise InputError(path, "has 16 bits per channel", "convert it to 8 bits")
     if found == "PNG" and b"IEND\xaeB`\x82" not in data:  # Pillow stops at the last pixel and would not miss it
         raise InputError(path, "is cut short", "copy or download it again")
-    with Image.open(io.BytesIO(data), formats=[found]) as image:
+    too_large = InputError(path, f"is larger than {limits.max_side} pixels a side", "shrink it first")
+    try:
+        opened = Image.open(io.BytesIO(data), formats=[found])
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise too_large from None
+    with opened as image:
         w, h = image.size
         if max(w, h) > limits.max_side or w * h > limits.max_pixels:
-            raise InputError(path, f"is larger than {limits.max_side} pixels a side", "shrink it first")
+            raise too_large
         if image.format != found or getattr(image, "n_frames", 1) != 1:
             raise InputError(path, "holds more than one frame", "save each frame as a file of its own")
         return to_pixels(resize_square(flatten(image, path), resize), path, limits)

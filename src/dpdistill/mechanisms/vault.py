@@ -50,7 +50,13 @@ class Vault:
             raise LedgerError(
                 f"{path}: not a key; remove the folder to begin a new run (what was charged stays charged)"
             )
-        return cls(folder, "run-" + derive(key, "name").hex()[:16], key, False)
+        return cls(folder, _name(key), key, False)
+
+    @staticmethod
+    def run_of(folder: Path) -> str | None:
+        """The name of the run whose key lies in `folder`, if there is one. Changes nothing."""
+        path = folder / "key"
+        return _name(path.read_bytes()) if path.exists() else None
 
     @classmethod
     def elsewhere(cls) -> "Vault":
@@ -96,3 +102,7 @@ class Vault:
         point("vault: key overwritten")
         self._key = b""  # and this handle can draw no more noise: `Stream` and `derive` want a key
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _name(key: bytes) -> str:
+    return "run-" + derive(key, "name").hex()[:16]

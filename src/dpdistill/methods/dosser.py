@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..mechanisms import PrivateData
-from ..models.augment import FULL_STRATEGY, Dsa
 from ..models.matching import (
     FeatureMap,
     class_feature,
@@ -34,78 +33,44 @@ from ..models.matching import (
 )
 from ..privacy import GaussianSum, Planned
 from .base import Public, Synthetic, Workspace
-from .shared.bounds import NORMS, RATES, check_bounds, check_parts
+from .shared.bounds import check_parts
 from .shared.checkpoints import resume
+from .shared.matching_config import MatchingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(MatchingConfig):
     """Public settings; the defaults are the paper's, for which see also `quick`.
 
     Attributes:
-      per_class: M, stored images per class.
-      parts: 2 stores 2x2 training images in each (PEA); 1 stores plain images.
       separate: DOS. False takes one step for each signal, in order, and `optimisation_steps` is not used (as NDPDC).
       subspace: SER. False matches raw features, neither centred nor projected.
       sampling_steps: T_s, releases.
       optimisation_steps: T_o, each on a signal drawn uniformly.
-      group_size: L, records of a class that a signal is expected to hold: the factor in the matching target.
-      expected_records_per_class: public guess of a class' size; q is group_size over it. Never taken from the data.
-      sampling_prob: q itself, instead of the line above.
-      clip_norm: C, in units of the projected features.
       subspace_dim: p at most; never more than the features, or than the auxiliary images less one.
       auxiliary_images: how many of the auxiliary images the subspaces are computed from, at most.
-      width: channels of the random networks.
-      depth: of them; None is 3, the paper's, or less on images below 16x16 (`fitting_depth`).
-      augment: strategy of `Dsa`; leave out "flip" for digits. Not used where per_class is 1, as in the paper.
       ema: decay of the running mean of the images, which is what is released.
-      class_steps: an optimiser step for each class in turn, as in the paper's code; False is one for all classes.
       cache_gib: memory for subspaces kept from the first stage, D·p·2 bytes each (4 MB at the defaults); what does not
         fit is recomputed from the network's public seed when it is needed. Does not change the result.
-      checkpoint_steps: optimisation steps between checkpoints; does not change the result.
     """
 
-    per_class: int = 10
-    parts: int = 1
     separate: bool = True
     subspace: bool = True
     sampling_steps: int = 1000
     optimisation_steps: int = 200_000
-    group_size: float = 50.0
-    expected_records_per_class: int | None = None
-    sampling_prob: float | None = None
-    clip_norm: float = 1.0
     subspace_dim: int = 1000
     auxiliary_images: int = 1000
-    width: int = 128
-    depth: int | None = None
-    augment: str = FULL_STRATEGY
-    lr: float = 1.0
-    momentum: float = 0.5
     ema: float = 0.99
     class_steps: bool = True
     cache_gib: float = 1.5
-    checkpoint_steps: int = 500
 
     def __post_init__(self) -> None:
-        counts = ("per_class", "parts", "sampling_steps", "optimisation_steps", "subspace_dim", "width")
-        for name in (*counts, "auxiliary_images", "checkpoint_steps"):
+        super().__post_init__()
+        for name in ("sampling_steps", "optimisation_steps", "subspace_dim", "auxiliary_images"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
-        if self.depth is not None and self.depth < 1:
-            raise ConfigError(f"Expected depth of at least 1, or none, got {self.depth}.")
-        if self.expected_records_per_class is not None and self.expected_records_per_class < 1:
-            raise ConfigError(
-                f"Expected expected_records_per_class of at least 1, or none, got {self.expected_records_per_class}."
-            )
-        check_bounds(self, NORMS, "group_size", "clip_norm")
-        check_bounds(self, RATES, "lr")
-        if not (0 <= self.momentum < 1 and 0 <= self.ema < 1):
-            raise ConfigError("Expected momentum and ema in [0, 1).")
-        try:
-            Dsa(strategy=self.augment)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        if not (0 <= self.ema < 1):
+            raise ConfigError(f"Expected ema in [0, 1), got {self.ema}.")
 
     @classmethod
     def quick(cls, **settings: object) -> "Config":
@@ -116,19 +81,6 @@ class Config:
         """
         base = cls(sampling_steps=50, optimisation_steps=1000, subspace_dim=200, auxiliary_images=400, width=64)
         return replace(base, **settings)  # type: ignore[arg-type]
-
-    @property
-    def rate(self) -> float:
-        """q, from public numbers only."""
-        if (self.sampling_prob is None) == (self.expected_records_per_class is None):
-            raise ConfigError("dosser needs one of expected_records_per_class (a public guess) and sampling_prob.")
-        if self.sampling_prob is not None:
-            return self.sampling_prob
-        return min(1.0, self.group_size / (self.expected_records_per_class or 1))
-
-    @property
-    def dsa(self) -> Dsa:
-        return Dsa(strategy=self.augment if self.per_class > 1 else "none")
 
 
 def signal_dim(config: Config, public: Public) -> int:

@@ -17,7 +17,6 @@ import torch
 
 from ..errors import ConfigError
 from ..mechanisms import PrivateData
-from ..models.augment import FULL_STRATEGY, Dsa
 from ..models.matching import (
     FeatureMap,
     class_feature,
@@ -28,72 +27,25 @@ from ..models.matching import (
 )
 from ..privacy import GaussianSum, Planned
 from .base import Public, Synthetic, Workspace
-from .shared.bounds import NORMS, RATES, check_bounds, check_parts
+from .shared.bounds import check_parts
 from .shared.checkpoints import resume
+from .shared.matching_config import MatchingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(MatchingConfig):
     """Public settings; the defaults are the paper's.
 
     Attributes:
-      per_class: M, stored images per class.
-      parts: 2 stores 2x2 training images in each (PEA); 1 stores plain images.
       steps: T, iterations and releases.
-      group_size: L, records of a class that a release is expected to hold: the factor in the matching target.
-      expected_records_per_class: public guess of a class' size; q is group_size over it. Never taken from the data.
-      sampling_prob: q itself, instead of the line above.
-      clip_norm: C, in units of the network's features.
-      width: channels of the random networks.
-      depth: of them; None is 3, the paper's, or less on images below 16x16 (`fitting_depth`).
-      augment: strategy of `Dsa`; leave out "flip" for digits. Not used where per_class is 1, as in the paper.
-      class_steps: an optimiser step for each class in turn, as in Dosser; the paper takes one for all classes.
-      checkpoint_steps: iterations between checkpoints; does not change the result.
     """
 
-    per_class: int = 10
-    parts: int = 1
     steps: int = 10_000
-    group_size: float = 50.0
-    expected_records_per_class: int | None = None
-    sampling_prob: float | None = None
-    clip_norm: float = 1.0
-    width: int = 128
-    depth: int | None = None
-    augment: str = FULL_STRATEGY
-    lr: float = 1.0
-    momentum: float = 0.5
-    class_steps: bool = False
-    checkpoint_steps: int = 500
 
     def __post_init__(self) -> None:
-        if min(self.per_class, self.parts, self.steps, self.checkpoint_steps, self.width, self.depth or 1) < 1:
-            raise ConfigError("Expected per_class, parts, steps, checkpoint_steps, width and depth of at least 1.")
-        if self.expected_records_per_class is not None and self.expected_records_per_class < 1:
-            raise ConfigError(
-                f"Expected expected_records_per_class of at least 1, or none, got {self.expected_records_per_class}."
-            )
-        check_bounds(self, NORMS, "group_size", "clip_norm")
-        check_bounds(self, RATES, "lr")
-        if not (0 <= self.momentum < 1):
-            raise ConfigError(f"Expected momentum in [0, 1), got {self.momentum}.")
-        try:
-            Dsa(strategy=self.augment)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-    @property
-    def rate(self) -> float:
-        """q, from public numbers only."""
-        if (self.sampling_prob is None) == (self.expected_records_per_class is None):
-            raise ConfigError("ndpdc needs one of expected_records_per_class (a public guess) and sampling_prob.")
-        if self.sampling_prob is not None:
-            return self.sampling_prob
-        return min(1.0, self.group_size / (self.expected_records_per_class or 1))
-
-    @property
-    def dsa(self) -> Dsa:
-        return Dsa(strategy=self.augment if self.per_class > 1 else "none")
+        super().__post_init__()
+        if self.steps < 1:
+            raise ConfigError(f"Expected steps of at least 1, got {self.steps}.")
 
 
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:

@@ -32,6 +32,7 @@ FORMAT = "dpdistill-ledger-1"
 MAX_BYTES = 64 * 2**20
 _START = "0" * 64
 _FIRST = b'{"cap_delta":"'  # how every ledger begins
+_MARKS = (_FIRST, FORMAT.encode(), b'"hash":"')  # one of which is left where one is damaged
 MOST_TORN = 4096  # bytes that a crash within the first line may leave
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEYS = {
@@ -127,12 +128,16 @@ def mended(raw: bytes) -> bytes:
     would forget a charge; `parse` refuses it where it is not genuine.
 
     Raises:
-      LedgerError: there is no whole line, and what is there is not the start of a first one.
+      LedgerError: nothing in it looks like one of ours, or, where there is no whole line, it is not the start of a first one.
     """
     end = raw.rfind(b"\n") + 1
     tail = raw[end:].rstrip(b"\0")
-    if not end and (len(raw) > MOST_TORN or tail[: len(_FIRST)] != _FIRST[: len(tail)]):
-        raise LedgerError("not one of our ledgers; name another file")  # and not to be cut: it is somebody's
+    torn = len(raw) <= MOST_TORN and tail[: len(_FIRST)] == _FIRST[: len(tail)]
+    ours = any(mark in raw[:MOST_TORN] for mark in _MARKS)  # a damaged one is restored, and not passed by
+    if not (ours if end else torn):
+        raise LedgerError(
+            "not one of our ledgers, or not as it was written; restore the file, or name another"
+        )  # and not to be cut: it is somebody's
     try:
         json.JSONDecoder().raw_decode(tail.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
@@ -169,6 +174,7 @@ class Ledger:
         self.path, self._descriptor, self.lines = path, descriptor, lines
         self._pid, self._end = os.getpid(), sum(len(canonical(line)) + 1 for line in lines)
         self._unsure = False  # whether a write stopped half-way, so that the file may hold what `lines` does not
+        self._begun = False  # whether the first line is this process's own
 
     @classmethod
     def open(cls, path: Path, *, cap: tuple[float, float], data: str | None = None, unit: str = "record") -> "Ledger":
@@ -215,6 +221,7 @@ class Ledger:
                     raise LedgerError(
                         f"a data set's name is letters, digits, '.', '_' and '-', at most 64; got {name!r}"
                     )
+                ledger._begun = True
                 opening = {"format": FORMAT, "data": name, "unit": unit, "relation": "add_or_remove_one"}
                 ledger._append({"type": "open", **opening, "cap_epsilon": repr(cap[0]), "cap_delta": repr(cap[1])})
             sync_directories(path.parent)  # each time: a crash may have come between the first line and this
@@ -238,6 +245,19 @@ class Ledger:
     def elsewhere(cls) -> "Ledger":
         """A stand-in where another process of the run holds the ledger: it has no line, and refuses to write any."""
         return cls(Path(os.devnull), -1, [])
+
+    def take_back(self) -> None:
+        """Removes the first line, if it is this handle's own and no other followed: a run that is refused sets no cap for the next."""
+        if (
+            self._begun
+            and len(self.lines) == 1
+            and not self._unsure
+            and self._descriptor >= 0
+            and self._pid == os.getpid()
+        ):
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
+                self.lines, self._end = [], 0
 
     def close(self) -> None:
         """Gives up the lock."""
