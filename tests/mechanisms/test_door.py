@@ -496,6 +496,13 @@ def test_a_difference_at_the_tolerance_passes_and_none_above(
                 check_recordwise(fn, (1, 4, 4), K, 16, 1.0)
 
 
+def test_what_is_no_tensor_is_refused(open_door: Door, toy_records: Records) -> None:
+    door = open_door(toy_records(8, K))
+    with pytest.raises(RecordwiseError, match="returned ndarray, wanted a torch tensor"):
+        door.release(query(), lambda x, y: x.flatten(1).numpy())
+    assert [line["type"] for line in door._ledger.lines].count("intent") == 0
+
+
 def test_another_shape_only_in_large_batches_is_refused(open_door: Door, toy_records: Records) -> None:
     door = open_door(toy_records(8, K), micro_batch=8)
     with pytest.raises(RecordwiseError, match="shape"):

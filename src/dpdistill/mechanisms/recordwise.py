@@ -48,10 +48,12 @@ def check_recordwise(
       clip_norm: what the rows are clipped to afterwards.
 
     Raises:
-      RecordwiseError: the rows differ by more than rounding, depend on the other rows, or have another shape.
+      RecordwiseError: the rows differ by more than rounding, depend on the other rows, have another shape, or are no tensor.
     """
     x, y = probe(image_shape, n_classes)
-    raw = fn(x.clone(), y.clone())  # clones: a function may write into its arguments
+    raw: object = fn(x.clone(), y.clone())  # clones: a function may write into its arguments
+    if not isinstance(raw, Tensor):
+        raise RecordwiseError(f"a record function returned {type(raw).__name__}, wanted a torch tensor")
     batch, device = raw.detach().double().cpu(), raw.device.type
     if batch.shape != (len(x), dim):
         raise RecordwiseError(
