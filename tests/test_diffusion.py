@@ -101,7 +101,8 @@ def test_images_read_without_their_labels_have_the_same_ledger(named: bool, conf
     with np.load(tmp_path / "x.npz") as held:
         np.savez(tmp_path / "y.npz", **{name: held[name] for name in held if named or name != "classes"})
     runs = [
-        config(data=str(tmp_path / "y.npz"), unlabelled=bare, classes=None if named or bare else 2) for bare in (0, 1)
+        config(data=str(tmp_path / "y.npz"), unlabelled=bare, classes=None if named or bare else 2)
+        for bare in (False, True)
     ]
     assert len({sources._ledger_path(run, sources.load_private(run)) for run in runs}) == 1
 

@@ -112,28 +112,19 @@ def _toml(value: Any) -> str:
     return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\u{ord(match[0]):04x}", escaped) + '"'
 
 
-# How what is private is read, and as what type it is written: from Python nothing converts it. The list of classes is in the certificate.
-READING_IMAGES: dict[str, type] = {
-    "image_column": str,
-    "label_column": str,
-    "id_column": str,
-    "split": str,
-    "unlabelled": bool,
-    "channels": int,
-    "resize": int,
-    "value_low": float,
-    "value_high": float,
-}
-READING_MODELS: dict[str, type] = {
-    "architecture": str,
-    "shape": str,
-    "input_low": float,
-    "input_high": float,
-    "mean": str,
-    "std": str,
-    "layout": str,
-    "outputs": str,
-}
+# How what is private is read. The list of classes is in the certificate.
+READING_IMAGES = (
+    "image_column",
+    "label_column",
+    "id_column",
+    "split",
+    "unlabelled",
+    "channels",
+    "resize",
+    "value_low",
+    "value_high",
+)
+READING_MODELS = ("architecture", "shape", "input_low", "input_high", "mean", "std", "layout", "outputs")
 
 
 def public_toml(config: RunConfig, settings: Any, noise_multiplier: float, auxiliary_sha256: str = "") -> str:
@@ -148,9 +139,9 @@ def public_toml(config: RunConfig, settings: Any, noise_multiplier: float, auxil
     lines = ["# The configuration of this release, as resolved. Every value is public."]
     chosen: dict[str, Any] = {"method": config.method}
     if config.method in NOMINAL:  # of a count that covers no record
-        chosen |= {"nominal_epsilon": float(config.epsilon), "nominal_delta": float(config.delta)}
+        chosen |= {"nominal_epsilon": config.epsilon, "nominal_delta": config.delta}
     elif config.method != "conversion":  # whose ε and δ are the teacher's
-        chosen |= {"epsilon": float(config.epsilon), "delta": float(config.delta)}
+        chosen |= {"epsilon": config.epsilon, "delta": config.delta}
     if isinstance(config, ModelConfig) and config.attested_epsilon is not None:
         chosen |= {
             "attested_epsilon": float(config.attested_epsilon),
@@ -162,9 +153,9 @@ def public_toml(config: RunConfig, settings: Any, noise_multiplier: float, auxil
     chosen["noise_multiplier"] = noise_multiplier
     lines += [f"{name} = {_toml(value)}" for name, value in chosen.items()]
     lines += ["", "[reading]"]
-    for name, kind in (READING_IMAGES if config.data else READING_MODELS).items():
+    for name in READING_IMAGES if config.data else READING_MODELS:
         value = getattr(config, name, None)
-        lines += [] if value is None else [f"{name} = {_toml(kind(value))}"]
+        lines += [] if value is None else [f"{name} = {_toml(value)}"]
     lines += ["", "[settings]"]
     for item in dataclasses.fields(settings):
         value = getattr(settings, item.name)
