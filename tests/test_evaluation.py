@@ -116,6 +116,20 @@ def test_refuses_settings() -> None:
         Training(augment="blur")
 
 
+def test_refuses_what_it_cannot_compare() -> None:
+    """No seed, test images of another size, and fewer classes than the synthetic ones."""
+    made = Synthetic(images=torch.zeros(2, 1, 8, 8), labels=torch.tensor([0, 1]))
+
+    def held_out(side: int, names: tuple[str, ...]) -> LabelledImages:
+        pixels = np.zeros((2, 1, side, side), np.uint8)
+        return LabelledImages(images=pixels, labels=np.zeros(2, np.int64), class_names=names, source="made up")
+
+    cases = ((held_out(8, ("a", "b")), ()), (held_out(16, ("a", "b")), (0,)), (held_out(8, ("a",)), (0,)))
+    for test, seeds in cases:
+        with pytest.raises(ValueError, match="Expected a seed at least, and test images"):
+            evaluate(made, test, Training(epochs=1, width=4), seeds=seeds)
+
+
 def test_shows_the_network_after_each_epoch() -> None:
     seen: list[float] = []
     watched = train_classifier(

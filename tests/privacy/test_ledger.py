@@ -621,6 +621,19 @@ def test_what_no_run_followed_can_be_taken_back(tmp_path: Path) -> None:
         assert len(ledgers.parse(path.read_bytes())) == 2
 
 
+def test_a_first_line_is_taken_back_where_the_second_could_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "l.jsonl"
+    with Ledger.open(path, cap=(1.0, 1e-5)) as ledger:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+            with pytest.raises(LedgerError, match="No space left"):
+                ledger.start("r", "m", "0" * 64)
+        ledger.take_back()
+        assert path.read_bytes() == b""
+
+
 def test_a_damaged_ledger_is_not_passed_by_as_no_ledger(path: Path) -> None:
     with Ledger.open(path, cap=CAP) as ledger:
         ledger.start("r", "m", "0" * 64)

@@ -352,6 +352,15 @@ def test_a_broken_table_is_one_line(bundle: Path, kit: Any, raw: bytes) -> None:
     assert "train.parquet: not a readable table" in problems(bundle)
 
 
+def test_what_is_appended_to_a_table_is_named(bundle: Path, kit: Any) -> None:
+    path = bundle / "dataset" / "train.parquet"
+    path.write_bytes(path.read_bytes() + b"more")
+    kit.seal(bundle)
+    said = problems(bundle)
+    assert "train.parquet: not a readable table (" in said
+    assert "InputError" not in said
+
+
 def test_a_picture_bomb_is_not_inflated(bundle: Path, kit: Any) -> None:
     raw = (bundle / "samples.png").read_bytes()
     body = zlib.compress(b"\0" * 2**28, 9)

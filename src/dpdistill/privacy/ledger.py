@@ -248,13 +248,7 @@ class Ledger:
 
     def take_back(self) -> None:
         """Removes the first line, if it is this handle's own and no other followed: a run that is refused sets no cap for the next."""
-        if (
-            self._begun
-            and len(self.lines) == 1
-            and not self._unsure
-            and self._descriptor >= 0
-            and self._pid == os.getpid()
-        ):
+        if self._begun and len(self.lines) == 1 and self._descriptor >= 0 and self._pid == os.getpid():
             with suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
                 self.lines, self._end = [], 0
