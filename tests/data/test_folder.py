@@ -66,7 +66,7 @@ def test_mixed_channels_need_a_decision(tmp_path, write):
 def test_a_bomb_is_said_to_be_too_large(tmp_path):
     """Before Pillow's own word for it, and before a pixel is decoded."""
     with pytest.raises(InputError, match="is larger than 4096 pixels a side"):
-        one_image(tmp_path, Image.new("1", (12800, 12800)))
+        load_images(one_image(tmp_path, Image.new("1", (12800, 12800))))
 
 
 def test_resize_crops_the_centre(tmp_path):
