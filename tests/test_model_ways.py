@@ -30,7 +30,7 @@ from dpdistill.conversion import convert
 from dpdistill.data import load_images, to_unit
 from dpdistill.errors import ConfigError, DpdistillError, InputError, LedgerError, ReleaseError
 from dpdistill.methods.model import votes
-from dpdistill.models.teachers import from_callable, load_teacher
+from dpdistill.models.teachers import Teacher, from_callable, load_teacher
 from dpdistill.models.wavelet_net import WaveletNet
 from dpdistill.privacy import gaussian_multiplier
 from dpdistill.privacy import ledger as ledgers
@@ -588,6 +588,42 @@ def test_a_teacher_beside_data_is_refused(run: Callable[..., ModelConfig], tmp_p
     with pytest.raises(ConfigError, match="beside data"):
         convert(run(), teacher, quiet=True)
     assert not (tmp_path / "home").exists()
+
+
+def test_owners_vote_by_python_callables(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
+    """As files do: one of each owner, by a name of its own; stopped or finished, the same call finds the same release and account."""
+
+    def owner(number: int, name: str | None = "", shape: tuple[int, int, int] = (1, 8, 8)) -> Teacher:
+        weight = torch.randn(64 * shape[0], 3, generator=torch.Generator().manual_seed(number))
+        found = f"clinic {number}" if name == "" else name
+        return from_callable(lambda x: x.flatten(1) @ weight, image_shape=shape, n_classes=3, name=found)
+
+    config, four = run(teachers="clinics"), [owner(k) for k in range(4)]
+    for models, error, words in (
+        ([*four[:3], owner(7, None)], ConfigError, "known by its name"),
+        ([*four[:3], owner(7, "clinic 0")], InputError, "clinic 0: is the same model as clinic 0"),
+        ([*four[:3], owner(7, shape=(3, 8, 8))], InputError, r"clinic 7: takes images \(3, 8, 8\).*one task"),
+        (four[:1], InputError, "voting needs one of every owner"),
+        ([], InputError, "voting needs one of every owner"),
+    ):
+        with pytest.raises(error, match=words):
+            convert(config, models, quiet=True)
+    for other in (run(), run(teacher="mine", accept_no_record_guarantee=True)):
+        with pytest.raises(ConfigError, match="models that vote are given beside"):
+            convert(other, four, quiet=True)
+    with pytest.raises(ConfigError, match="a teacher is given beside"):
+        convert(config, four[0], quiet=True)
+    assert not (tmp_path / "home").exists()
+    out = convert(config, four, quiet=True)
+    verdict = verify(out)
+    assert verdict.ok, verdict.problems
+    assert verdict.guarantee is not None
+    assert verdict.guarantee.unit == "owner"
+    assert certificate(out)["mechanisms"][0]["models"] == "4"
+    assert convert(config, reversed(four), quiet=True) == out  # type: ignore[arg-type]  # the same owners in another order
+    with pytest.raises(ReleaseError, match="holds something else"):
+        convert(config, [*four[:3], owner(3, "clinic X")], quiet=True)
+    assert len(list((tmp_path / "home").rglob("*.jsonl"))) == 1
 
 
 def test_votes_converted_once_more(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:

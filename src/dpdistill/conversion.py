@@ -7,7 +7,7 @@ nothing (the paper's way, which says so). Everything that can be wrong with the 
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,18 @@ class Prepared:
 
 @resumable
 def convert(
-    config: ModelConfig, teacher: Teacher | None = None, *, quiet: bool = False, insecure_seed: int | None = None
+    config: ModelConfig,
+    teacher: Teacher | Sequence[Teacher] | None = None,
+    *,
+    quiet: bool = False,
+    insecure_seed: int | None = None,
 ) -> Path:
     """Makes a student model, by the way that fits what is given: private images, models that vote, or one model.
 
     Args:
       config: what the person decided.
-      teacher: instead of a file: `models.teachers.from_callable(fn, …)`; `config.teacher` is then any name.
+      teacher: instead of a file: `models.teachers.from_callable(fn, …)`; `config.teacher` is then any name. Or one of every owner, each
+        under a name of its own, instead of a folder; `config.teachers` is then any name.
       quiet: shows no progress.
       insecure_seed: for tests only: reproducible noise; the release then says NOT PRIVATE and does not verify.
 
@@ -89,14 +94,20 @@ def convert(
       DpdistillError: one line that says the way out. Nothing was charged, unless the ledger says so.
     """
     config = dataclasses.replace(config, method=config.way)
-    if teacher is not None and not config.teacher:
+    one = teacher if isinstance(teacher, Teacher) else None
+    models = None if teacher is None or one else tuple(teacher)
+    if one and not config.teacher:
         raise ConfigError(
             "a teacher is given beside data= or teachers=; give it a name with teacher=, and leave those out"
         )
+    if models is not None and not config.teachers:
+        raise ConfigError(
+            "models that vote are given beside data= or teacher=; name them with teachers=, and leave those out"
+        )
     if not config.teacher:
-        return distil(config, quiet=quiet, insecure_seed=insecure_seed)
+        return distil(config, models, quiet=quiet, insecure_seed=insecure_seed)
     method: Any = MODEL_METHODS[config.method]
-    ready = prepare(config, teacher)
+    ready = prepare(config, one)
     brought, settings, toml = ready.brought, ready.settings, ready.toml
     out, state = Path(config.out), Path(f"{Path(config.out)}.state")
     restore(out, lambda found: _holds(found, toml))

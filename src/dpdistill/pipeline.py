@@ -7,11 +7,11 @@ Everything that can be wrong is found before a record is read by a method and be
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 
@@ -36,6 +36,9 @@ from .sources import Source, open_source
 from .state import begin, check_same_run, check_target, forget, forget_rest, holds, is_of, state_of
 from .workspace import FolderWorkspace
 
+if TYPE_CHECKING:
+    from .models.teachers import Teacher
+
 NEW_RUN = "run-xxxxxxxxxxxxxxxx"  # stands for the name of a run that has none yet: those that have are in hex
 P = ParamSpec("P")
 
@@ -54,11 +57,18 @@ def resumable(run: Callable[P, Path]) -> Callable[P, Path]:
 
 
 @resumable
-def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None = None) -> Path:
+def distil(
+    config: RunConfig,
+    models: "Sequence[Teacher] | None" = None,
+    *,
+    quiet: bool = False,
+    insecure_seed: int | None = None,
+) -> Path:
     """Distils a data set into a release folder, or goes on where the same command was stopped.
 
     Args:
       config: what the person decided.
+      models: of many owners, to vote in place of those in a folder.
       quiet: shows no progress.
       insecure_seed: for tests only: reproducible noise; the release then says NOT PRIVATE and does not verify.
 
@@ -71,7 +81,7 @@ def distil(config: RunConfig, *, quiet: bool = False, insecure_seed: int | None 
     with joined(config.device) as ranks, ExitStack() as stack:
         config = with_way(config)
         check_device(config.device)
-        source = open_source(config)
+        source = open_source(config, models)
         plan = make_plan(config, source.image_shape, source.class_names, source.models)
         ranks.agree(plan.toml.encode)
         held = _hold(config, plan, source, insecure_seed, stack) if ranks.first else _elsewhere()

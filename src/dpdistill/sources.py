@@ -5,7 +5,7 @@ Read, checked and handed on behind one handle; nothing here looks at what they s
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,14 +116,60 @@ class Source:
     models: int = 0
 
 
-def owners(config: ModelConfig) -> Source:
-    """The models of many owners, one file each, that vote: changing everything of one owner changes one model.
+def owners(config: ModelConfig, given: "Sequence[Teacher] | None" = None) -> Source:
+    """The models of many owners that vote: changing everything of one owner changes one model.
 
-    Raises InputError where anything else lies in the folder, other than notes and hidden files.
+    Args:
+      given: them, from `models.teachers.from_callable` and each under a name of its own: one model under two names has two votes, and
+        nothing here notices. None reads the files in the folder `config.teachers`, where it does.
+
+    Raises:
+      InputError: anything else lies in the folder, other than notes and hidden files; or one cannot vote beside the others.
+      ConfigError: one that is given has no name.
     """
-    from .models.teachers import RANGE, check_kind, one_class
+    from .models.teachers import RANGE, one_class
 
-    folder = Path(str(config.teachers))
+    found = _models_in(Path(str(config.teachers)), config) if given is None else list(given)
+    if len(found) < 2:
+        raise InputError(config.teachers, f"{len(found)} models", "voting needs one of every owner")
+    first, known = found[0], dict[str, str]()
+    for teacher in found:
+        if not teacher.sha256:
+            raise ConfigError(
+                "a model that votes is known by its name: from_callable(…, name='clinic A'), another for each owner"
+            )
+        if (teacher.image_shape, teacher.n_classes) != (first.image_shape, first.n_classes):
+            facts = f"takes images {teacher.image_shape} of {teacher.n_classes} classes"
+            raise InputError(
+                teacher.name, f"{facts}, and {first.name} {first.image_shape} of {first.n_classes}", "one task for all"
+            )
+        if teacher.sha256 in known:  # twice the votes of one owner: twice the sensitivity
+            raise InputError(teacher.name, f"is the same model as {known[teacher.sha256]}", "keep one of every owner")
+        known[teacher.sha256] = teacher.name
+    # A few owners may have a model of one class; most of them have not, unless what they are fed is wrong.
+    constant = sum(one_class(voting(teacher), first.image_shape) for teacher in found)
+    if constant > len(found) / 2:
+        raise InputError(
+            config.teachers, f"holds {len(found)} models, and most give one class to every made-up image", RANGE
+        )
+    names, hashes = names_of(config, first.n_classes), sorted(t.sha256.encode() for t in found)
+    return Source(
+        image_shape=first.image_shape,
+        class_names=names,
+        unit="owner",
+        ledger=lambda: named_ledger(config) if config.ledger else ledger_of(hashes),
+        handle=lambda ledger, vault, ranks: Ensemble.of_models(
+            [voting(t) for t in found], len(names), ledger, vault, ranks=ranks
+        ),
+        contents=lambda: hashes,
+        models=len(found),
+    )
+
+
+def _models_in(folder: Path, config: ModelConfig) -> "list[Teacher]":
+    """Reads a folder of models, one file of every owner."""
+    from .models.teachers import check_kind
+
     try:
         files = sorted(path for path in folder.iterdir() if not (path.name[0] in "._" or path.suffix.lower() in NOTES))
     except OSError as error:
@@ -141,29 +187,7 @@ def owners(config: ModelConfig) -> Source:
     read = {path: config if path in weights else alone for path in files}
     first = read_teacher(read[files[0]], files[0])
     # Each is opened by itself and checked against the first's facts, never against another's answers.
-    teachers = [first, *(read_teacher(read[path], path, first.image_shape, first.n_classes) for path in files[1:])]
-    names = names_of(config, first.n_classes)
-    owner_of: dict[str, Path] = {}
-    for path, teacher in zip(files, teachers, strict=True):
-        if teacher.sha256 in owner_of:  # twice the votes of one owner: twice the sensitivity
-            raise InputError(path, f"is the same model as {owner_of[teacher.sha256].name}", "keep one of every owner")
-        owner_of[teacher.sha256] = path
-    # A few owners may have a model of one class; most of them have not, unless what they are fed is wrong.
-    constant = sum(one_class(voting(teacher), first.image_shape) for teacher in teachers)
-    if constant > len(teachers) / 2:
-        raise InputError(folder, f"holds {len(teachers)} models, and most give one class to every made-up image", RANGE)
-    hashes = sorted(t.sha256.encode() for t in teachers)
-    return Source(
-        image_shape=first.image_shape,
-        class_names=names,
-        unit="owner",
-        ledger=lambda: named_ledger(config) if config.ledger else ledger_of(hashes),
-        handle=lambda ledger, vault, ranks: Ensemble.of_models(
-            [voting(t) for t in teachers], len(names), ledger, vault, ranks=ranks
-        ),
-        contents=lambda: hashes,
-        models=len(teachers),
-    )
+    return [first, *(read_teacher(read[path], path, first.image_shape, first.n_classes) for path in files[1:])]
 
 
 def names_of(config: ModelConfig, n_classes: int) -> tuple[str, ...]:
@@ -250,11 +274,11 @@ def check_apart(config: RunConfig) -> None:
                 )
 
 
-def open_source(config: RunConfig) -> Source:
-    """Reads what is private, without looking at what it says."""
+def open_source(config: RunConfig, models: "Sequence[Teacher] | None" = None) -> Source:
+    """Reads what is private, without looking at what it says. `models` vote in place of those in a folder."""
     check_apart(config)
     if isinstance(config, ModelConfig) and config.teachers:
-        return owners(config)
+        return owners(config, models)
     records = load_private(config)
     return Source(
         image_shape=records.image_shape,
