@@ -203,10 +203,39 @@ def test_what_is_wrong_is_said_before_anything_is_charged(
 def test_a_shape_that_the_student_cannot_have_is_refused_before_anything_is_charged(
     config: Any, tmp_path: Path
 ) -> None:
-    np.savez(tmp_path / "x.npz", images=np.zeros((9, 9, 9), np.uint8), labels=np.zeros(9, np.int64), classes=["a"])
-    with pytest.raises(DpdistillError, match="--resize 8"):
+    np.savez(tmp_path / "x.npz", images=np.zeros((9, 9, 70), np.uint8), labels=np.zeros(9, np.int64), classes=["a"])
+    with pytest.raises(DpdistillError, match="--resize"):
         diffuse(config(), quiet=True)
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_images_that_are_no_squares(method: str, config: Any, tmp_path: Path) -> None:
+    """They go in, and come out, as they are: in the release, from `sample`, and by what its card says to do with diffusers alone."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 255, (60, 9, 14, 3), dtype=np.uint8), np.arange(60) % 2
+    np.savez(tmp_path / "x.npz", images=images, labels=labels, classes=np.array(["top", "none"]))
+    out = diffuse(config(method), quiet=True)
+    assert not [problem for problem in verify(out).problems if "NOT PRIVATE" not in problem]
+    certificate = json.loads((out / "certificate.json").read_text())
+    assert certificate["release"]["image_shape"] == [3, 9, 14]
+    sample(out, tmp_path / "s.npz", count=4, quiet=True)
+    with np.load(tmp_path / "s.npz") as found:
+        assert found["images"].shape == (4, 9, 14, 3)
+    sample(out, tmp_path / "folder", count=2, quiet=True)
+    assert load_images(tmp_path / "folder").image_shape == (3, 9, 14)
+    card = (out / "README.md").read_text()
+    assert "14 × 9 pixels,\ncolour, at the upper left of squares of 16 × 16." in card
+    assert json.loads((out / "pipeline" / "transformer" / "config.json").read_text())["sample_size"] == 16
+    for text in (card, (out / "report.html").read_text()):
+        assert "images = [image.crop((0, 0, 14, 9)) for image in images]" in text
+
+
+def test_squares_are_not_cut(config: Any) -> None:
+    out = diffuse(config(), quiet=True)
+    for name in ("README.md", "report.html"):
+        assert "crop" not in (out / name).read_text()
+        assert "upper left" not in (out / name).read_text()
 
 
 @pytest.mark.parametrize("method", WAYS)

@@ -33,8 +33,12 @@ def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     made = few_step.student((request.param, 8, 8), 3, width=8, images=images, generator=g).eval()
     with torch.no_grad():
         made.proj_out_2.weight.normal_(generator=g)
-    product = DiffusionProduct.of(few_step.pipeline(made), NAMES)
-    monkeypatch.setattr(sampling.verification, "open_release", lambda path: SimpleNamespace(product=product))
+    product, facts = (
+        DiffusionProduct.of(few_step.pipeline(made), NAMES),
+        SimpleNamespace(image_shape=(request.param, 8, 8)),
+    )
+    checked = SimpleNamespace(product=product, facts=facts)
+    monkeypatch.setattr(sampling.verification, "open_release", lambda path: checked)
     return Path("release")
 
 
@@ -149,9 +153,10 @@ def test_a_model_whose_numbers_run_over_is_refused_in_one_line(
     name: str, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Finite weights may give images that are not: found by the fuzzer."""
-    product = sampling.verification.open_release(release).product
+    checked = sampling.verification.open_release(release)
+    product = checked.product
     huge = {key: np.full_like(array, 3e38) for key, array in product.transformer.items()}
-    broken = SimpleNamespace(product=replace(product, transformer=huge))
+    broken = SimpleNamespace(product=replace(product, transformer=huge), facts=checked.facts)
     monkeypatch.setattr(sampling.verification, "open_release", lambda path: broken)
     for draw in (
         lambda: sampling.sample(release, tmp_path / name, 4, quiet=True),

@@ -187,7 +187,7 @@ def _student_files(settings: Any, image_shape: tuple[int, int, int], n_classes: 
 def _sampler_files(settings: Any, image_shape: tuple[int, int, int], n_classes: int) -> dict[str, room.Size]:
     """The student that a `DistillationConfig` asks for. Raises ConfigError where it cannot be made."""
     few_step.check(image_shape)
-    channels, side, _ = image_shape
+    channels, side, _ = few_step.canvas(image_shape)
     width = settings.token_width(image_shape)
     if width % HEADS or not HEADS <= width <= MAX_WIDTH:
         raise ConfigError(f"Expected student_width of auto or a multiple of {HEADS} up to {MAX_WIDTH}, got {width}.")

@@ -1,7 +1,7 @@
 """Images without limit from a released diffusion model, or from a released student's generator: PNG class folders, .npz or Parquet.
 Nothing here is private or charged.
 
-N images, C channels, H, W size, S side, K classes.
+N images, C channels, H, W size, K classes.
 """
 
 import difflib
@@ -50,7 +50,7 @@ class Drawer:
 
     Attributes:
       pipe: diffusers' DiTPipeline.
-      image_shape: (C, S, S).
+      image_shape: (C, H, W) of the images, which its pipeline draws on squares where they are none.
       class_names: K names.
       source: where it was read, for what errors say.
     """
@@ -61,8 +61,9 @@ class Drawer:
     source: str = "the model"
 
     def __call__(self, labels: torch.Tensor, steps: int, generator: torch.Generator) -> torch.Tensor:
-        """Returns float32 images [B, C, S, S] in [-1, 1] of the classes `labels`."""
-        images = few_step.draw(self.pipe, labels, steps, generator, batch=max(1, len(labels)))
+        """Returns float32 images [B, C, H, W] in [-1, 1] of the classes `labels`."""
+        drawn = few_step.draw(self.pipe, labels, steps, generator, batch=max(1, len(labels)))
+        images = few_step.cropped(drawn, self.image_shape)
         if not images.isfinite().all():  # of weights that are finite, and too large
             raise ReleaseError(f"{self.source}: its model draws images that are not finite; ask for the release again")
         return images
@@ -134,7 +135,8 @@ def load_sampler(release: str | os.PathLike[str], device: str = "cpu") -> Drawer
       ReleaseError: it is not what it says, or holds neither a diffusion model nor a generator.
       ConfigError: diffusers is not installed, and it is a diffusion model.
     """
-    product = verification.open_release(release).product
+    checked = verification.open_release(release)
+    product = checked.product
     if isinstance(product, ModelProduct):
         channels, height, width = product.config["image_shape"]
         return GeneratorDrawer(
@@ -148,22 +150,21 @@ def load_sampler(release: str | os.PathLike[str], device: str = "cpu") -> Drawer
         raise ReleaseError(
             f"{release}: holds no diffusion model and no generator to sample from; `dpdistill diffusion` and `model` make one"
         )
-    drawer = sampler_of(product)
+    drawer = sampler_of(product, checked.facts.image_shape)
     drawer.pipe.to(device)
     return replace(drawer, source=str(release))
 
 
-def sampler_of(product: DiffusionProduct) -> Drawer:
-    """The model of checked arrays."""
+def sampler_of(product: DiffusionProduct, image_shape: tuple[int, int, int]) -> Drawer:
+    """The model of checked arrays, for images of this shape."""
     settings = {name: value for name, value in product.transformer_config.items() if not name.startswith("_")}
     with torch.device("meta"):  # weights are not drawn, only loaded
         model = few_step.diffusers().DiTTransformer2DModel(**settings)
     arrays = {name: torch.tensor(array) for name, array in product.transformer.items()}
     few_step.whole(model).load_state_dict(arrays, assign=True)
-    side = product.config["side"]
     return Drawer(
         pipe=few_step.pipeline(model.eval()),
-        image_shape=(product.config["channels"], side, side),
+        image_shape=image_shape,
         class_names=product.class_names,
     )
 

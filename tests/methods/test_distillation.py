@@ -3,6 +3,7 @@
 import builtins
 import socket
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_training_draws_nothing_from_the_global_generator() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 12), (1, 30, 30), (3, 4, 4), (1, 96, 96)])
+@pytest.mark.parametrize("shape", [(1, 7, 12), (3, 4, 4), (1, 96, 96), (1, 64, 65)])
 def test_other_shapes_are_refused_with_the_way_out(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ConfigError, match="--resize"):
         few_step.student(shape, 2, width=8, images=torch.zeros(2, *shape), generator=torch.Generator())
@@ -126,6 +127,41 @@ def test_other_shapes_are_refused_with_the_way_out(shape: tuple[int, int, int]) 
 def test_shapes_that_halve_oddly_work(shape: tuple[int, int, int]) -> None:
     drawn = few_step.draw(few_step.pipeline(student(0, shape)), torch.tensor([0]), 1, torch.Generator())
     assert drawn.shape == (1, *shape)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 12), (3, 30, 30), (1, 9, 9), (1, 64, 8), (3, 61, 63)])
+def test_any_image_lies_at_the_upper_left_of_its_canvas(shape: tuple[int, int, int]) -> None:
+    channels, side, again = few_step.canvas(shape)
+    assert (channels, side) == (shape[0], again)
+    assert 0 <= side - max(shape[1:]) < 4
+    assert side % 4 == 0
+    images = torch.rand(5, *shape, generator=torch.Generator().manual_seed(0))
+    whole = few_step.padded(images)
+    assert whole.shape == (5, channels, side, side)
+    assert torch.equal(few_step.cropped(whole, shape), images)
+    assert torch.equal(whole[..., -1, : shape[2]], images[..., -1, :])  # the edges go on
+    assert torch.equal(whole[..., : shape[1], -1], images[..., -1])
+    assert few_step.padded(images[:0]).shape == (0, channels, side, side)
+
+
+def test_a_student_of_images_that_are_no_square_learns_them(tmp_path: Path) -> None:
+    """The teacher is asked about images of their own shape, and what the student draws there is as light as the teacher's."""
+    shape, asked = (1, 8, 11), set[Any]()
+    labels = torch.arange(16) % 2
+    noise = 0.1 * torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
+    oblong = Synthetic(images=(1.6 * labels.float() - 0.8).view(-1, 1, 1, 1) + noise, labels=labels)
+
+    def watched(x: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
+        asked.add(tuple(x.shape[1:]))
+        return teacher(x, sigma, y)
+
+    config = replace(TINY, student_width=16, student_steps=150, student_batch=32, pool=64, reuse=10)
+    public = replace(PUBLIC, image_shape=shape, auxiliary=torch.zeros(1, *shape))
+    model = distil(Teacher(denoise=watched), oblong, public, config, FolderWorkspace(tmp_path, quiet=True))
+    drawn = few_step.draw(few_step.pipeline(model), torch.tensor([0, 1] * 8), 2, torch.Generator().manual_seed(1))
+    assert asked == {shape}
+    means = few_step.cropped(drawn, shape).mean(dim=(1, 2, 3)).view(8, 2).mean(dim=0)
+    assert means.tolist() == pytest.approx([-0.8, 0.8], abs=0.15)
 
 
 def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

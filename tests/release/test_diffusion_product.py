@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import small_release
 from dpdistill import sampling
 from dpdistill.bundle import tensors
 from dpdistill.bundle.diffusion_product import DiffusionProduct, shapes
@@ -100,6 +103,29 @@ sys.exit(any(name in sys.modules for name in ("torch", "diffusers")))
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_images_fit_the_square_that_is_just_large_enough(product: DiffusionProduct) -> None:
+    assert all(product.fits(shape) for shape in ((1, 8, 8), (1, 5, 8), (1, 6, 5)))
+    assert not any(product.fits(shape) for shape in ((3, 8, 8), (1, 9, 8), (1, 4, 4)))
+    for shape in ((1, 8, 9), (3, 30, 30), (1, 61, 8)):
+        made = few_step.student(
+            shape, 3, width=4, images=torch.zeros(2, *few_step.canvas(shape)), generator=torch.Generator()
+        )
+        assert DiffusionProduct.of(few_step.pipeline(made), NAMES).fits(shape)
+
+
+@pytest.mark.parametrize(("shape", "refused"), [((1, 8, 8), False), ((1, 12, 12), True), ((3, 8, 8), True)])
+def test_a_model_of_other_images_than_the_certificate_says_is_refused(
+    shape: tuple[int, int, int], refused: bool, tmp_path: Path
+) -> None:
+    made = small_release.synthetic()
+    known = replace(small_release.facts(tmp_path, made), class_names=("a", "b"))
+    pipe = few_step.pipeline(
+        few_step.student(shape, 2, width=4, images=torch.zeros(2, *shape), generator=torch.Generator())
+    )
+    with pytest.raises(ReleaseError, match="its model is of images of another shape") if refused else nullcontext():
+        small_release.write_bundle(tmp_path / "out", made, known, product=DiffusionProduct.of(pipe, known.class_names))
+
+
 ALONE = """
 import socket, sys
 import numpy as np
@@ -134,7 +160,7 @@ def test_diffusers_alone_opens_it_and_draws_the_same(product: DiffusionProduct, 
         for steps in (1, 2, 4):
             ours = few_step.draw(few_step.pipeline(student()), labels, steps, torch.Generator().manual_seed(5)).numpy()
             assert np.allclose(theirs[str(steps)].transpose(0, 3, 1, 2), (ours + 1) / 2, atol=1e-6)
-            read = sampling.sampler_of(product)(labels, steps, torch.Generator().manual_seed(5)).numpy()
+            read = sampling.sampler_of(product, (1, 8, 8))(labels, steps, torch.Generator().manual_seed(5)).numpy()
             assert np.array_equal(read, ours)
             drawn.append(ours)
     assert all(part.std() > 0.1 for part in drawn)  # or the comparison would say nothing

@@ -71,7 +71,7 @@ def loss(made: Student, records: LabelledImages) -> NDArray[np.float64]:
 
 def denoising(made: Sampler, records: LabelledImages) -> NDArray[np.float64]:
     """Minus the mean squared error with which the model takes noise off the record, over all levels but the highest."""
-    x, y = few_step.encoded(torch.from_numpy(records.to_unit())), torch.from_numpy(records.labels)
+    x, y = few_step.encoded(few_step.padded(torch.from_numpy(records.to_unit()))), torch.from_numpy(records.labels)
     noise = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
     total = torch.zeros(len(x))
     with torch.no_grad():

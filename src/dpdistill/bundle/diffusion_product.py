@@ -137,6 +137,11 @@ class DiffusionProduct:
             "sample_size": config["side"],
         }
 
+    def fits(self, image_shape: tuple[int, ...]) -> bool:
+        """Whether it draws images [C, H, W], on the smallest square for them whose side 4 divides."""
+        channels, *sides = image_shape
+        return (channels, side_for(max(sides))) == (self.config["channels"], self.config["side"])
+
     def describe(self) -> dict[str, Any]:
         """Size: parameters of the student."""
         return {"student_parameters": int(sum(array.size for array in self.transformer.values()))}
@@ -226,6 +231,11 @@ def _vae(channels: int) -> Weights:
         "encoder.layers.1.weight": last,
         "encoder.layers.1.bias": np.full(channels, -1, "f4"),
     }
+
+
+def side_for(longer: int) -> int:
+    """Of the square on which images whose longer side this is are drawn: 4 divides it."""
+    return -(-longer // 4) * 4
 
 
 def shapes(config: dict[str, Any], n_classes: int) -> Shapes:

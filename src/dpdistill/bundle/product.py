@@ -32,6 +32,9 @@ class Product(Protocol):
     def describe(self) -> dict[str, Any]:
         """What the certificate says about it, under `release`."""
 
+    def fits(self, image_shape: tuple[int, ...]) -> bool:
+        """Whether it is of images [C, H, W]."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelProduct:
@@ -80,6 +83,10 @@ class ModelProduct:
             "model/student.onnx": graph,
             "model/generator.safetensors": tensors.pack(dict(self.generator), {"format": "pt"}),
         }
+
+    def fits(self, image_shape: tuple[int, ...]) -> bool:
+        """Whether it classifies images [C, H, W]."""
+        return bool(self.config["image_shape"] == list(image_shape))
 
     def describe(self) -> dict[str, Any]:
         """Sizes: parameters of student and generator."""

@@ -20,6 +20,7 @@ from ..privacy.guarantee import shown
 from . import audit_plot, png
 from .certificate import shape
 from .contents import Contents, one_line
+from .diffusion_product import side_for
 
 _TEMPLATES = Path(__file__).parent / "templates"
 ACROSS = 10  # images shown per class
@@ -177,6 +178,7 @@ def render_report(certificate: dict[str, Any], held: Contents, evaluation: dict[
         proved=basis == "proved",
         kept=basis != "none",
         kind=certificate["release"]["kind"],
+        cut=_cut(certificate["release"]),
         shape=shape,
         plot=audit_plot.drawn(certificate["audit"]),
         strips=_strips(held),
@@ -190,11 +192,19 @@ def render_report(certificate: dict[str, Any], held: Contents, evaluation: dict[
     )  # fmt: skip
 
 
+def _cut(release: dict[str, Any]) -> dict[str, int] | None:
+    """Size of the images, and side of the squares on which a pipeline draws them, where those are larger."""
+    _, height, width = release["image_shape"]
+    side = side_for(max(height, width))
+    return None if height == width == side else {"height": height, "width": width, "side": side}
+
+
 def render_card(certificate: dict[str, Any]) -> str:
     """Returns README.md: a Hugging Face data set card, or the card of another kind of release."""
     release, basis = certificate["release"], certificate["guarantee"]["basis"]
     if release["kind"] != "dataset":
-        return _environment().get_template(f"card_{release['kind']}.md").render(c=certificate, kept=basis != "none")
+        template = _environment().get_template(f"card_{release['kind']}.md")
+        return template.render(c=certificate, kept=basis != "none", cut=_cut(release))
     _, height, width = release["image_shape"]
     parts, images = release["parts"], release["images"]
     sizes = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"))

@@ -129,7 +129,7 @@ def inspect(root: Path) -> Checked:
     made = _product(certificate, files, facts)
     rebuilt = certificates.build(facts, claimed, held, certificate["software"], certificate["pages"], made)
     problems += [f"certificate.json: {where}" for where in differences(certificate, rebuilt)]
-    problems += _check_contents(held, facts, lines) + _check_audit(facts, claimed)
+    problems += _check_contents(held, made, facts, lines) + _check_audit(facts, claimed)
     raise_all(problems)
     problems += _check_pictures(files, held)
     unchecked: tuple[str, ...] = UNCHECKED if facts.claim is None else (_ATTESTED, *UNCHECKED[3:])
@@ -283,10 +283,12 @@ def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
     return [] if found == wanted else [f"{where} is not what the ledger and the files give"]
 
 
-def _check_contents(held: Contents, facts: BundleFacts, lines: list[ledgers.Line]) -> list[str]:
+def _check_contents(held: Contents, made: Product | None, facts: BundleFacts, lines: list[ledgers.Line]) -> list[str]:
     problems = []
     if held.images.shape[1:] != facts.image_shape:
         problems.append("dataset/synthetic.safetensors: images of another shape than the certificate's")
+    elif made is not None and not made.fits(facts.image_shape):
+        problems.append("certificate.json: its model is of images of another shape")
     if held.class_names != facts.class_names:
         problems.append("dataset/synthetic.safetensors: other class names than the certificate's")
     elif (np.bincount(held.labels, minlength=len(facts.class_names)) != facts.per_class).any():

@@ -3,7 +3,7 @@
 Four tokens, each a quarter of the image, and one decoder without weights of its own. Turning noise into an image is a map of the whole
 square: convolutions, which do the same everywhere, learnt it ten times slower (docs/decisions/diffusion.md). Nothing here is private.
 Source: Peebles & Xie (2023) for the network; Song et al. (2021), DDIM, as diffusers' DDIMScheduler computes it.
-B images, N images, C channels, S side, K classes, t noise level.
+B images, N images, C channels, H, W size, S side of the canvas, K classes, t noise level.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -34,15 +35,15 @@ def student(
     """Returns a DiTTransformer2DModel in training mode, which answers 0.
 
     Args:
-      image_shape: (C, S, S), S in 8 … 64 and divisible by 4.
+      image_shape: (C, H, W), sides of 8 to 64.
       width: of a token, a multiple of 4.
-      images: [N, C, S, S]; the first layer looks along the principal directions of their quarters, the strongest most.
+      images: [N, C, S, S], on the canvas; the first layer looks along the principal directions of their quarters, the strongest most.
       generator: of the other weights, a CPU one. The global random state is left alone.
 
     Raises:
       ConfigError: another shape or width, or diffusers is not installed.
     """
-    channels, side = check_shape(image_shape)
+    channels, side, _ = canvas(image_shape)
     if width < HEADS or width % HEADS:
         raise ConfigError(f"Expected a width that is a multiple of {HEADS}, got {width}.")
     patch = side // PATCHES
@@ -85,21 +86,37 @@ def whole(model: Any) -> Any:
     return model
 
 
-def check_shape(image_shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Returns (C, S). Raises ConfigError on a shape that no student can have."""
-    channels, height, width = image_shape
-    if height != width or height % 4 or not SIDES[0] <= height <= SIDES[1]:
-        near = min(max(SIDES[0], 4 * round(max(height, width) / 4)), SIDES[1])
+def canvas(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Returns (C, S, S) of the square on which images (C, H, W) are drawn: DiTPipeline knows no other form, and quarters that are halved
+    want a side that 4 divides. Raises ConfigError on images that no student draws."""
+    channels, *sides = image_shape
+    if not SIDES[0] <= min(sides) <= max(sides) <= SIDES[1]:
         raise ConfigError(
-            f"a diffusion student draws squares whose side is in {SIDES[0]} to {SIDES[1]} and divisible by 4, "
-            f"not {height}x{width}; see --resize {near}"
+            f"a diffusion student draws images with sides of {SIDES[0]} to {SIDES[1]} pixels, not {sides[0]}x{sides[1]}; see --resize"
         )
-    return channels, height
+    side = -(-max(sides) // 4) * 4
+    return channels, side, side
+
+
+def padded(images: Tensor) -> Tensor:
+    """Returns images [N, C, H, W] on their canvas, [N, C, S, S]: at the upper left; below and at the right their edges go on."""
+    n, *shape = images.shape
+    _, side, _ = canvas((shape[0], shape[1], shape[2]))
+    return (
+        F.pad(images, (0, side - shape[2], 0, side - shape[1]), mode="replicate")
+        if n
+        else images.new_empty(n, shape[0], side, side)
+    )
+
+
+def cropped(images: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+    """Returns [N, C, H, W] of images on their canvas, [N, C, S, S]."""
+    return images[:, :, : image_shape[1], : image_shape[2]]
 
 
 def check(image_shape: tuple[int, int, int]) -> None:
     """Raises ConfigError where no student can be made, without the seconds that importing diffusers takes: before anything is spent."""
-    check_shape(image_shape)
+    canvas(image_shape)
     if importlib.util.find_spec("diffusers") is None:
         raise ConfigError(MISSING)
 

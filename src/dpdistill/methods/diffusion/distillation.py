@@ -4,7 +4,7 @@ Source: the losses of DP-SAD (ECCV 2024): one random noise level for each sample
 private images, and the noise that is meant to protect them does not. Here inputs derive from noise and from the teacher's own samples.
 Private: nothing. Everything is post-processing of a private teacher; the student is as private as the teacher is, not more.
 Symbols: x_r input at a level r, x_ψ the teacher's answer, x_θ the student's, λ `adversarial`.
-B images, C channels, H, W size, K classes, P pool images, D features.
+B images, C channels, H, W size, S side of the student's canvas, K classes, P pool images, D features.
 """
 
 import copy
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...models.few_step import LEVELS, SIGMA, clean, encoded, noisy, student
+from ...models.few_step import LEVELS, SIGMA, canvas, clean, cropped, encoded, noisy, padded, student
 from ...models.precision import autocast
 from ..base import Denoising, Public, Synthetic, Workspace
 from ..shared.bounds import DIMS, RATES, WEIGHTS, check_bounds
@@ -124,7 +124,7 @@ class DistillationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Inputs and the teacher's answers: x_r and x_ψ [P, C, H, W], levels r and classes int64 [P]."""
+    """Inputs and the teacher's answers on the student's canvas: x_r and x_ψ [P, C, S, S], levels r and classes int64 [P]."""
 
     noisy: Tensor
     level: Tensor
@@ -158,7 +158,7 @@ def distil(
         public.image_shape,
         public.n_classes,
         width=config.token_width(public.image_shape),
-        images=encoded(teacher.shown(seeds.images)),
+        images=encoded(padded(teacher.shown(seeds.images))),
         generator=workspace.generator("distillation-student"),
     ).to(device)
     average = copy.deepcopy(model).requires_grad_(False)
@@ -253,15 +253,16 @@ class Pools:
         wanted = round(config.from_noise * config.pool)
         n_noise = round(wanted * (1 if self._teacher.guide is None else TRIES))
         drawn = config.pool - wanted + n_noise
-        shape = (drawn, *self._public.image_shape)
+        image_shape = self._public.image_shape
         picked = torch.randint(len(self._seeds.images), (drawn,), generator=g)
         x, classes = self._seeds.images[picked], self._seeds.labels[picked]
         t = torch.randint(LEVELS - 1, (drawn,), generator=g)
         t[:n_noise] = LEVELS - 1
         classes[:n_noise] = torch.randint(self._public.n_classes, (n_noise,), generator=g)
-        normal, from_sample = torch.randn(shape, generator=g), (t < LEVELS - 1).view(-1, 1, 1, 1)
+        normal = torch.randn((drawn, *canvas(image_shape)), generator=g)
+        from_sample = (t < LEVELS - 1).view(-1, 1, 1, 1)
         sigma = torch.tensor(SIGMA, dtype=torch.float64)[t].clamp_max(config.sigma_max)  # levels that the teacher knows
-        asked = x * from_sample + sigma.float().view(-1, 1, 1, 1) * normal
+        asked = x * from_sample + sigma.float().view(-1, 1, 1, 1) * cropped(normal, image_shape)
         device = self._workspace.device
         parts = [
             self._answers(*(value.to(device) for value in part)).cpu()
@@ -270,12 +271,12 @@ class Pools:
         targets = self._teacher.shown(torch.cat(parts))
         kept = torch.cat([self._best(targets[:n_noise], classes[:n_noise])[:wanted], torch.arange(n_noise, drawn)])
         # The teacher was asked about its own sample, the student is asked about what is shown of it: its own first answer looks so.
-        own = encoded(self._teacher.shown(x[kept])) * from_sample[kept]
+        own = encoded(padded(self._teacher.shown(x[kept]))) * from_sample[kept]
         return Pool(
             noisy=noisy(own, t[kept], normal[kept]),
             level=t[kept],
             classes=classes[kept],
-            targets=encoded(targets[kept]),
+            targets=encoded(padded(targets[kept])),
         )
 
     @torch.no_grad()
