@@ -17,7 +17,8 @@ from dpdistill.data.images import LabelledImages
 from dpdistill.errors import ConfigError, RecordwiseError
 from dpdistill.mechanisms import PrivateData, Vault
 from dpdistill.methods.base import Public
-from dpdistill.methods.diffusion import dpdm, pretraining, private_denoiser
+from dpdistill.methods.diffusion import dpdm, dpsad, pretraining, private_denoiser
+from dpdistill.methods.shared import linear
 from dpdistill.models import edm
 from dpdistill.privacy import Ledger
 from dpdistill.workspace import FolderWorkspace
@@ -119,6 +120,45 @@ def test_public_images_pretrain_the_denoiser_and_cost_nothing(
     assert not torch.equal(plain.images.images, made.images.images)
     far, near = ((answer - stripes[:4]).square().mean(dim=(1, 2, 3)) for answer in begun)
     assert bool((near < far / 2).all())
+
+
+def test_the_correction_of_a_warm_start_is_pretrained_as_well(
+    tmp_path: Path, records: LabelledImages, public: Public, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a denoiser from scratch is: from where the released warm start stands, at no cost; and refused where there is no DP-SGD."""
+    monkeypatch.setattr(dpsad, "GUIDE", linear.Training(teacher_steps=2, teacher_dims=4))
+    dark = given_by_a_person(replace(public, auxiliary=-torch.ones(40, 1, 8, 8)))
+    small = {
+        name: getattr(CONFIG, name) for name in dpdm.Config.__dataclass_fields__ if name not in ("lr", "label_dropout")
+    }
+    config = dpsad.Config(
+        **small | {"pretrain_steps": 40}, warm_start="mixture", share_denoiser=0.5, pixel_dims=6, components=2
+    )
+    seen: list[float] = []
+    pretrain = pretraining.pretrain
+
+    def noted(model: Any, *rest: Any) -> None:
+        def error() -> float:
+            noise = torch.randn(12, 1, 8, 8, generator=seeded(1))
+            with torch.no_grad():
+                return float((model(noise - 1, torch.ones(12), torch.arange(12) % 4) + 1).square().mean())
+
+        seen.append(error())
+        pretrain(model, *rest)
+        seen.append(error())
+
+    monkeypatch.setattr(pretraining, "pretrain", noted)
+    made, parts = run_method(dpsad, tmp_path / "pre", records, dark, config)
+    plain, same_parts = run_method(dpsad, tmp_path / "plain", records, dark, replace(config, pretrain_steps=0))
+    assert parts == same_parts
+    assert not torch.equal(plain.images.images, made.images.images)
+    first, then, *untouched = seen
+    assert then < first / 2
+    assert untouched == [first, first]
+    with pytest.raises(ConfigError, match=r"share_denoiser=0\.5"):
+        dpsad.plan(replace(config, share_denoiser=0.0), dark, 1.0)
+    with pytest.raises(ConfigError, match="give --auxiliary"):
+        dpsad.plan(config, public, 1.0)
 
 
 @pytest.mark.parametrize("n", [0, 3])

@@ -35,7 +35,6 @@ class Config(DenoiserConfig, DistillationConfig):
       sigma_max: noise level that sampling starts from.
       guidance: strength of classifier-free guidance; 1 is none.
       lr: larger than after a warm start.
-      pretrain_steps: ordinary steps on the auxiliary images that a person gave, before the private ones; 0 is none.
     """
 
     per_class: int = 10
@@ -44,15 +43,12 @@ class Config(DenoiserConfig, DistillationConfig):
     lr: float = 1e-2
     sigma_max: float = 10.0
     guidance: float = 1.0
-    pretrain_steps: int = 0
 
     def __post_init__(self) -> None:
         DenoiserConfig.__post_init__(self)
         DistillationConfig.__post_init__(self)
         if min(self.per_class, self.sampling_steps, self.seed_images) < 1:
             raise ConfigError("Expected per_class, sampling_steps and seed_images of at least 1.")
-        if self.pretrain_steps < 0:
-            raise ConfigError(f"Expected pretrain_steps of at least 0, got {self.pretrain_steps}.")
         if not (self.sigma_max > 0.002 and self.guidance >= 0):
             raise ConfigError("Expected sigma_max above 0.002 and guidance of at least 0.")
         if self.guidance != 1 and self.label_dropout == 0:
@@ -62,8 +58,7 @@ class Config(DenoiserConfig, DistillationConfig):
 def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planned]:
     """T sums of clipped gradients."""
     few_step.check(public.image_shape)
-    if config.pretrain_steps:
-        pretraining.check(public)
+    pretraining.check(config, public)
     return [private_denoiser.planned(config, public, noise_multiplier)]
 
 
@@ -85,7 +80,6 @@ def advice(config: Config, public: Public, epsilon: float, delta: float) -> list
 def run(config: Config, public: Public, private: PrivateData, plan: list[Planned], workspace: Workspace) -> Sampler:
     """DP-SGD, from public weights where they are asked for, then a student of it: the paper samples the denoiser itself."""
     model = private_denoiser.network(config, public, workspace.generator("denoiser-model")).to(workspace.device)
-    if config.pretrain_steps:
-        pretraining.pretrain(model, config.pretrain_steps, config, public, workspace)
+    pretraining.pretrain(model, config, public, workspace)
     model = private_denoiser.train(model, config, public, private, plan[0], workspace)
     return finish(Teacher(denoise=model), public, config, workspace)

@@ -5,7 +5,8 @@ r"""`dpsad`, ours: DP-SAD done right. One budget, a few kinds of release, and ev
    a guide, a linear classifier on fixed features, says which samples look like their class, where there is more than
    one and the mixture is coarse.
    `embedding`, where records are few for the noise: one release and a generator fitted to it, to whose images a finer mixture is fitted.
-2. Teacher (private): a network that corrects that denoiser, trained on the records by DP-SGD with noise multiplicity.
+2. Teacher (private): a network that corrects that denoiser, trained on the records by DP-SGD with noise multiplicity, after public images
+   if there are some and a person asks for it.
 3. Student (free): stochastic adversarial distillation of the teacher, on inputs that derive from noise and released values only.
 
 Source: Liu et al. (2024), DP-SAD, for 3; Dockhorn et al. (2023) for 2; Harder et al. (2021) for the embedding; Gong et al. (2025),
@@ -31,7 +32,7 @@ from ..shared import embedding, linear, tones
 from ..shared import mixture as mix
 from ..shared.bounds import PIXEL_DIMS, check_bounds
 from ..shared.embedding import EmbeddingConfig
-from . import private_denoiser
+from . import pretraining, private_denoiser
 from .distillation import DistillationConfig, Teacher
 from .expected import figures
 from .private_denoiser import DenoiserConfig
@@ -150,7 +151,12 @@ def plan(config: Config, public: Public, noise_multiplier: float) -> list[Planne
     - 1) = share / σ². Calibration counts what it really costs; this only divides.
     """
     few_step.check(public.image_shape)
+    pretraining.check(config, public)
     sigma, share = noise_multiplier, config.share(public)
+    if config.pretrain_steps and not share:
+        raise ConfigError(
+            "pretrain_steps is of the network that DP-SGD trains, and here is none: add --set share_denoiser=0.5"
+        )
     rest = 1 - share
     if config.start == "embedding":
         releases = [embedding.planned("dpsad", EMBEDDING, public, sigma / math.sqrt(rest))]
@@ -215,7 +221,9 @@ def train(config: Config, public: Public, private: PrivateData, plan: list[Plann
     denoise: Denoising = start
     if config.share(public):  # DP-SGD learns what the warm start does not know
         network = private_denoiser.network(config, public, workspace.generator("denoiser-model"), start)
-        denoise = private_denoiser.train(network.to(workspace.device), config, public, private, plan[-1], workspace)
+        network = network.to(workspace.device)
+        pretraining.pretrain(network, config, public, workspace)
+        denoise = private_denoiser.train(network, config, public, private, plan[-1], workspace)
     if wanted is None:
         return Teacher(denoise=denoise, guide=guide)
     # What its samples lack of the tones.

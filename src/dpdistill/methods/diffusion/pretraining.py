@@ -19,14 +19,17 @@ from .private_denoiser import DenoiserConfig
 BATCH, LR, EVERY = 128, 2e-3, 200  # B, Adam's rate at first, and steps between checkpoints
 
 
-def check(public: Public) -> None:
-    """Raises ConfigError where a person gave no images to pretrain on: those that we make up are like nobody's."""
-    if public.procedural is None:
+def check(config: DenoiserConfig, public: Public) -> None:
+    """Raises ConfigError where a person asks for it and gave no images to pretrain on: those that we make up are like nobody's."""
+    if config.pretrain_steps and public.procedural is None:
         raise ConfigError("pretrain_steps needs public images: give --auxiliary, or leave pretrain_steps out")
 
 
-def pretrain(model: Denoiser, steps: int, config: DenoiserConfig, public: Public, workspace: Workspace) -> None:
-    """Trains the model, in place, on the auxiliary images. A stopped run goes on with the same bytes."""
+def pretrain(model: Denoiser, config: DenoiserConfig, public: Public, workspace: Workspace) -> None:
+    """Trains the model, in place, on the auxiliary images, as long as `config` asks. A stopped run goes on with the same bytes."""
+    steps = config.pretrain_steps
+    if not steps:
+        return
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     modules, optimizers = {"denoiser": model}, {"denoiser": optimizer}
     start = restore(workspace.load("pretraining"), modules, optimizers)

@@ -61,6 +61,7 @@ class DenoiserConfig:
       sigma_data: standard deviation of clean pixels about 0.
       p_mean, p_std: of the logarithm of the noise levels that are trained on.
       label_dropout: share of the draws whose class is "any".
+      pretrain_steps: ordinary steps on the auxiliary images that a person gave, before the private ones; 0 is none.
       chunk: records whose gradients are taken at once. "auto" is 16 for images of 28x28 and larger, more for smaller ones (of 8x8 all 256
         of a micro-batch: a third of the time of 16), and fewer where P is beyond 8 million.
       checkpoint_steps: steps between checkpoints; does not change the result.
@@ -81,6 +82,7 @@ class DenoiserConfig:
     p_mean: float = -1.2
     p_std: float = 1.2
     label_dropout: float = 0.1
+    pretrain_steps: int = 0
     chunk: int | Literal["auto"] = "auto"
     checkpoint_steps: int = 50
 
@@ -90,6 +92,8 @@ class DenoiserConfig:
             value = getattr(self, name)
             if value not in (None, "auto") and value < 1:
                 raise ConfigError(f"Expected {name} of at least 1, got {value}.")
+        if self.pretrain_steps < 0:
+            raise ConfigError(f"Expected pretrain_steps of at least 0, got {self.pretrain_steps}.")
         check_bounds(self, NORMS, "clip_norm")
         check_bounds(self, RATES, "lr")
         if self.lr * math.sqrt(self.steps) > WALK:
