@@ -62,7 +62,7 @@ def test_frechet_s_distance_in_the_space_of_a_network_that_is_given(
     batch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
-    script = loaded("diffusion")
+    script = loaded("judging")
     features = script.network_features(str(squares(tmp_path / "net.onnx", [batch, 3, 16, 16])))
     g = torch.Generator().manual_seed(0)
     x, other = torch.rand(30, 1, 8, 8, generator=g) * 2 - 1, torch.rand(41, 3, 16, 16, generator=g) * 2 - 1
@@ -81,14 +81,38 @@ def test_frechet_s_distance_in_the_space_of_a_network_that_is_given(
         script.network_features(str(squares(tmp_path / "flat.onnx", ["n", 64])))
 
 
-def test_a_second_distance_is_in_the_table_where_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_s_steps_are_rows_of_one_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is lost and how much faster it is, for each number of steps, against the same teacher of the same release."""
     monkeypatch.syspath_prepend(SCRIPTS)
     script = loaded("diffusion")
+    facts: dict[str, Any] = {"dataset": "digits", "epsilon": "1", "seconds": 60.0, "peak_gib": 1.0, "device": "cpu"}
+    facts |= dict.fromkeys(("mlp", "logistic", "frechet", "precision", "recall"), 0.5) | {"epoch": "chosen"}
+    lines = []
+    for seed in (0, 1):
+        for setting, note, accuracy, seconds in (
+            ("teacher", "lr=1", 0.9, 20.0),
+            ("student", "lr=1", 0.89, 4.0),
+            ("student", "lr=1, steps=1", 0.87, 2.0),
+        ):
+            steps = {"steps": 1 if "steps" in note else 2} if setting == "student" else {}
+            run = {"setting": setting, "note": note, "accuracy": accuracy, "sampling_seconds": seconds, "seed": seed}
+            lines.append(json.dumps({**facts, **run, **steps}))
+    monkeypatch.setattr(script, "DOCS", tmp_path)
+    monkeypatch.setattr(script, "RUNS", tmp_path / "diffusion.runs.jsonl")
+    script.RUNS.write_text("\n".join(lines))
+    script.table()
+    pairs = (tmp_path / "diffusion.md").read_text().split("points of CNN accuracy lost")[1].splitlines()[2:]
+    assert pairs == ["| digits | 1 | 1.0 | 5.0 | 2 | 2 | lr=1 |", "| digits | 1 | 3.0 | 10.0 | 1 | 2 | lr=1, steps=1 |"]
+
+
+def test_a_second_distance_is_in_the_table_where_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script, judging = loaded("diffusion"), loaded("judging")
     net = str(squares(tmp_path / "net.onnx", ["n", 1, 8, 8]))
-    monkeypatch.setattr(script.Judge, "plain", lambda *_: 0.5)
-    monkeypatch.setattr(script.Judge, "cnn", lambda *_: 0.5)
+    monkeypatch.setattr(judging.Judge, "plain", lambda *_: 0.5)
+    monkeypatch.setattr(judging.Judge, "cnn", lambda *_: 0.5)
     records, test = script.both(argparse.Namespace(), "digits")
-    judge = script.Judge(test, script.public_of(records, 0), script.network_features(net))
+    judge = judging.Judge(test, script.public_of(records, 0), judging.network_features(net))
     made = Synthetic(images=torch.from_numpy(records.to_unit()), labels=torch.from_numpy(records.labels))
     found = judge(made, 0)
     assert 0 < found["frechet_given"] != found["frechet"] > 0
