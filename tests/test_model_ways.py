@@ -608,6 +608,9 @@ def test_owners_vote_by_python_callables(tmp_path: Path, run: Callable[..., Mode
     ):
         with pytest.raises(error, match=words):
             convert(config, models, quiet=True)
+    for bare in (torch.nn.Flatten(), [lambda x: x, four[0]]):  # as it is, not as a teacher
+        with pytest.raises(ConfigError, match="from_callable"):
+            convert(config, bare, quiet=True)  # type: ignore[arg-type]
     for other in (run(), run(teacher="mine", accept_no_record_guarantee=True)):
         with pytest.raises(ConfigError, match="models that vote are given beside"):
             convert(other, four, quiet=True)
@@ -620,7 +623,7 @@ def test_owners_vote_by_python_callables(tmp_path: Path, run: Callable[..., Mode
     assert verdict.guarantee is not None
     assert verdict.guarantee.unit == "owner"
     assert certificate(out)["mechanisms"][0]["models"] == "4"
-    assert convert(config, reversed(four), quiet=True) == out  # type: ignore[arg-type]  # the same owners in another order
+    assert convert(config, reversed(four), quiet=True) == out  # the same owners in another order
     with pytest.raises(ReleaseError, match="holds something else"):
         convert(config, [*four[:3], owner(3, "clinic X")], quiet=True)
     assert len(list((tmp_path / "home").rglob("*.jsonl"))) == 1

@@ -7,7 +7,7 @@ nothing (the paper's way, which says so). Everything that can be wrong with the 
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class Prepared:
 @resumable
 def convert(
     config: ModelConfig,
-    teacher: Teacher | Sequence[Teacher] | None = None,
+    teacher: Teacher | Iterable[Teacher] | None = None,
     *,
     quiet: bool = False,
     insecure_seed: int | None = None,
@@ -95,7 +95,9 @@ def convert(
     """
     config = dataclasses.replace(config, method=config.way)
     one = teacher if isinstance(teacher, Teacher) else None
-    models = None if teacher is None or one else tuple(teacher)
+    models = None if teacher is None or one else tuple(teacher if isinstance(teacher, Iterable) else [teacher])
+    if not all(isinstance(model, Teacher) for model in models or ()):
+        raise ConfigError("wrap what answers as a teacher: from_callable(fn, image_shape=…, n_classes=…)")
     if one and not config.teacher:
         raise ConfigError(
             "a teacher is given beside data= or teachers=; give it a name with teacher=, and leave those out"
