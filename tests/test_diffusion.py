@@ -231,6 +231,21 @@ def test_images_that_are_no_squares(method: str, config: Any, tmp_path: Path) ->
         assert "images = [image.crop((0, 0, 14, 9)) for image in images]" in text
 
 
+def test_the_paper_s_form_twice_at_once_is_refused(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = diffusion.write_result
+
+    def meanwhile(*given: Any) -> None:
+        with pytest.raises(ConfigError, match="at work here already"):
+            diffuse(config("paper"), quiet=True)
+        write(*given)
+
+    monkeypatch.setattr(diffusion, "write_result", meanwhile)
+    assert diffuse(config("paper"), quiet=True) == tmp_path / "out"
+    assert not (tmp_path / "out.state").exists()
+
+
 def test_squares_are_not_cut(config: Any) -> None:
     out = diffuse(config(), quiet=True)
     for name in ("README.md", "report.html"):

@@ -629,6 +629,25 @@ def test_owners_vote_by_python_callables(tmp_path: Path, run: Callable[..., Mode
     assert len(list((tmp_path / "home").rglob("*.jsonl"))) == 1
 
 
+def test_the_same_command_twice_at_once_is_refused(
+    tmp_path: Path, run: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two in one state folder took each other's checkpoints, and the first to end removed it under the second. The first goes on."""
+    teacher = from_callable(lambda x: x.flatten(1)[:, :3] * 3, image_shape=(1, 8, 8), n_classes=3, name="mine")
+    config, write = run(teacher="mine", accept_no_record_guarantee=True), conversion.write_result
+
+    def meanwhile(*given: Any) -> None:
+        with pytest.raises(ConfigError, match="at work here already"):
+            convert(config, teacher, quiet=True)
+        write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "write_result", meanwhile)
+        out = convert(config, teacher, quiet=True)
+    assert not (tmp_path / "out.state").exists()
+    assert convert(config, teacher, quiet=True) == out
+
+
 def test_votes_converted_once_more(tmp_path: Path, run: Callable[..., ModelConfig]) -> None:
     """The page speaks of the teacher that there was: the first student, and the card of its own settings and seed."""
     first = convert(run(shards=5, out=str(tmp_path / "first"), seed=4), quiet=True)

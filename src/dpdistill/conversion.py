@@ -28,7 +28,7 @@ from .models.teachers import RANGE, Teacher, one_class, varied_images
 from .pipeline import check_alone, check_device, distil, resumable, write_result
 from .planning import auxiliary_hash, auxiliary_of, check_size, public_facts
 from .sources import check_apart, names_of, read_teacher
-from .state import begin, check_same_run, check_target, forget, forget_rest, holds
+from .state import alone, begin, check_same_run, check_target, forget, forget_rest, holds
 from .workspace import FolderWorkspace
 
 
@@ -117,35 +117,36 @@ def convert(
         forget_rest(state, toml)
         return out
     begin(state, toml)
-    vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
-    public = ready.public
-    workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)
-    claim: dict[str, Any] = dict(brought.facts)
-    made: Student
-    if ready.nominal:
-        made = method.run(settings, public, brought.outputs, ready.sigma, vault, workspace)
-        claim |= {"claim": ready.nominal, "delta": config.delta}
-    else:
-        made = method.run(settings, public, brought.outputs, workspace, brought.differentiable)
-    facts = BundleFacts(
-        **{
-            "method": config.method,
-            "run": vault.run,
-            "class_names": brought.class_names,
-            "image_shape": brought.image_shape,
-            "per_class": config.per_class,
-            "config_toml": toml,
-            "checks": {},
-            "auxiliary": auxiliary_of(config),
-            "insecure": vault.insecure and config.method == "opaque",
-            "seed": config.seed,
-            "ledger_raw": b"",
-            **claim,
-            **({"conversion_toml": toml} if "config_toml" in claim else {}),
-        }
-    )
-    write_result(out, made, facts)
-    forget(state, vault)
+    with alone(state):
+        vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
+        public = ready.public
+        workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)
+        claim: dict[str, Any] = dict(brought.facts)
+        made: Student
+        if ready.nominal:
+            made = method.run(settings, public, brought.outputs, ready.sigma, vault, workspace)
+            claim |= {"claim": ready.nominal, "delta": config.delta}
+        else:
+            made = method.run(settings, public, brought.outputs, workspace, brought.differentiable)
+        facts = BundleFacts(
+            **{
+                "method": config.method,
+                "run": vault.run,
+                "class_names": brought.class_names,
+                "image_shape": brought.image_shape,
+                "per_class": config.per_class,
+                "config_toml": toml,
+                "checks": {},
+                "auxiliary": auxiliary_of(config),
+                "insecure": vault.insecure and config.method == "opaque",
+                "seed": config.seed,
+                "ledger_raw": b"",
+                **claim,
+                **({"conversion_toml": toml} if "config_toml" in claim else {}),
+            }
+        )
+        write_result(out, made, facts)
+        forget(state, vault)
     return out
 
 

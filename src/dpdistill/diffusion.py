@@ -22,7 +22,7 @@ from .models.denoiser import check_patch
 from .pipeline import check_alone, check_device, distil, resumable, write_result
 from .planning import auxiliary_hash, auxiliary_of, check_size, public_facts
 from .sources import check_apart, load_private
-from .state import begin, check_same_run, check_target, forget, forget_rest, holds
+from .state import alone, begin, check_same_run, check_target, forget, forget_rest, holds
 from .workspace import FolderWorkspace
 
 
@@ -109,27 +109,28 @@ def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> P
         forget_rest(state, toml, contents)
         return out
     begin(state, toml, contents)
-    vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
-    workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)
-    images, labels = _readable(records)
-    made = DIFFUSION_METHODS["paper"].release(ready.settings, public, images, labels, ready.sigma, vault, workspace)
-    facts = BundleFacts(
-        method=config.method,
-        run=vault.run,
-        delta=config.delta,
-        class_names=records.class_names,
-        image_shape=records.image_shape,
-        per_class=config.per_class,
-        config_toml=toml,
-        ledger_raw=b"",
-        checks={},
-        auxiliary=auxiliary_of(config),
-        insecure=vault.insecure,
-        seed=config.seed,
-        claim=ready.claim,
-    )
-    write_result(out, made, facts)
-    forget(state, vault)
+    with alone(state):
+        vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
+        workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)
+        images, labels = _readable(records)
+        made = DIFFUSION_METHODS["paper"].release(ready.settings, public, images, labels, ready.sigma, vault, workspace)
+        facts = BundleFacts(
+            method=config.method,
+            run=vault.run,
+            delta=config.delta,
+            class_names=records.class_names,
+            image_shape=records.image_shape,
+            per_class=config.per_class,
+            config_toml=toml,
+            ledger_raw=b"",
+            checks={},
+            auxiliary=auxiliary_of(config),
+            insecure=vault.insecure,
+            seed=config.seed,
+            claim=ready.claim,
+        )
+        write_result(out, made, facts)
+        forget(state, vault)
     return out
 
 

@@ -3,10 +3,12 @@
 It holds the noise key, so it is refused to every other run, and erased when the release is written.
 """
 
+import fcntl
 import json
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .config import RunConfig
@@ -76,6 +78,19 @@ def begin(state: Path, toml: str, contents: Contents = tuple) -> None:
             write_atomically(state / "run.json", identity(toml, contents, secrets.token_bytes(32)))
     except OSError as error:
         raise ConfigError(f"{state}: cannot be written ({error.strerror}); choose another --out") from error
+
+
+@contextmanager
+def alone(state: Path) -> Iterator[None]:
+    """Holds a folder that `begin` made, for a run without a ledger to hold. Raises ConfigError where the same command is at work in it."""
+    with open(state / "lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{state}: the same command is at work here already; wait for it, or choose another --out"
+            ) from None
+        yield
 
 
 def holds(path: Path, toml: str) -> bool:
