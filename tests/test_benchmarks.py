@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 
+from behind_the_door import made_up_public
 from dpdistill.methods import Synthetic
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
@@ -150,3 +151,16 @@ def test_the_cost_of_a_private_step_counts_what_it_brings_to_disk() -> None:
     whole = ours + sum(parts[name] for name in ("per_record_gradients", "clip_and_sum", "check"))
     assert parts["vault"] > 0
     assert found["noise_vault_and_ledger_share"] == pytest.approx(ours / whole, abs=0.02)
+
+
+def test_the_cost_of_sampling_is_of_every_kind_of_teacher() -> None:
+    """A student in one step has less to do than in four; images of 8x8 have no fine mixture."""
+    script = loaded("sampling_cost")
+    found = {row["teacher"]: row for row in script.measure("1,8,8", count=60, repeats=2)}
+    assert list(found) == ["mixture", "corrected", "from scratch"]
+    assert "fine mixture" in script.teachers(made_up_public(1, 28))
+    for row in found.values():
+        assert row["seconds"][1] > 0
+        for name, (median, least, most) in ((name, row[name]) for name in row if name != "teacher"):
+            assert least <= median <= most, name
+        assert row["times_as_fast_in_1"][0] > row["times_as_fast_in_4"][0]

@@ -51,6 +51,24 @@ def test_what_is_said_of_the_few_step_student_is_in_its_table() -> None:
     assert f"The student draws {min(fast):.0f} to {max(fast):.0f} times as fast" in README
 
 
+def test_how_much_faster_a_student_draws_is_what_was_timed() -> None:
+    timed = json.loads((ROOT / "docs/benchmarks/sampling_cost.json").read_text())
+    page = (
+        (ROOT / "docs/benchmarks/diffusion.md")
+        .read_text()
+        .split("How much faster a student draws")[1]
+        .split("Times as fast")[0]
+    )
+    shown = [line.split("|")[2:-1] for line in page.splitlines() if line.startswith("| ")][1:]
+    kinds = ("mixture", "fine mixture", "corrected", "from scratch")
+    assert len(shown) == len(kinds)
+    for kind, cells in zip(kinds, shown, strict=True):
+        for shape, cell in zip(("1,8,8", "1,28,28", "3,32,32"), cells, strict=True):
+            found = [row for row in timed if (row["teacher"], row["shape"]) == (kind, shape)]
+            ratios = [row[f"times_as_fast_in_{steps}"][0] for row in found for steps in (1, 2)]
+            assert cell.strip() == (" / ".join(f"{ratio:.1f}" for ratio in ratios) or "–")
+
+
 @pytest.mark.parametrize(("words", "heading"), [("How to add a method", "## Adding a method")])
 def test_a_page_named_for_something_says_it(words: str, heading: str) -> None:
     (link,) = re.findall(re.escape(words) + r": \[\w+\]\(([^)]*)\)", README)
