@@ -61,7 +61,6 @@ DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
 RUNS = DOCS / "diffusion.runs.jsonl"
 DELTA = 1e-5
 DRAWN = 10_000  # images that are judged
-STEPS = 2  # of the student, for an image: what `dpdistill sample` takes
 OURS = ("student", "teacher", "control")  # settings that are `dpsad`
 LAST = "last epoch"  # how samples were judged before
 # In notes of recipes that are gone (docs/benchmarks/diffusion.head.md says what each was).
@@ -147,13 +146,22 @@ def one(args: argparse.Namespace) -> list[dict[str, Any]]:
         add(setting, made)
         return rows
     labels = torch.arange(records.n_classes).repeat_interleave(DRAWN // records.n_classes)
-    for steps in map(int, args.steps.split(",")):
+    for steps in steps_of(args):
         at, pipe = time.monotonic(), few_step.pipeline(made.model)
         drawn_by_student = few_step.draw(pipe, labels, steps, torch.Generator().manual_seed(args.seed))
         took = time.monotonic() - at
-        note = {} if steps == STEPS else {"note": ", ".join(filter(None, [args.note, f"steps={steps}"]))}
-        add(setting, Synthetic(images=drawn_by_student, labels=labels), sampling_seconds=took, steps=steps, **note)
+        facts = {"sampling_seconds": took, "steps": steps, "note": noted(args, steps)}
+        add(setting, Synthetic(images=drawn_by_student, labels=labels), **facts)
     return rows
+
+
+def steps_of(args: argparse.Namespace) -> list[int]:
+    return [int(steps) for steps in args.steps.split(",")]
+
+
+def noted(args: argparse.Namespace, steps: int) -> str:
+    """The note of a student's rows: those in the usual number of steps do not say so."""
+    return ", ".join(filter(None, [args.note, "" if steps == student_of.STEPS else f"steps={steps}"]))
 
 
 def runs() -> list[dict[str, Any]]:
@@ -245,7 +253,9 @@ def main() -> None:
     parser.add_argument("--releases", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], help="name=value for the method's Config")
     parser.add_argument(
-        "--steps", default=str(STEPS), help="of the student, for an image; of several, such as 2,1, a row each"
+        "--steps",
+        default=str(student_of.STEPS),
+        help="of the student, for an image; of several, such as 2,1, a row each",
     )
     parser.add_argument(
         "--features", metavar="NET.onnx", help="feature network for a second Fréchet distance; see above"
@@ -264,7 +274,8 @@ def main() -> None:
     todo = []
     for cell in filter(None, args.cells.split(",")):
         dataset, setting, epsilon = cell.split(":")
-        key = (dataset, setting, epsilon, args.note)
+        sampled = setting not in ("teacher", "real", "dpmerf")  # by a student, in its steps
+        key = (dataset, setting, epsilon, noted(args, steps_of(args)[0]) if sampled else args.note)
         have = {
             run["seed"]
             for run in runs()

@@ -29,6 +29,7 @@ from dpdistill.methods.base import Public
 from dpdistill.methods.diffusion import dpdm, dpsad, private_denoiser
 from dpdistill.methods.diffusion.distillation import Teacher
 from dpdistill.methods.diffusion.student import samples
+from dpdistill.methods.shared.mixture import DIMS, FINE_DIMS
 from dpdistill.models import few_step
 from dpdistill.models.linear import LinearTeacher
 from dpdistill.models.mixture_denoiser import MixtureDenoiser
@@ -36,7 +37,7 @@ from dpdistill.sources import parse_shape
 from dpdistill.workspace import FolderWorkspace
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "sampling_cost.json"
-N_CLASSES, DIMS, FINE_DIMS = 10, 64, 256
+N_CLASSES = 10
 
 
 def main() -> None:
@@ -113,7 +114,7 @@ def teachers(public: Public) -> dict[str, Teacher]:
     corrected = private_denoiser.network(dpsad.Config(expected_records=60_000), public, g, coarse)
     scratch = private_denoiser.network(dpdm.Config(expected_records=60_000), public, g)
     found = {"mixture": Teacher(denoise=coarse, guide=guide)}
-    if pixels > FINE_DIMS:
+    if pixels >= FINE_DIMS:
         found["fine mixture"] = Teacher(denoise=mixture(FINE_DIMS))
     return found | {
         "corrected": Teacher(denoise=corrected.eval(), guide=guide),

@@ -28,7 +28,7 @@ from .models.teachers import RANGE, Teacher, one_class, varied_images
 from .pipeline import check_alone, check_device, distil, resumable, write_result
 from .planning import auxiliary_hash, auxiliary_of, check_size, public_facts
 from .sources import check_apart, names_of, read_teacher
-from .state import alone, begin, check_same_run, check_target, forget, forget_rest, holds
+from .state import begin, check_same_run, check_target, forget, forget_rest, holds, locked
 from .workspace import FolderWorkspace
 
 
@@ -117,7 +117,7 @@ def convert(
         forget_rest(state, toml)
         return out
     begin(state, toml)
-    with alone(state):
+    with locked(state):
         vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
         public = ready.public
         workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)

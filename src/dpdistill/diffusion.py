@@ -22,7 +22,7 @@ from .models.denoiser import check_patch
 from .pipeline import check_alone, check_device, distil, resumable, write_result
 from .planning import auxiliary_hash, auxiliary_of, check_size, public_facts
 from .sources import check_apart, load_private
-from .state import alone, begin, check_same_run, check_target, forget, forget_rest, holds
+from .state import begin, check_same_run, check_target, forget, forget_rest, holds, locked
 from .workspace import FolderWorkspace
 
 
@@ -109,7 +109,7 @@ def _paper(config: DiffusionConfig, quiet: bool, insecure_seed: int | None) -> P
         forget_rest(state, toml, contents)
         return out
     begin(state, toml, contents)
-    with alone(state):
+    with locked(state):
         vault = Vault.open(state / "vault", insecure_seed=insecure_seed)
         workspace = FolderWorkspace(state / "work" / vault.run, seed=config.seed, device=config.device, quiet=quiet)
         images, labels = _readable(records)

@@ -81,7 +81,7 @@ def begin(state: Path, toml: str, contents: Contents = tuple) -> None:
 
 
 @contextmanager
-def alone(state: Path) -> Iterator[None]:
+def locked(state: Path) -> Iterator[None]:
     """Holds a folder that `begin` made, for a run without a ledger to hold. Raises ConfigError where the same command is at work in it."""
     with open(state / "lock", "wb") as file:
         try:

@@ -100,13 +100,9 @@ def canvas(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def padded(images: Tensor) -> Tensor:
     """Returns images [N, C, H, W] on their canvas, [N, C, S, S]: at the upper left; below and at the right their edges go on."""
-    n, *shape = images.shape
-    _, side, _ = canvas((shape[0], shape[1], shape[2]))
-    return (
-        F.pad(images, (0, side - shape[2], 0, side - shape[1]), mode="replicate")
-        if n
-        else images.new_empty(n, shape[0], side, side)
-    )
+    _, channels, height, width = images.shape
+    side = canvas((channels, height, width))[1]
+    return F.pad(images, (0, side - width, 0, side - height), mode="replicate")
 
 
 def cropped(images: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
